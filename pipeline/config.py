@@ -29,7 +29,7 @@ class Prompt(_Section):
 
 
 class Storage(_Section):
-    """How `s3://` is reached. Credentials come from the usual AWS chain (environment, profile, role), never from here."""
+    """How `s3://` is reached. Credentials come from the usual AWS chain (environment, profile, role) alone."""
 
     endpoint_url: str | None = Field(None, description="an S3-compatible server; null: AWS")
     region: str | None = None
@@ -42,9 +42,7 @@ class Storage(_Section):
 class Source(_Section):
     """Where the videos and images are."""
 
-    uri: str = Field(
-        min_length=1, description="folder, s3://bucket/prefix, one file, or a .parquet / .jsonl manifest"
-    )
+    uri: str = Field(min_length=1, description="folder, s3://bucket/prefix, one file, or a .parquet / .jsonl manifest")
     recursive: bool = True
     extensions: tuple[str, ...] = Field(
         (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp"),
@@ -84,9 +82,7 @@ class Frames(_Section):
     strategy: Literal["fps", "uniform"] = "fps"
     fps: float = Field(1.0, gt=0, le=240, description="strategy fps: frames per second of video")
     count: int = Field(16, ge=1, description="strategy uniform: frames per unit")
-    max_frames: int = Field(
-        128, ge=1, description="strategy fps: cap per unit; above it frames are spread uniformly"
-    )
+    max_frames: int = Field(128, ge=1, description="strategy fps: cap per unit; above it frames are spread uniformly")
     min_frames: int = Field(2, ge=1, description="strategy fps: at least so many, where the video has them")
     min_px: int = Field(64 * 64, ge=1, description="area of a frame after resizing, at least")
     max_px: int = Field(448 * 448, ge=1, description="area of a frame after resizing, at most")
@@ -111,9 +107,7 @@ class Decode(_Section):
     )
     timeout_s: float = Field(300.0, gt=0, description="longest wait for one batch of frames")
     max_retries: int = Field(2, ge=0, le=10, description="of a decoder that dies, per unit")
-    prefetch_units: int = Field(
-        1, ge=0, le=16, description="units decoded ahead of the one in the model, per actor"
-    )
+    prefetch_units: int = Field(1, ge=0, le=16, description="units decoded ahead of the one in the model, per actor")
     num_cpus: float = Field(1.0, gt=0, description="CPUs of one decode task")
     max_object_bytes: int = Field(
         8 << 30,
@@ -142,9 +136,7 @@ class LightKV(_Section):
     """Compression of vision tokens during prefill."""
 
     enabled: bool = True
-    retention: float = Field(
-        0.55, ge=0.05, le=1.0, description="layer-averaged share of vision KV entries kept"
-    )
+    retention: float = Field(0.55, ge=0.05, le=1.0, description="layer-averaged share of vision KV entries kept")
     stages: int = Field(3, ge=1, le=16)
     positions: Literal["keep", "compact"] = "keep"
 
@@ -154,13 +146,9 @@ class Actors(_Section):
 
     min: int = Field(1, ge=1)
     max: int = Field(1, ge=1)
-    num_gpus: float | None = Field(
-        None, ge=0, description="GPUs of one actor; null: 1 on a GPU device, 0 on the CPU"
-    )
+    num_gpus: float | None = Field(None, ge=0, description="GPUs of one actor; null: 1 on a GPU device, 0 on the CPU")
     num_cpus: float = Field(0.0, ge=0, description="CPUs that decode tasks then cannot have")
-    batch_units: int = Field(
-        8, ge=1, le=1024, description="units per hand-over to an actor; lost together if it dies"
-    )
+    batch_units: int = Field(8, ge=1, le=1024, description="units per hand-over to an actor; lost together if it dies")
     max_restarts: int = Field(3, ge=0, description="of a dead actor")
 
     @model_validator(mode="after")
@@ -177,9 +165,7 @@ class Ray(_Section):
         None, description="null: the cluster of `ray job submit` or RAY_ADDRESS, else a local one"
     )
     num_cpus: int | None = Field(None, ge=1, description="of a local cluster; null: all")
-    object_store_bytes: int | None = Field(
-        None, ge=80 << 20, description="of a local cluster; null: Ray's choice"
-    )
+    object_store_bytes: int | None = Field(None, ge=80 << 20, description="of a local cluster; null: Ray's choice")
     actors: Actors = Actors()
 
 
@@ -187,9 +173,7 @@ class Sink(_Section):
     """Where rows go: Parquet files in `uri`, the run's own files in `uri/_run`."""
 
     uri: str = Field(min_length=1)
-    rows_per_file: int = Field(
-        64, ge=1, description="units per Parquet file, and per step that a kill can undo"
-    )
+    rows_per_file: int = Field(64, ge=1, description="units per Parquet file, and per step that a kill can undo")
     compression: Literal["zstd", "snappy", "none"] = "zstd"
 
 
@@ -197,9 +181,7 @@ class Run(_Section):
     """The run's own behaviour."""
 
     progress_interval_s: float = Field(10.0, gt=0)
-    lock_timeout_s: float = Field(
-        120.0, gt=0, description="a lock whose owner gave no sign for so long is dead"
-    )
+    lock_timeout_s: float = Field(120.0, gt=0, description="a lock whose owner gave no sign for so long is dead")
 
 
 class JobConfig(_Section):
@@ -255,9 +237,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
         # JSON mode: strict about types ("3" is no number), but lists may fill tuples.
         return JobConfig.model_validate_json(json.dumps(data))
     except TypeError as error:
-        raise ConfigError(
-            f"the configuration holds a value that YAML knows and JSON does not: {error}"
-        ) from None
+        raise ConfigError(f"the configuration holds a value that YAML knows and JSON does not: {error}") from None
     except pydantic.ValidationError as error:
         raise ConfigError(_explain(error)) from None
 
