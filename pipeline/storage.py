@@ -163,8 +163,11 @@ def delete(uri: str, storage: Storage) -> None:
             os.unlink(path)
 
 
-def list_files(uri: str, storage: Storage, *, recursive: bool = True) -> list[Entry]:
-    """All files under a folder, by name; an empty list when there are none. Folder markers are left out."""
+def list_files(uri: str, storage: Storage, *, recursive: bool = True, missing_ok: bool = False) -> list[Entry]:
+    """All files under a folder, by name; an empty list when there are none. Folder markers are left out.
+
+    A local folder that does not exist is an error unless `missing_ok`; S3 knows no folders, only names.
+    """
     fs, path = filesystem(uri, storage)
     with faults(uri):
         if is_s3(uri):
@@ -173,6 +176,8 @@ def list_files(uri: str, storage: Storage, *, recursive: bool = True) -> list[En
                 (_entry(f"s3://{name}", info) for name, info in found.items() if not name.endswith("/")),
                 key=lambda entry: entry.uri,
             )
+        if missing_ok and not os.path.lexists(path):
+            return []
         if not os.path.isdir(path):
             raise StorageError("NotFound", f"no such folder: {uri}")
         return sorted(_walk(path, recursive), key=lambda entry: entry.uri)

@@ -1,0 +1,99 @@
+"""Joining or starting a Ray cluster, and the progress display."""
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray.actor import ActorHandle
+
+import pipeline
+from pipeline.actor import Progress
+from pipeline.config import JobConfig
+
+
+@contextmanager
+def connect(job: JobConfig) -> Iterator[None]:
+    """A cluster for the block: the one this job was submitted to, the configured one, or a local one."""
+    address = job.ray.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, object] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    if address:
+        options["address"] = address
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # not submitted: bring the code along
+            options["runtime_env"] = {"working_dir": str(Path(pipeline.__path__[0]).parent)}
+    else:
+        options |= {
+            "address": "local",
+            "num_cpus": job.ray.num_cpus,
+            "object_store_memory": job.ray.object_store_bytes,
+            "include_dashboard": False,
+        }
+    ray.init(**options)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def progress_display(job: JobConfig, total: int, done_before: int) -> Iterator[ActorHandle]:
+    """A line that is kept up to date in a terminal, and a line per interval in a log; yields the counting actor."""
+    counter = Progress.remote()
+    ray.get(counter.state.remote())
+    stop = threading.Event()
+    display = _Display(total, done_before)
+    interval_s = min(job.run.progress_interval_s, 1.0) if display.terminal else job.run.progress_interval_s
+
+    def watch() -> None:
+        while not stop.wait(interval_s):
+            try:
+                display.show(ray.get(counter.state.remote(), timeout=interval_s))
+            except ray.exceptions.RayError:  # a display never ends a job
+                continue
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield counter
+    finally:
+        stop.set()
+        thread.join()
+        display.end()
+
+
+class _Display:
+    def __init__(self, total: int, done_before: int) -> None:
+        self.terminal = sys.stderr.isatty()
+        self._total = total
+        self._before = done_before
+        self._started = time.monotonic()
+
+    def show(self, state: dict[str, dict[str, int]]) -> None:
+        now = sum(state["units"].values())
+        elapsed_s = time.monotonic() - self._started
+        per_hour = 3600 * now / elapsed_s
+        left_s = (self._total - self._before - now) / now * elapsed_s if now else None
+        counts = " ".join(f"{status} {count}" for status, count in sorted(state["units"].items()))
+        done = self._before + now
+        share = done / self._total if self._total else 1.0
+        left = "?" if left_s is None else _clock(left_s)
+        line = f"{done:,}/{self._total:,} units ({share:.0%})  {counts or 'starting'}  {per_hour:,.0f}/h  left {left}"
+        if self.terminal:
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        else:
+            print(f"{_clock(elapsed_s)}  {line}", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,196 @@
+"""Frames to vision tokens, per model family: sizes, token grids, normalisation and patches on the model's device.
+
+Frames stay uint8 until they reach the device. A video is encoded batch by batch as its frames arrive, so only
+vision tokens accumulate, never frames. The arithmetic equals the families' own image processors.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from pipeline.config import Frames
+from pipeline.errors import ConfigError
+from pipeline.frames import Sizing
+
+
+@dataclass
+class Encoded:
+    """The vision tokens of one unit: per item its features [n, D] and its grid (t, y, x) in tokens."""
+
+    modality: str  # image | video: which placeholder stands for an item
+    features: list[Tensor] = field(default_factory=list)
+    grids: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+class FrameEncoder:
+    """What a family does with frames; one subclass per way of making tokens."""
+
+    temporal_patch: ClassVar[int] = 1  # frames that become one step in time
+
+    def __init__(self, config: Any, preprocessor: dict[str, Any]) -> None:
+        self.config = config
+        self.preprocessor = preprocessor
+
+    def sizing(self, frames: Frames) -> Sizing:
+        """The sizes frames may have."""
+        raise NotImplementedError
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Tokens (t, y, x) of `frames` frames of `height` × `width` pixels."""
+        raise NotImplementedError
+
+    def positions(self, grids: Iterable[tuple[int, int, int]]) -> int:
+        """How many positions of the model's context the items take."""
+        raise NotImplementedError
+
+    def encode(self, model: Any, kind: str, items: Iterable[tuple[int, np.ndarray]]) -> Encoded:
+        """Vision tokens of a unit from its frames: (item, uint8 [T, H, W, 3]) in order, batch by batch."""
+        raise NotImplementedError
+
+    def inputs(self, encoded: Encoded, frame_interval_s: float | None) -> dict[str, Any]:
+        """Keyword arguments of `generate` that stand for the pixels."""
+        raise NotImplementedError
+
+    def pixels(self, frames: np.ndarray, device: torch.device) -> Tensor:
+        """Frames uint8 [T, H, W, 3] as normalised float32 [T, 3, H, W] on the device."""
+        mean = torch.tensor(self.preprocessor["image_mean"], device=device).view(3, 1, 1)
+        std = torch.tensor(self.preprocessor["image_std"], device=device).view(3, 1, 1)
+        scale = self.preprocessor.get("rescale_factor", 1 / 255)
+        # Ray hands out read-only views; torch wants to own what it wraps.
+        tensor = torch.from_numpy(np.array(frames, copy=True)).to(device).permute(0, 3, 1, 2).float()
+        return (tensor * scale - mean) / std
+
+
+class QwenEncoder(FrameEncoder):
+    """Qwen2-VL, Qwen2.5-VL: any size in steps of patch × merge, two frames per step in time, 3-D positions."""
+
+    def __init__(self, config: Any, preprocessor: dict[str, Any]) -> None:
+        super().__init__(config, preprocessor)
+        vision = config.vision_config
+        self.patch, self.merge = vision.patch_size, vision.spatial_merge_size
+        self.temporal_patch = vision.temporal_patch_size  # type: ignore[misc]
+
+    def sizing(self, frames: Frames) -> Sizing:
+        size = self.preprocessor.get("size") or {}
+        least = self.preprocessor.get("min_pixels") or size.get("shortest_edge") or 1
+        most = self.preprocessor.get("max_pixels") or size.get("longest_edge") or frames.max_px
+        min_px, max_px = max(frames.min_px, least), min(frames.max_px, most)
+        if min_px > max_px:
+            raise ConfigError(
+                f"frames.min_px {frames.min_px}, frames.max_px {frames.max_px}: the model takes frames of {least} to "
+                f"{most} pixels, and no size fits both"
+            )
+        return Sizing(multiple=self.patch * self.merge, min_px=min_px, max_px=max_px)
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        cell = self.patch * self.merge
+        return -(-frames // self.temporal_patch), height // cell, width // cell
+
+    def positions(self, grids: Iterable[tuple[int, int, int]]) -> int:
+        return sum(max(grid) for grid in grids)
+
+    def encode(self, model: Any, kind: str, items: Iterable[tuple[int, np.ndarray]]) -> Encoded:
+        if kind == "images":
+            encoded = Encoded("image")
+            for _, frames in items:
+                features, grid = self._tower(model, np.repeat(frames, self.temporal_patch, axis=0))
+                encoded.features.append(features)
+                encoded.grids.append(grid)
+            return encoded
+        chunks = [self._tower(model, frames) for frames in _rechunk((f for _, f in items), self.temporal_patch)]
+        steps = sum(grid[0] for _, grid in chunks)
+        return Encoded("video", [torch.cat([features for features, _ in chunks])], [(steps, *chunks[0][1][1:])])
+
+    def _tower(self, model: Any, frames: np.ndarray) -> tuple[Tensor, tuple[int, int, int]]:
+        """The vision tower over whole temporal patches; its attention never crosses them, so chunks are exact."""
+        patches, grid = self.patchify(self.pixels(frames, model.device))
+        grid_thw = torch.tensor([grid], device=model.device)
+        features = model.get_video_features(patches.to(model.dtype), grid_thw, return_dict=True).pooler_output[0]
+        return features, (grid[0], grid[1] // self.merge, grid[2] // self.merge)
+
+    def patchify(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """[T, 3, H, W] to patches [t·h·w, 3·pt·p·p] in the tower's order (merge windows together), and (t, h, w)."""
+        frames, channels, height, width = pixels.shape
+        t, h, w = frames // self.temporal_patch, height // self.patch, width // self.patch
+        m, p = self.merge, self.patch
+        blocks = pixels.reshape(t, self.temporal_patch, channels, h // m, m, p, w // m, m, p)
+        blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, y, x, y in window, x in window, channel, pt, p, p
+        return blocks.reshape(t * h * w, channels * self.temporal_patch * p * p), (t, h, w)
+
+    def inputs(self, encoded: Encoded, frame_interval_s: float | None) -> dict[str, Any]:
+        device = encoded.features[0].device
+        output = BaseModelOutputWithPooling(pooler_output=tuple(encoded.features))
+        grids = torch.tensor([(t, y * self.merge, x * self.merge) for t, y, x in encoded.grids], device=device)
+        inputs: dict[str, Any] = {
+            "mm_encoder_outputs": {encoded.modality: output},
+            f"{encoded.modality}_grid_thw": grids,
+        }
+        if encoded.modality == "video" and frame_interval_s is not None:
+            inputs["second_per_grid_ts"] = torch.tensor([frame_interval_s * self.temporal_patch], device=device)
+        return inputs
+
+
+class LlavaEncoder(FrameEncoder):
+    """LLaVA-1.5: every frame is an image, cropped to the tower's square; 1-D positions."""
+
+    def __init__(self, config: Any, preprocessor: dict[str, Any]) -> None:
+        super().__init__(config, preprocessor)
+        crop = preprocessor.get("crop_size") or {}
+        self.side = crop.get("height") or config.vision_config.image_size
+        self.cells = self.side // config.vision_config.patch_size
+
+    def sizing(self, frames: Frames) -> Sizing:
+        return Sizing.square(self.side)
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        return frames, self.cells, self.cells
+
+    def positions(self, grids: Iterable[tuple[int, int, int]]) -> int:
+        return sum(t * y * x for t, y, x in grids)
+
+    def encode(self, model: Any, kind: str, items: Iterable[tuple[int, np.ndarray]]) -> Encoded:
+        encoded = Encoded("image")
+        for _, frames in items:
+            pixels = self.pixels(frames, model.device).to(model.dtype)
+            features = model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
+            encoded.features.extend(features)
+            encoded.grids.extend([(1, self.cells, self.cells)] * len(frames))
+        return encoded
+
+    def inputs(self, encoded: Encoded, frame_interval_s: float | None) -> dict[str, Any]:
+        return {
+            "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tuple(encoded.features))},
+        }
+
+
+ENCODERS: dict[str, type[FrameEncoder]] = {
+    "qwen2_vl": QwenEncoder,
+    "qwen2_5_vl": QwenEncoder,
+    "llava": LlavaEncoder,
+}
+
+
+def encoder_for(config: Any, preprocessor: dict[str, Any]) -> FrameEncoder:
+    """The frame encoder of a model; raises `ConfigError` for a family without one."""
+    encoder = ENCODERS.get(config.model_type)
+    if encoder is None:
+        raise ConfigError(f"model type {config.model_type}: the pipeline feeds frames to {', '.join(ENCODERS)} only")
+    return encoder(config, preprocessor)
+
+
+def _rechunk(batches: Iterable[np.ndarray], multiple: int) -> Iterator[np.ndarray]:
+    """The same frames in batches whose length is a multiple; the last frame is repeated to fill the last one."""
+    rest: np.ndarray | None = None
+    for batch in batches:
+        frames = batch if rest is None else np.concatenate([rest, batch])
+        whole = len(frames) - len(frames) % multiple
+        if whole:
+            yield frames[:whole]
+        rest = frames[whole:].copy() if whole < len(frames) else None
+    if rest is not None:
+        yield np.concatenate([rest, np.repeat(rest[-1:], multiple - len(rest), axis=0)])

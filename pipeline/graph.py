@@ -1,0 +1,81 @@
+"""The job as a Ray Data graph: manifest → model actors → Parquet, and the write that resumes."""
+
+from typing import Any
+
+import ray
+import ray.data
+from ray.actor import ActorHandle
+from ray.data import ActorPoolStrategy, ExecutionResources
+from ray.data.checkpoint import CheckpointConfig
+from ray.data.checkpoint.checkpoint_filter import IdColumnCheckpointManager
+
+from pipeline.actor import CaptionActor
+from pipeline.config import JobConfig
+from pipeline.run import Work
+
+
+class _CleanOnly(IdColumnCheckpointManager):
+    """Undoes files that a killed run left half committed; the manifest that is read holds open units only.
+
+    Ray's own filter is an actor that keeps a CPU, with which a one-CPU cluster would never get to read.
+    """
+
+    def load_checkpoint(self, data_file_dir: str | None = None, data_file_filesystem: Any = None) -> tuple[None, int]:
+        self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
+        return None, 0
+
+
+def build(job: JobConfig, work: Work, progress: ActorHandle) -> ray.data.Dataset:
+    """Units still to be done → rows; lazy. One row per unit from end to end, which resuming rests on."""
+    filesystem, manifest = work.arrow_path(work.open_units)
+    actors = job.ray.actors
+    units = ray.data.read_parquet(manifest, filesystem=filesystem)
+    # A small manifest is one block, which one actor would take whole.
+    units = units.repartition(target_num_rows_per_block=actors.batch_units)
+    return units.map_batches(
+        CaptionActor,
+        fn_constructor_args=(job, work.run_id, progress),
+        batch_size=actors.batch_units,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=actors.min, max_size=actors.max),
+        num_gpus=_gpus(job),
+        num_cpus=actors.num_cpus,
+        max_restarts=actors.max_restarts,
+        max_task_retries=2,
+    )
+
+
+def execute(job: JobConfig, work: Work, progress: ActorHandle) -> None:
+    """Run the graph into the run's data folder; a file counts once its checkpoint is committed."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    if job.ray.actors.num_cpus > 0:  # decode tasks are not Ray Data's: keep it from taking their CPUs
+        context.execution_options.exclude_resources = ExecutionResources(cpu=job.decode.num_cpus)
+    checkpoint_fs, checkpoint_path = work.arrow_path(work.checkpoint)
+    context.checkpoint_config = CheckpointConfig(
+        id_column="id",
+        checkpoint_path=checkpoint_path,
+        override_filesystem=checkpoint_fs,
+        delete_checkpoint_on_success=False,
+        checkpoint_manager_cls=_CleanOnly,
+    )
+    filesystem, path = work.arrow_path(work.data)
+    try:
+        build(job, work, progress).write_parquet(
+            path,
+            filesystem=filesystem,
+            mode="append",
+            min_rows_per_file=job.sink.rows_per_file,
+            compression=job.sink.compression,
+        )
+    finally:
+        context.checkpoint_config = None
+
+
+def _gpus(job: JobConfig) -> float:
+    if job.ray.actors.num_gpus is not None:
+        return job.ray.actors.num_gpus
+    if job.model.device != "auto":
+        return 0.0 if job.model.device == "cpu" else 1.0
+    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
