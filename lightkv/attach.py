@@ -1,0 +1,260 @@
+"""compress(model, config): hooks in for a scope, hooks fully out after it.
+
+    with compress(model, LightKVConfig.for_model(model.config)) as report:
+        model.generate(**inputs)
+
+How it works. A stage "after layer l" runs in a pre-hook of layer l + 1, on what layer l handed over; the layer's
+queries and keys are seen through a registered attention implementation. From there on every layer gets the shorter
+states, their own RoPE positions and a causal mask sized by its own cache, in prefill and in decoding. Layers up to l
+keep the full cache, so `generate` goes on counting from the original length.
+
+Prompts given as embeddings (vision encoded elsewhere, say chunk by chunk). Qwen-VL needs `input_ids` with the
+placeholders beside the embeddings, because `generate` derives the 3-D positions from them (without, it silently counts
+0, 1, 2, … on all three axes); the layouts come from the same grids:
+
+    model.generate(input_ids=ids, inputs_embeds=embeds, attention_mask=mask,
+                   mm_token_type_ids=types, video_grid_thw=grid)             # types: 0 text, 1 image, 2 video
+
+Models with ordinary RoPE need no ids, only `layouts` (one VisionLayout per prompt, without the padding):
+
+    with compress(model, config, layouts=[VisionLayout.grids([(start, t, h, w)], length)]) as report:
+        model.generate(inputs_embeds=embeds, attention_mask=mask)
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+from lightkv.attention import TAPS, tapped
+from lightkv.config import LightKVConfig
+from lightkv.errors import LightKVError, UnsupportedCallError, UnsupportedModelError
+from lightkv.families import FAMILIES, family_of, first_stage_layer
+from lightkv.layout import VisionLayout
+from lightkv.prefill import Prefill, rows_for_batch
+from lightkv.refusals import refuse_cache, refuse_generation, refuse_reuse, seen_tokens
+from lightkv.report import Report
+
+ATTACHED: WeakSet[nn.Module] = WeakSet()
+
+
+@contextmanager
+def compress(
+    model: PreTrainedModel, config: LightKVConfig, layouts: Sequence[VisionLayout] | None = None
+) -> Iterator[Report]:
+    """Compress the vision tokens of every prefill of `model` inside the scope; yields the Report.
+
+    `layouts` (one VisionLayout per prompt, without padding) replaces what would be read off `input_ids`.
+    Raises UnsupportedModelError or ConfigError on entry, UnsupportedCallError from a call that cannot be honoured.
+    """
+    session = _Session(model, config, layouts)
+    with ExitStack() as undo:
+        session.attach(undo)
+        yield session.report
+
+
+class _Session:
+    """The hooks of one scope and what they share."""
+
+    def __init__(self, model: PreTrainedModel, config: LightKVConfig, layouts: Sequence[VisionLayout] | None) -> None:
+        if model in ATTACHED:
+            raise LightKVError("this model is already being compressed: leave the other scope first")
+        self.model = model
+        self.config = config
+        self.family = family_of(model.config) if layouts is None else FAMILIES.get(model.config.model_type)
+        self.layouts = layouts
+        self.decoder = model.get_decoder()
+        self.report = Report()
+        self.expected: Sequence[VisionLayout] | None = None  # layouts of the prompt that is being generated from
+        self.prefill: Prefill | None = None  # of the forward in progress
+        self.step: dict[str, Any] = {}  # what is known about that forward
+        self.given: dict[int, dict[str, Any]] = {}  # arguments it gives to the layers after so many stages
+        self.known: WeakKeyDictionary[Cache, Prefill] = WeakKeyDictionary()
+        self.text_config = self.decoder.config
+        self._check_decoder()
+
+    def _check_decoder(self) -> None:
+        layers = getattr(self.decoder, "layers", None)
+        if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
+            raise UnsupportedModelError(f"{type(self.decoder).__name__} has no decoder layers with self_attn")
+        self.config.check_depth(len(layers), first_stage_layer(self.model.config))
+        kinds = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise UnsupportedModelError(f"all layers must use full attention, this decoder has {sorted(kinds)}")
+        if getattr(self.text_config, "sliding_window", None) and getattr(self.text_config, "use_sliding_window", True):
+            raise UnsupportedModelError("sliding-window attention is not supported")
+        rope = getattr(self.text_config, "rope_parameters", None) or {}
+        self.mrope = "mrope_section" in rope
+        if self.config.positions == "compact" and rope.get("rope_type") in ("dynamic", "longrope"):
+            raise UnsupportedModelError(
+                f'positions="compact" cannot be used with {rope["rope_type"]} RoPE, whose angles depend on the length'
+            )
+
+    def attach(self, undo: ExitStack) -> None:
+        """Switch on; `undo` switches everything off again in reverse order."""
+        ATTACHED.add(self.model)
+        undo.callback(ATTACHED.discard, self.model)
+        base = self.text_config._attn_implementation or "eager"
+        name = tapped(base)
+        undo.callback(setattr, self.text_config, "_attn_implementation", self.text_config._attn_implementation)
+        self.text_config._attn_implementation = name
+        layers = self.decoder.layers
+        for stage in self.config.stages:
+            attention = layers[stage.layer].self_attn
+            TAPS[attention] = self._listen
+            undo.callback(TAPS.pop, attention, None)
+        first = self.config.stages[0].layer + 1 if self.config.stages else len(layers)
+        hooks = [
+            self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            self.decoder.register_forward_hook(self._after_decoder),
+        ]
+        for index in range(first, len(layers)):
+            hook = partial(self._before_layer, index)
+            hooks.append(layers[index].register_forward_pre_hook(hook, with_kwargs=True))
+        for handle in hooks:
+            undo.callback(handle.remove)
+        if hasattr(self.model, "generate"):
+            undo.callback(_restore, self.model, "generate", self.model.__dict__.get("generate"))
+            self.model.generate = wraps(self.model.generate)(partial(self._generate, self.model.generate))
+
+    # --- the caller's side: refuse what cannot be honoured, find out where vision lies ---
+
+    def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
+        """`generate`, with its arguments looked at first: here the images are still attached to their prompts."""
+        inputs = dict(kwargs)
+        if args:
+            inputs["input_ids" if args[0].ndim == 2 else "inputs_embeds"] = args[0]
+        elif kwargs.get("inputs") is not None:
+            inputs["input_ids"] = kwargs["inputs"]
+        refuse_generation(self.model, inputs)
+        self.expected = self._layouts(inputs)
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            self.expected = None
+
+    def _layouts(self, inputs: Mapping[str, Any]) -> Sequence[VisionLayout]:
+        if self.layouts is not None:
+            return self.layouts
+        input_ids = inputs.get("input_ids")
+        if input_ids is None or input_ids.numel() == 0:
+            raise UnsupportedCallError(
+                "without input_ids the vision tokens cannot be found: pass layouts= (one VisionLayout per prompt)"
+            )
+        assert self.family is not None
+        return self.family.layouts(self.model.config, input_ids, inputs)
+
+    def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        inputs = {**inputs, **inputs.pop("kwargs", {})}
+        if inputs.get("labels") is not None:
+            raise UnsupportedCallError("labels cannot be used: the sequence gets shorter inside the model")
+        self.step, self.given = {}, {}
+        if seen_tokens(inputs.get("past_key_values")) == 0:
+            self.step["layouts"] = self.expected if self.expected is not None else self._layouts(inputs)
+
+    # --- the decoder's side ---
+
+    def _before_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        batch, length = states.shape[:2]
+        cache = kwargs.get("past_key_values")
+        past = seen_tokens(cache)
+        positions = None
+        if self.config.positions == "compact":
+            positions = self._positions(kwargs.get("position_ids"), batch, length, past, states.device)
+            self.step["positions"] = positions
+        if past == 0:
+            self.prefill = self._begin(batch, length, positions, states.device, kwargs)
+        else:
+            self.prefill = self.known.get(cache)
+            refuse_reuse(cache, self.prefill is not None, length)
+
+    def _begin(
+        self, batch: int, length: int, positions: Tensor | None, device: torch.device, kwargs: Mapping[str, Any]
+    ) -> Prefill | None:
+        """The state of a new prefill; None when nothing in it is vision, which leaves it alone bit for bit."""
+        layouts = [layout.to(device) for layout in self.step["layouts"]]
+        if not any(bool(layout.is_vision.any()) for layout in layouts):
+            return None
+        refuse_cache(kwargs.get("past_key_values"), kwargs.get("use_cache"))
+        rows = rows_for_batch(layouts, kwargs.get("attention_mask"), batch, length)
+        return Prefill(self.config, rows, length, positions)
+
+    def _positions(self, given: Tensor | None, batch: int, length: int, past: int, device: torch.device) -> Tensor:
+        """RoPE positions as the decoder will use them: [B, S], or [3, B, S] for M-RoPE."""
+        if given is None:
+            given = torch.arange(past, past + length, device=device)[None]
+        if given.ndim == 3 and given.shape[0] == 4:  # Qwen-VL: text positions come first
+            given = given[1:]
+        if self.mrope and given.ndim == 2:
+            given = given[None].expand(3, -1, -1)
+        return given.expand(*given.shape[:-2], batch, length)
+
+    def _listen(self, q: Tensor, k: Tensor, scale: float) -> None:
+        if self.prefill is not None and self.prefill.running:
+            self.prefill.listen(q, k, scale)
+
+    def _before_layer(
+        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        prefill = self.prefill
+        if prefill is None:
+            return None
+        number = prefill.group_of(index)
+        hidden = args[0]
+        if prefill.running and len(prefill.groups) == number:
+            hidden = prefill.compress(hidden, self.config.stages[number - 1])
+        if number not in self.given:
+            self.given[number] = self._inputs_of_group(number, index, hidden, kwargs)
+        return (hidden, *args[1:]), {**kwargs, **self.given[number]}
+
+    def _inputs_of_group(self, number: int, index: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Mask and positions for the layers after `number` stages; the same for all of them in one forward."""
+        prefill, cache = self.prefill, kwargs["past_key_values"]
+        assert prefill is not None
+        group = prefill.groups[number]
+        held = cache.get_seq_length(index) + hidden.shape[1]
+        mask = create_causal_mask(
+            config=self.text_config,
+            inputs_embeds=hidden,
+            attention_mask=group.mask(held),
+            past_key_values=cache,
+            layer_idx=index,
+        )
+        angles = kwargs["position_embeddings"]
+        if group.positions is not None:
+            positions = group.positions if prefill.running else self.step["positions"] - group.closed[:, None]
+            angles = self.decoder.rotary_emb(hidden, positions)
+        elif prefill.running:
+            rows = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
+            angles = tuple(
+                angle.expand(*angle.shape[:-3], len(rows), -1, -1)[..., rows, group.origin, :] for angle in angles
+            )
+        # Attention reads position_ids only to detect packed sequences; gaps between survivors would look like that.
+        return {"attention_mask": mask, "position_embeddings": angles, "position_ids": None}
+
+    def _after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        prefill, cache = self.prefill, output.past_key_values
+        if prefill is not None and prefill.running:
+            prefill.running = False
+            self.known[cache] = prefill
+            self.report.record(prefill, cache, len(self.decoder.layers))
+        elif prefill is None and "layouts" in self.step:
+            self.report.record_text(cache)
+
+
+def _restore(target: object, name: str, value: object | None) -> None:
+    """Put an instance attribute back to `value`, or away if there was none."""
+    if value is None:
+        target.__dict__.pop(name, None)
+    else:
+        setattr(target, name, value)

@@ -1,0 +1,192 @@
+"""LightKVConfig: which layers compress, how finely and how much; frozen, checked, and derivable from a target."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightkv.errors import ConfigError
+from lightkv.families import first_stage_layer
+from lightkv.guidance import GUIDANCES
+from lightkv.stage import check_stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Positions = Literal["keep", "compact"]
+WindowScope = Literal["frame", "spatiotemporal", "released"]
+
+POSITIONS = ("keep", "compact")
+WINDOW_SCOPES = ("frame", "spatiotemporal", "released")
+FRACTIONS = (12 / 32, 18 / 32, 24 / 32)  # the paper's first, middle and last stage as a share of the depth
+USUAL_DROP = 0.5  # the most that one matching can remove
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Compression after decoder layer `layer` (0-based): `windows` per side, share `drop` of each window removed."""
+
+    layer: int
+    windows: int
+    drop: float
+
+    def __post_init__(self) -> None:
+        if self.layer < 0:
+            raise ConfigError(f"Stage.layer is the 0-based decoder layer it runs after, got {self.layer}")
+        check_stage(self.windows, self.drop)
+
+
+@dataclass(frozen=True)
+class LightKVConfig:
+    """What `compress` does to a model.
+
+    stages        in ascending layer order; none leaves the model as it is
+    positions     "keep": every survivor keeps its RoPE position and decoding continues from the original length;
+                  "compact": vanished positions close up per stage and decoding continues from the compacted length
+    windows       "frame": windows lie on each frame; "spatiotemporal": they span consecutive frames of an item;
+                  "released": the published code's fictional square grid, laid anew before each stage
+    window_frames frames a spatiotemporal window spans; None: the whole item
+    guidance      "prompt" (all text votes), "question" (text after the vision tokens), "uniform" (equal weights)
+    """
+
+    stages: tuple[Stage, ...]
+    positions: Positions = "keep"
+    windows: WindowScope = "frame"
+    window_frames: int | None = None
+    guidance: str = "prompt"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(self.stages))
+        layers = [stage.layer for stage in self.stages]
+        if layers != sorted(set(layers)):
+            raise ConfigError(f"stages must follow ascending, distinct layers, got {layers}")
+        _one_of("positions", self.positions, POSITIONS)
+        _one_of("windows", self.windows, WINDOW_SCOPES)
+        _one_of("guidance", self.guidance, GUIDANCES)
+        if self.window_frames is not None and (self.window_frames < 1 or self.windows != "spatiotemporal"):
+            raise ConfigError(
+                f'window_frames must be at least 1 and needs windows="spatiotemporal", '
+                f"got {self.window_frames} with windows={self.windows!r}"
+            )
+
+    @property
+    def frames_per_window(self) -> int | None:
+        """Consecutive frames that share a window; None: all frames of the item."""
+        return self.window_frames if self.windows == "spatiotemporal" else 1
+
+    def retention(self, num_layers: int) -> float:
+        """Layer-averaged share of vision KV entries kept by a decoder of `num_layers` layers (the paper's 55 %)."""
+        self.check_depth(num_layers)
+        kept, total, done = 1.0, 0.0, 0
+        for stage in self.stages:
+            total, done = total + (stage.layer + 1 - done) * kept, stage.layer + 1
+            kept *= 1.0 - stage.drop
+        return (total + (num_layers - done) * kept) / num_layers
+
+    def check_depth(self, num_layers: int, first_layer: int = 0) -> None:
+        """Raises ConfigError unless every stage lies after `first_layer` or later and before the last layer."""
+        for stage in self.stages:
+            if not first_layer <= stage.layer <= num_layers - 2:
+                raise ConfigError(
+                    f"a stage after layer {stage.layer} is not possible: this decoder of {num_layers} layers "
+                    f"takes stages after layers {first_layer} to {num_layers - 2}"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for YAML, JSON and `from_dict`."""
+        return {**asdict(self), "stages": [asdict(stage) for stage in self.stages]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LightKVConfig":
+        """The inverse of `to_dict`. Raises ConfigError for unknown and missing keys."""
+        _known(cls, values)
+        stages = []
+        for stage in values["stages"]:
+            _known(Stage, stage, required=("layer", "windows", "drop"))
+            stages.append(Stage(**stage))
+        return cls(**{**values, "stages": tuple(stages)})
+
+    @classmethod
+    def for_model(
+        cls, model_config: "PreTrainedConfig", retention: float = 0.55, stages: int = 3, **options: Any
+    ) -> "LightKVConfig":
+        """The schedule that keeps `retention` (0.05 to 1) of the vision KV of this model, with `stages` stages.
+
+        Stages sit where the paper has them while a drop of 0.5 each is enough; for less they move towards the
+        input, then drop more. `options` are further fields, e.g. positions="compact".
+        Raises ConfigError when the depth cannot reach the target.
+        """
+        if not 0.05 <= retention <= 1.0:
+            raise ConfigError(f"retention must be between 0.05 and 1.0, got {retention}")
+        if stages < 1:
+            raise ConfigError(f"stages must be at least 1, got {stages}")
+        depth = model_config.get_text_config().num_hidden_layers
+        first = first_stage_layer(model_config)
+        if depth - 1 - first < stages:
+            raise ConfigError(
+                f"{stages} stages do not fit: this decoder of {depth} layers takes at most "
+                f"{max(0, depth - 1 - first)}, after layers {first} to {depth - 2}"
+            )
+
+        def schedule(layers: Sequence[int], drop: float) -> "LightKVConfig":
+            sides = [2 ** (stages - 1 - number) for number in range(stages)]
+            return cls(tuple(Stage(*stage, drop) for stage in zip(layers, sides, strict=True)), **options)
+
+        for layers in _placements(depth, first, stages):
+            if schedule(layers, USUAL_DROP).retention(depth) <= retention:
+                break
+        low, high = 0.0, 1.0 - 1e-9
+        if schedule(layers, high).retention(depth) > retention:
+            least = schedule(layers, high).retention(depth)
+            raise ConfigError(
+                f"retention {retention} cannot be met: {stages} stages in {depth} layers, the first after layer "
+                f"{layers[0]}, keep at least {least:.3f}"
+            )
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if schedule(layers, middle).retention(depth) <= retention else (middle, high)
+        return schedule(layers, round(high, 12))
+
+    @classmethod
+    def published(cls, model: str, **options: Any) -> "LightKVConfig":
+        """The paper's schedule for one of its models, e.g. "llava-1.5-7b". Raises ConfigError with the names."""
+        _one_of("model", model, PUBLISHED_LAYERS)
+        layers = PUBLISHED_LAYERS[model]
+        return cls(tuple(Stage(layer, side, 0.5) for layer, side in zip(layers, (4, 2, 1), strict=True)), **options)
+
+
+# After which layers the paper compresses, by depth of the decoder: 32, 40 and 28 layers.
+PUBLISHED_LAYERS: dict[str, tuple[int, int, int]] = {
+    "llava-1.5-7b": (12, 18, 24),
+    "llava-1.5-13b": (15, 23, 31),
+    "llava-next-7b": (12, 18, 24),
+    "llava-next-13b": (15, 23, 31),
+    "internvl2-8b": (12, 18, 24),
+    "eve-7b": (12, 18, 24),
+    "eve-7b-hd": (12, 18, 24),
+    "qwen2.5-vl-7b": (12, 17, 22),
+}
+
+
+def _placements(depth: int, first: int, stages: int) -> Iterable[list[int]]:
+    """Stage layers from the paper's places (spread evenly over its range) down to the earliest possible ones."""
+    low, high = FRACTIONS[0], FRACTIONS[-1]
+    usual = [(low + (high - low) * number / max(1, stages - 1)) * depth for number in range(stages)]
+    for step in range(4 * depth, -1, -1):
+        layers: list[int] = []
+        for number, place in enumerate(usual):
+            least = layers[-1] + 1 if layers else first
+            most = depth - 2 - (stages - 1 - number)
+            layers.append(min(max(round(place * step / (4 * depth)), least), most))
+        yield layers
+
+
+def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {sorted(allowed)}, got {value!r}")
+
+
+def _known(kind: type, values: Mapping[str, Any], required: Sequence[str] = ("stages",)) -> None:
+    names = {field.name for field in fields(kind)}
+    unknown, missing = sorted(set(values) - names), sorted(set(required) - set(values))
+    if unknown or missing:
+        raise ConfigError(f"{kind.__name__}: unknown keys {unknown}, missing keys {missing}; known: {sorted(names)}")

@@ -1,0 +1,123 @@
+"""The table of model families: which tokens are vision and how they lie in their grids.
+
+A family is one row of FAMILIES. Everything else (the hooks, positions, masks) is the same for all of them.
+A decoder-only model, or a family that is not in the table, works when the caller passes `layouts=` to `compress`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from lightkv.errors import UnsupportedCallError, UnsupportedModelError
+from lightkv.geometry import Item, block, fixed, joined, place_items
+from lightkv.layout import VisionLayout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Inputs = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Placeholder tokens of one kind, and the images or videos of a batch that fill them, in order.
+
+    token  config field with the token's id
+    items  (model config, inputs of generate or forward) → one Item per image or video
+    needs  inputs that `items` reads; named in the error when they are absent
+    """
+
+    token: str
+    items: Callable[["PreTrainedConfig", Inputs], list[Item]]
+    needs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: `model_type` of its config, its streams, and the first layer a stage may follow."""
+
+    model_type: str
+    streams: tuple[Stream, ...]
+    first_layer: Callable[["PreTrainedConfig"], int] = lambda config: 0
+
+    def layouts(self, config: "PreTrainedConfig", input_ids: Tensor, inputs: Inputs) -> list[VisionLayout]:
+        """One VisionLayout per row of input_ids [B, S], padding included as text.
+
+        Raises UnsupportedCallError when the inputs do not say how the vision tokens lie.
+        """
+        ids = input_ids.cpu()
+        pending: list[tuple[str, int, list[Item]]] = []
+        for stream in self.streams:
+            token = getattr(config, stream.token)
+            present = bool((ids == token).any())
+            missing = [name for name in stream.needs if inputs.get(name) is None]
+            if present and missing:
+                raise UnsupportedCallError(
+                    f"the prompt has tokens of {stream.token} but {missing} was not given; "
+                    "pass the processor's whole output, or say where vision lies with layouts="
+                )
+            pending.append((stream.token, token, list(stream.items(config, inputs)) if present else []))
+        rows = []
+        for row in ids:
+            found = [(name, (row == token).nonzero().flatten(), items) for name, token, items in pending]
+            rows.append(place_items(len(row), found))
+        left = {name: len(items) for name, _, items in pending if items}
+        if left:
+            raise UnsupportedCallError(
+                f"the inputs hold more images or videos than the prompts have tokens for: {left}"
+            )
+        return rows
+
+
+def family_of(model_config: "PreTrainedConfig") -> Family:
+    """The row of the table for this model. Raises UnsupportedModelError, which lists what there is."""
+    family = FAMILIES.get(model_config.model_type)
+    if family is None:
+        raise UnsupportedModelError(
+            f"model_type {model_config.model_type!r} is not in the table of families {sorted(FAMILIES)}; "
+            "pass layouts= (one VisionLayout per prompt) to compress another model"
+        )
+    return family
+
+
+def first_stage_layer(model_config: "PreTrainedConfig") -> int:
+    """The first decoder layer a stage may follow; 0 for models that are not in the table."""
+    family = FAMILIES.get(model_config.model_type)
+    return family.first_layer(model_config) if family else 0
+
+
+def _llava_images(config: "PreTrainedConfig", inputs: Inputs) -> list[Item]:
+    """LLaVA-1.5: one grid of patches per image; with Pixtral's tower each image has its own size."""
+    patch = config.vision_config.patch_size
+    sizes = inputs.get("image_sizes")
+    if sizes is None:
+        pixels = inputs["pixel_values"]
+        sizes = [pixels.shape[-2:]] * len(pixels)
+    lead = [fixed()] if config.vision_feature_select_strategy == "full" else []
+    return [joined([*lead, block(1, int(h) // patch, int(w) // patch)]) for h, w in sizes]
+
+
+def _merged_grids(field: str) -> Callable[["PreTrainedConfig", Inputs], list[Item]]:
+    """Qwen-VL: (t, h, w) in patches per item, merged spatial_merge_size × spatial_merge_size to one token."""
+
+    def items(config: "PreTrainedConfig", inputs: Inputs) -> list[Item]:
+        merge = config.vision_config.spatial_merge_size
+        return [block(t, h // merge, w // merge) for t, h, w in inputs[field].tolist()]
+
+    return items
+
+
+QWEN_VL = (
+    Stream("image_token_id", _merged_grids("image_grid_thw"), ("image_grid_thw",)),
+    Stream("video_token_id", _merged_grids("video_grid_thw"), ("video_grid_thw",)),
+)
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llava", (Stream("image_token_id", _llava_images, ("pixel_values",)),)),
+        Family("qwen2_5_vl", QWEN_VL),
+    )
+}

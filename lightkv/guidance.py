@@ -1,0 +1,68 @@
+"""Prompt guidance: how much of the prompt's attention each vision token answers (method step 1)."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightkv.layout import VisionLayout
+
+SCORES_AT_ONCE = 1 << 24  # fp32 scores held at a time: 64 MiB
+
+
+def prompt_guidance(q: Tensor, k: Tensor, is_text: Tensor, scale: float) -> Tensor:
+    """g_i = Σ_heads Σ_{j∈text} softmax over queries i of (q_i · k_j · scale).
+
+    Every text key hands out a vote of 1 per head, without the causal mask, so Σ_i g_i = heads · |text|.
+    Only S × |text| scores exist per head, a bounded block of them at a time, all in fp32.
+
+    q [Hq, S, d] and k [Hkv, S, d] after RoPE (a key head serves Hq/Hkv query heads), is_text bool [S] → fp32 [S].
+    """
+    heads, length, _ = q.shape
+    group = heads // k.shape[0]
+    votes = torch.zeros(length, dtype=torch.float32, device=q.device)
+    at_once = max(1, SCORES_AT_ONCE // (group * length))
+    for head, keys in enumerate(k[:, is_text].float()):
+        queries = q[head * group : (head + 1) * group].float().transpose(1, 2)  # [group, d, S]
+        for block in (keys * scale).split(at_once):
+            votes += torch.softmax(block @ queries, dim=-1).sum(dim=(0, 1))
+    return votes
+
+
+class Guidance(Protocol):
+    """A source of merge weights: the positions whose keys vote, or None for equal weights."""
+
+    def voters(self, layout: VisionLayout) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class PromptGuidance:
+    """All text votes: system prompt, template, and the user's words before and after the vision tokens."""
+
+    def voters(self, layout: VisionLayout) -> Tensor:
+        return layout.is_text
+
+
+@dataclass(frozen=True)
+class QuestionGuidance:
+    """Only text after the last vision token votes: the user's question, without the system prompt."""
+
+    def voters(self, layout: VisionLayout) -> Tensor:
+        vision_ahead = layout.is_vision.flip(0).cumsum(0).flip(0)
+        return layout.is_text & (vision_ahead == 0)
+
+
+@dataclass(frozen=True)
+class UniformGuidance:
+    """Nobody votes; every token weighs the same."""
+
+    def voters(self, layout: VisionLayout) -> None:
+        return None
+
+
+GUIDANCES: dict[str, Guidance] = {
+    "prompt": PromptGuidance(),
+    "question": QuestionGuidance(),
+    "uniform": UniformGuidance(),
+}

@@ -1,0 +1,138 @@
+"""Which positions of a sequence are vision, and where each sits in its image or video."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightkv.errors import ConfigError
+
+TEXT = -1  # a position that may vote in the guidance: prompt, template, padding excluded by the caller
+FIXED = -2  # a vision position that has no place in a grid (row end, separator): never merged, never votes
+
+Span = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class VisionLayout:
+    """Coordinates of every position of one sequence, int64 tensors [S].
+
+    item   image or video the token belongs to, 0-based; TEXT (-1) for text, FIXED (-2) for row ends and the like
+    t y x  frame (or temporal patch), row and column in the token grid; 0 where item < 0
+    grid   [I, 3] extent (t, h, w) of each item's grid, so that windows stay put when their tokens become fewer
+    """
+
+    item: Tensor
+    t: Tensor
+    y: Tensor
+    x: Tensor
+    grid: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("item", "t", "y", "x"):
+            column = getattr(self, name)
+            if column.dtype != torch.int64 or column.shape != self.item.shape or column.ndim != 1:
+                raise ConfigError(
+                    f"VisionLayout.{name} must be int64 of shape {list(self.item.shape)[:1]}, "
+                    f"got {column.dtype} {list(column.shape)}"
+                )
+        if self.grid.dtype != torch.int64 or self.grid.ndim != 2 or self.grid.shape[1] != 3:
+            raise ConfigError(f"VisionLayout.grid must be int64 [items, 3], got {list(self.grid.shape)}")
+
+    def __len__(self) -> int:
+        return self.item.shape[0]
+
+    @property
+    def is_text(self) -> Tensor:
+        return self.item == TEXT
+
+    @property
+    def is_vision(self) -> Tensor:
+        """Every position that came from an image or video, row ends included."""
+        return self.item != TEXT
+
+    @property
+    def mergeable(self) -> Tensor:
+        return self.item >= 0
+
+    def take(self, index: Tensor) -> "VisionLayout":
+        """The layout of the positions in `index` (int64 [S'] or bool [S]); grids keep their true extent."""
+        return VisionLayout(self.item[index], self.t[index], self.y[index], self.x[index], self.grid)
+
+    def to(self, device: torch.device | str) -> "VisionLayout":
+        item, t, y, x = (column.to(device) for column in (self.item, self.t, self.y, self.x))
+        return VisionLayout(item, t, y, x, self.grid.to(device))
+
+    @classmethod
+    def from_coordinates(
+        cls, item: Tensor, t: Tensor, y: Tensor, x: Tensor, grid: Tensor | None = None
+    ) -> "VisionLayout":
+        """Any layout; the extent of each item's grid is its largest coordinate + 1 unless `grid` says more.
+
+        Raises ConfigError for coordinates outside the grid and for item numbers with no row in it.
+        """
+        vision = item >= 0
+        place = torch.stack([t, y, x], dim=-1) * vision[:, None]
+        if bool((item < FIXED).any()) or bool((place < 0).any()):
+            raise ConfigError("VisionLayout: item must be >= -2 and t, y, x must be >= 0")
+        count = int(item.max()) + 1 if len(item) else 0
+        extent = torch.zeros(max(count, 0), 3, dtype=torch.int64, device=item.device)
+        rows = item[vision, None].expand(-1, 3)
+        extent.scatter_reduce_(0, rows, place[vision] + 1, "amax")
+        if grid is not None:
+            if len(grid) < len(extent) or bool((grid[: len(extent)] < extent).any()):
+                raise ConfigError(
+                    f"VisionLayout: tokens lie outside the grids {grid.tolist()}; they need {extent.tolist()}"
+                )
+            extent = grid
+        return cls(item, place[:, 0], place[:, 1], place[:, 2], extent)
+
+    @classmethod
+    def grids(cls, spans: Sequence[Span], length: int) -> "VisionLayout":
+        """Spans (start, t, h, w) of t·h·w row-major tokens in a sequence of `length`; the rest is text.
+
+        Raises ConfigError when a span is empty, overlaps another or ends after the sequence.
+        """
+        item = torch.full((length,), TEXT, dtype=torch.int64)
+        place = torch.zeros(length, 3, dtype=torch.int64)
+        for number, (start, *extent) in enumerate(spans):
+            tokens = math.prod(extent)
+            if min(extent) < 1 or start < 0 or start + tokens > length:
+                raise ConfigError(
+                    f"span {number} = (start {start}, t·h·w {extent}) does not fit a sequence of {length} tokens"
+                )
+            if bool((item[start : start + tokens] != TEXT).any()):
+                raise ConfigError(f"span {number} = (start {start}, t·h·w {extent}) overlaps an earlier span")
+            item[start : start + tokens] = number
+            place[start : start + tokens] = coordinates(*extent)
+        grid = torch.tensor([span[1:] for span in spans], dtype=torch.int64).reshape(-1, 3)
+        return cls(item, place[:, 0], place[:, 1], place[:, 2], grid)
+
+    @classmethod
+    def released(cls, spans: Sequence[Span], length: int) -> "VisionLayout":
+        """The published release's layout: each span on a fictional square grid of side ceil(sqrt(t·h·w))."""
+        return cls.grids(spans, length).squared()
+
+    def squared(self) -> "VisionLayout":
+        """Every item's tokens, in sequence order, re-laid on a square of side ceil(sqrt(n)) (the release's rule).
+
+        The release does this again before every stage, for the n tokens that are then left.
+        """
+        vision = torch.nonzero(self.mergeable).flatten()
+        item = self.item[vision]
+        counts = torch.bincount(item, minlength=len(self.grid))
+        side = counts.double().sqrt().ceil().long()
+        by_item = torch.argsort(item, stable=True)
+        rank = torch.empty_like(item)
+        rank[by_item] = torch.arange(len(item), device=item.device) - (counts.cumsum(0) - counts)[item[by_item]]
+        y, x = torch.zeros_like(self.y), torch.zeros_like(self.x)
+        y[vision], x[vision] = rank // side[item], rank % side[item]
+        grid = torch.stack([torch.ones_like(side), side, side], dim=-1)
+        return VisionLayout(self.item, torch.zeros_like(self.t), y, x, grid)
+
+
+def coordinates(t: int, h: int, w: int) -> Tensor:
+    """(t, y, x) of the t·h·w tokens of a grid in row-major order, int64 [t·h·w, 3]."""
+    return torch.cartesian_prod(torch.arange(t), torch.arange(h), torch.arange(w)).reshape(-1, 3)
