@@ -39,7 +39,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(tok: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """Text: width 128, 6 layers, 4 heads over 2 KV heads. Vision: width 96, 4 layers, windows of 64 px."""
+    """Text: width 128, 6 layers, 4 heads over 2 KV heads. Vision: width 64, 4 layers, windows of 64 px."""
     ids = {name: tok.convert_tokens_to_ids(name) for name in (IMAGE_PAD, VIDEO_PAD, VISION_START, VISION_END)}
     vocab_size = -(-len(tok) // 64) * 64
     text = {
@@ -58,9 +58,9 @@ def build_config(tok: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     }
     vision = {
         "depth": 4,
-        "hidden_size": 96,
-        "intermediate_size": 256,
-        "num_heads": 3,
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_heads": 2,
         "out_hidden_size": text["hidden_size"],
         "patch_size": PATCH_PX,
         "spatial_merge_size": MERGE,
@@ -68,7 +68,6 @@ def build_config(tok: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         "window_size": 64,
         "fullatt_block_indexes": [1, 3],
         "tokens_per_second": 1,
-        "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
     }
     return Qwen2_5_VLConfig(
         text_config=text,

@@ -1,0 +1,48 @@
+"""Exact match per task family, without generating: greedy decoding gives an answer exactly when every one of its tokens is
+the most likely one after the right tokens before it, so one forward pass with the right answers decides."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+
+from pipeline.mini.batched import forward, logits
+from pipeline.mini.data import Batch, Task, build_batch
+
+
+def right_answers(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> list[list[bool]]:
+    """[B][slot]: would greedy decoding give this answer, up to and including its end?"""
+    with torch.inference_mode():
+        tail = forward(model, batch.frames, batch.grid, batch.tail_ids, batch.tail_offset, batch.tail_slot).tail
+        wrong = (logits(model, tail).argmax(-1) != batch.target) & (batch.target >= 0)
+    slots, missed = batch.tail_slot.tolist(), wrong.tolist()
+    bad = [{slot for slot, miss in zip(row, misses, strict=True) if miss} for row, misses in zip(slots, missed, strict=True)]
+    return [[slot not in bad[b] for slot in range(len(asked))] for b, asked in enumerate(batch.questions)]
+
+
+def exact_match(
+    model: Qwen2_5_VLForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    split: str,
+    tasks: Iterable[tuple[Task, int]],
+    *,
+    degrade: bool = True,
+) -> dict[str, tuple[int, int]]:
+    """family → (right, asked) over the first scenes of a split; `tasks` lists each task with its number of batches."""
+    right, asked = Counter[str](), Counter[str]()
+    device, index = next(model.parameters()).device, 0
+    for task, batches in tasks:
+        for _ in range(batches):
+            batch = build_batch(tokenizer, task, split, index, degrade=degrade).to(device)
+            index += task.scenes
+            for questions, results in zip(batch.questions, right_answers(model, batch), strict=True):
+                asked.update(qa.family for qa in questions)
+                right.update(qa.family for qa, result in zip(questions, results, strict=True) if result)
+    return {family: (right[family], asked[family]) for family in sorted(asked)}
+
+
+def as_line(scores: dict[str, tuple[int, int]]) -> str:
+    return " ".join(f"{family} {right / asked:.2f}" for family, (right, asked) in scores.items())

@@ -1,0 +1,198 @@
+"""What a rendered scene holds: flat shapes that stay or move and may appear later, perhaps a sign, a background.
+
+A scene lives in physical time (seconds) and pixels, so the same scene can be sampled at any frame rate. A still picture is
+a scene with `duration_s` 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.mini.vocabulary import COLORS, MOTIONS, SHAPES, SIGN_WORDS, SIZES
+
+HEADING = {"still": (0.0, 0.0), "left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
+RADIUS_PX = {"small": (8.0, 10.0), "large": (13.5, 16.5)}  # in a frame of 96 px; grows with the root of the side
+_PLACING_TRIES = 24
+_PATH_POINTS = 5
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One shape. `x_px`, `y_px` is its centre when it appears; it then moves `speed_px_s` along its motion's heading."""
+
+    color: str
+    shape: str
+    size: str
+    x_px: float
+    y_px: float
+    radius_px: float
+    motion: str = "still"
+    speed_px_s: float = 0.0
+    appear_s: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.color} {self.shape}"
+
+    def position(self, time_s: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+        """Centre (x, y) in px at the given times; before it appears, where it will appear."""
+        travelled = self.speed_px_s * np.maximum(np.asarray(time_s, np.float64) - self.appear_s, 0.0)
+        dx, dy = HEADING[self.motion]
+        return self.x_px + dx * travelled, self.y_px + dy * travelled
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A dark panel with light letters or digits; `x_px`, `y_px` is the centre, one character is `pitch_px` wide."""
+
+    text: str
+    x_px: float
+    y_px: float
+    pitch_px: float
+
+    @property
+    def half_size_px(self) -> tuple[float, float]:
+        return self.pitch_px * (len(self.text) / 2 + 0.35), self.pitch_px * 0.95
+
+
+@dataclass(frozen=True)
+class Background:
+    kind: str  # plain | gradient | textured
+    rgb: tuple[int, int, int]
+    other_rgb: tuple[int, int, int]
+    seed: int
+    clutter: int = 0  # faint strokes
+
+
+@dataclass(frozen=True)
+class Scene:
+    width_px: int
+    height_px: int
+    duration_s: float
+    things: tuple[Thing, ...]
+    sign: Sign | None
+    background: Background
+
+    @property
+    def is_video(self) -> bool:
+        return self.duration_s > 0
+
+    def in_telling_order(self) -> list[Thing]:
+        """What is there from the start, by colour and shape, then what appears later, by time."""
+        return sorted(self.things, key=lambda t: (t.appear_s, COLORS.index(t.color), SHAPES.index(t.shape)))
+
+
+def sample_scene(
+    rng: np.random.Generator,
+    width_px: int = 128,
+    height_px: int = 128,
+    duration_s: float = 8.0,
+    max_things: int = 4,
+    max_clutter: int = 4,
+    sign_words: bool = False,
+) -> Scene:
+    """A random scene whose things never cover each other or the sign; fewer than `max_things` may fit.
+
+    The sign shows a number of one to three digits, or with `sign_words` sometimes a word.
+    """
+    sign = _sample_sign(rng, width_px, height_px, sign_words) if rng.random() < 0.4 else None
+    wanted = int(rng.integers(0 if sign else 1, max_things + 1))
+    names = rng.permutation(len(COLORS) * len(SHAPES))[:wanted]
+    appear = _sample_appearances(rng, wanted, duration_s)
+    things: list[Thing] = []
+    for name, appear_s in zip(names.tolist(), appear, strict=True):
+        color, shape = COLORS[name % len(COLORS)], SHAPES[name // len(COLORS)]
+        thing = _place(rng, color, shape, appear_s, width_px, height_px, duration_s, things, sign)
+        if thing is not None:
+            things.append(thing)
+    return Scene(width_px, height_px, duration_s, tuple(things), sign, _sample_background(rng, max_clutter))
+
+
+def _sample_appearances(rng: np.random.Generator, count: int, duration_s: float) -> list[float]:
+    """Appearance times: mostly 0; up to two later ones, at least about `max(1.2 s, duration / 6)` apart."""
+    times = [0.0] * count
+    gap_s = max(1.2, duration_s / 6)
+    slots = np.arange(gap_s, duration_s - gap_s + 1e-6, gap_s)
+    if count == 0 or len(slots) == 0 or rng.random() < 0.35:
+        return times
+    late = min(int(rng.integers(1, 3)), len(slots), count)
+    for index, slot in enumerate(rng.permutation(len(slots))[:late].tolist()):
+        times[index] = round(float(slots[slot] + rng.uniform(-0.15, 0.15) * gap_s), 3)
+    return times
+
+
+def _place(
+    rng: np.random.Generator,
+    color: str,
+    shape: str,
+    appear_s: float,
+    width_px: int,
+    height_px: int,
+    duration_s: float,
+    others: list[Thing],
+    sign: Sign | None,
+) -> Thing | None:
+    """A thing with a free path through the frame, or None when none was found."""
+    scale, times = _scale(width_px, height_px), np.linspace(appear_s, duration_s, _PATH_POINTS)
+    visible_s = duration_s - appear_s
+    for _ in range(_PLACING_TRIES):
+        size = SIZES[int(rng.integers(2))]
+        radius = scale * rng.uniform(*RADIUS_PX[size])
+        motion = MOTIONS[int(rng.integers(len(MOTIONS)))] if duration_s > 0 else "still"
+        dx, dy = HEADING[motion]
+        length = (width_px if dx else height_px) if motion != "still" else 0
+        travel = min(length * rng.uniform(0.25, 0.55), length * 0.3 * visible_s, length - 2 * radius - 3)
+        low, room_x, room_y = radius + 1, width_px - 2 * radius - 2, height_px - 2 * radius - 2
+        x = low + (max(-dx, 0) * travel) + rng.random() * (room_x - abs(dx) * travel)
+        y = low + (max(-dy, 0) * travel) + rng.random() * (room_y - abs(dy) * travel)
+        speed = travel / visible_s if motion != "still" else 0.0
+        thing = Thing(color, shape, size, float(x), float(y), float(radius), motion, float(speed), appear_s)
+        if _is_free(thing, times, others, sign):
+            return thing
+    return None
+
+
+def _is_free(thing: Thing, times: np.ndarray, others: list[Thing], sign: Sign | None) -> bool:
+    """True when no other thing, nor the sign, comes within touching distance at any of the path's points."""
+    xs, ys = thing.position(times)
+    for other in others:
+        other_xs, other_ys = other.position(times)
+        reach = thing.radius_px + other.radius_px + 2
+        if np.any(np.maximum(abs(xs - other_xs), abs(ys - other_ys)) < reach):
+            return False
+    if sign is None:
+        return True
+    half_w, half_h = sign.half_size_px
+    clear_x = abs(xs - sign.x_px) >= half_w + thing.radius_px + 1
+    clear_y = abs(ys - sign.y_px) >= half_h + thing.radius_px + 1
+    crosses = (min(xs) < sign.x_px < max(xs) and not clear_y.any()) or (
+        min(ys) < sign.y_px < max(ys) and not clear_x.any()
+    )
+    return bool(np.all(clear_x | clear_y)) and not crosses
+
+
+def _scale(width_px: int, height_px: int) -> float:
+    return (min(width_px, height_px) / 96) ** 0.5
+
+
+def _sample_sign(rng: np.random.Generator, width_px: int, height_px: int, words: bool) -> Sign:
+    if words and rng.random() < 0.5:
+        text = SIGN_WORDS[int(rng.integers(len(SIGN_WORDS)))]
+    else:
+        text = "".join(str(d) for d in rng.integers(0, 10, int(rng.integers(1, 4))).tolist())
+    pitch = _scale(width_px, height_px) * rng.uniform(12.5, 14.5)
+    half_w, half_h = Sign(text, 0, 0, pitch).half_size_px
+    x = rng.uniform(half_w + 1, width_px - half_w - 1)
+    y = rng.uniform(half_h + 1, height_px - half_h - 1)
+    return Sign(text, float(x), float(y), pitch)
+
+
+def _sample_background(rng: np.random.Generator, max_clutter: int) -> Background:
+    """Dim and nearly grey, so that every colour of a thing stands out."""
+    levels = rng.uniform(12, 95, 2)[:, None] + rng.uniform(-12, 12, (2, 3))
+    first, second = (tuple(int(v) for v in np.clip(row, 0, 110)) for row in levels)
+    kind = ("plain", "gradient", "textured")[int(rng.integers(3))]
+    clutter = int(rng.integers(0, max_clutter + 1))
+    return Background(kind, first, second, int(rng.integers(1 << 31)), clutter)  # type: ignore[arg-type]
