@@ -135,7 +135,6 @@ class Captioner:
     def _answer(self, unit: dict[str, Any], prompt: dict[str, str], encoded: Encoded, times_s: list[float]) -> Answer:
         input_ids, spans = self._prompt_ids(prompt["prompt"], encoded)
         self._check_context(input_ids.shape[1], encoded)
-        placeholder = self._placeholder(encoded.modality)
         interval_s = float(np.mean(np.diff(times_s))) if len(times_s) > 1 else None
         settings = self.job.model
         torch.manual_seed(_seed(settings.seed, unit["id"], prompt["prompt_id"]))
@@ -149,8 +148,7 @@ class Captioner:
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                mm_token_type_ids=(input_ids == placeholder).int() * (2 if encoded.modality == "video" else 1),
-                **self.encoder.inputs(encoded, interval_s),
+                **self.encoder.inputs(encoded, input_ids == self._placeholder(encoded.modality), interval_s),
                 max_new_tokens=settings.max_new_tokens,
                 do_sample=settings.temperature > 0,
                 **({"temperature": settings.temperature} if settings.temperature > 0 else {}),

@@ -52,8 +52,8 @@ class FrameEncoder:
         """Vision tokens of a unit from its frames: (item, uint8 [T, H, W, 3]) in order, batch by batch."""
         raise NotImplementedError
 
-    def inputs(self, encoded: Encoded, frame_interval_s: float | None) -> dict[str, Any]:
-        """Keyword arguments of `generate` that stand for the pixels."""
+    def inputs(self, encoded: Encoded, is_vision: Tensor, frame_interval_s: float | None) -> dict[str, Any]:
+        """Keyword arguments of `generate` that stand for the pixels; `is_vision` [1, S] marks the placeholders."""
         raise NotImplementedError
 
     def pixels(self, frames: np.ndarray, device: torch.device) -> Tensor:
@@ -103,6 +103,8 @@ class QwenEncoder(FrameEncoder):
                 encoded.grids.append(grid)
             return encoded
         chunks = [self._tower(model, frames) for frames in _rechunk((f for _, f in items), self.temporal_patch)]
+        if not chunks:
+            return Encoded("video")
         steps = sum(grid[0] for _, grid in chunks)
         return Encoded("video", [torch.cat([features for features, _ in chunks])], [(steps, *chunks[0][1][1:])])
 
@@ -122,13 +124,14 @@ class QwenEncoder(FrameEncoder):
         blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, y, x, y in window, x in window, channel, pt, p, p
         return blocks.reshape(t * h * w, channels * self.temporal_patch * p * p), (t, h, w)
 
-    def inputs(self, encoded: Encoded, frame_interval_s: float | None) -> dict[str, Any]:
+    def inputs(self, encoded: Encoded, is_vision: Tensor, frame_interval_s: float | None) -> dict[str, Any]:
         device = encoded.features[0].device
         output = BaseModelOutputWithPooling(pooler_output=tuple(encoded.features))
         grids = torch.tensor([(t, y * self.merge, x * self.merge) for t, y, x in encoded.grids], device=device)
         inputs: dict[str, Any] = {
             "mm_encoder_outputs": {encoded.modality: output},
             f"{encoded.modality}_grid_thw": grids,
+            "mm_token_type_ids": is_vision.int() * (2 if encoded.modality == "video" else 1),
         }
         if encoded.modality == "video" and frame_interval_s is not None:
             inputs["second_per_grid_ts"] = torch.tensor([frame_interval_s * self.temporal_patch], device=device)
@@ -162,10 +165,8 @@ class LlavaEncoder(FrameEncoder):
             encoded.grids.extend([(1, self.cells, self.cells)] * len(frames))
         return encoded
 
-    def inputs(self, encoded: Encoded, frame_interval_s: float | None) -> dict[str, Any]:
-        return {
-            "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tuple(encoded.features))},
-        }
+    def inputs(self, encoded: Encoded, is_vision: Tensor, frame_interval_s: float | None) -> dict[str, Any]:
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tuple(encoded.features))}}
 
 
 ENCODERS: dict[str, type[FrameEncoder]] = {
