@@ -4,20 +4,30 @@ A family is one row of FAMILIES. Everything else (the hooks, positions, masks) i
 A decoder-only model, or a family that is not in the table, works when the caller passes `layouts=` to `compress`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lightkv.errors import UnsupportedCallError, UnsupportedModelError
-from lightkv.geometry import Item, block, fixed, joined, place_items
+from lightkv.geometry import Item, place_items
+from lightkv.items import (
+    Inputs,
+    Items,
+    anyres_images,
+    anyres_shrunk_images,
+    folded_tiles,
+    halved_videos,
+    llava_images,
+    merged_grids,
+    pooled_videos,
+    shuffled_tiles,
+)
 from lightkv.layout import VisionLayout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-Inputs = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class Stream:
     """
 
     token: str
-    items: Callable[["PreTrainedConfig", Inputs], list[Item]]
+    items: Items
     needs: tuple[str, ...]
 
 
@@ -88,36 +98,40 @@ def first_stage_layer(model_config: "PreTrainedConfig") -> int:
     return family.first_layer(model_config) if family else 0
 
 
-def _llava_images(config: "PreTrainedConfig", inputs: Inputs) -> list[Item]:
-    """LLaVA-1.5: one grid of patches per image; with Pixtral's tower each image has its own size."""
-    patch = config.vision_config.patch_size
-    sizes = inputs.get("image_sizes")
-    if sizes is None:
-        pixels = inputs["pixel_values"]
-        sizes = [pixels.shape[-2:]] * len(pixels)
-    lead = [fixed()] if config.vision_feature_select_strategy == "full" else []
-    return [joined([*lead, block(1, int(h) // patch, int(w) // patch)]) for h, w in sizes]
-
-
-def _merged_grids(field: str) -> Callable[["PreTrainedConfig", Inputs], list[Item]]:
-    """Qwen-VL: (t, h, w) in patches per item, merged spatial_merge_size × spatial_merge_size to one token."""
-
-    def items(config: "PreTrainedConfig", inputs: Inputs) -> list[Item]:
-        merge = config.vision_config.spatial_merge_size
-        return [block(t, h // merge, w // merge) for t, h, w in inputs[field].tolist()]
-
-    return items
+def _last_deepstack_layer(config: "PreTrainedConfig") -> int:
+    """Qwen3-VL adds vision features at full length after each of its first layers; a stage may follow the last."""
+    return max(0, len(config.vision_config.deepstack_visual_indexes) - 1)
 
 
 QWEN_VL = (
-    Stream("image_token_id", _merged_grids("image_grid_thw"), ("image_grid_thw",)),
-    Stream("video_token_id", _merged_grids("video_grid_thw"), ("video_grid_thw",)),
+    Stream("image_token_id", merged_grids("image_grid_thw"), ("image_grid_thw",)),
+    Stream("video_token_id", merged_grids("video_grid_thw"), ("video_grid_thw",)),
 )
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llava", (Stream("image_token_id", _llava_images, ("pixel_values",)),)),
+        Family("llava", (Stream("image_token_id", llava_images, ("pixel_values",)),)),
+        Family("llava_next", (Stream("image_token_id", anyres_images, ("image_sizes",)),)),
+        Family(
+            "llava_next_video",
+            (
+                Stream("image_token_id", anyres_images, ("image_sizes",)),
+                Stream("video_token_id", pooled_videos, ("pixel_values_videos",)),
+            ),
+        ),
+        Family(
+            "llava_onevision",
+            (
+                Stream("image_token_id", anyres_shrunk_images, ("image_sizes",)),
+                Stream("video_token_id", halved_videos, ("pixel_values_videos",)),
+            ),
+        ),
+        Family("internvl", (Stream("image_token_id", shuffled_tiles, ("pixel_values",)),)),
+        Family("idefics3", (Stream("image_token_id", folded_tiles, ("pixel_values",)),)),
+        Family("smolvlm", (Stream("image_token_id", folded_tiles, ("pixel_values",)),)),
+        Family("qwen2_vl", QWEN_VL),
         Family("qwen2_5_vl", QWEN_VL),
+        Family("qwen3_vl", QWEN_VL, first_layer=_last_deepstack_layer),
     )
 }
