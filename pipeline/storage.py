@@ -57,7 +57,7 @@ def local_path(uri: str) -> str:
     """The path that a local URI names; `file://` URIs are percent-decoded."""
     if uri.startswith("file://"):
         return unquote(uri.removeprefix("file://").removeprefix("localhost"))
-    if "://" in uri:
+    if "://" in uri or "\0" in uri:
         raise StorageError("InvalidUri", f"expected a local path, file:// or s3://bucket/key, got {uri!r}")
     return os.path.expanduser(uri)
 
@@ -190,7 +190,7 @@ def faults(uri: str) -> Iterator[None]:
         yield
     except SourceError:
         raise
-    except (OSError, ValueError, boto.BotoCoreError, boto.ClientError) as error:
+    except (OSError, boto.BotoCoreError, boto.ClientError) as error:
         raise _fault(uri, error) from error
 
 
@@ -204,7 +204,7 @@ def _fault(uri: str, error: Exception) -> StorageError:
             return StorageError("NotFound", f"no such file: {uri}")
         case IsADirectoryError():
             return StorageError("NotAFile", f"expected a file, got a folder: {uri}")
-        case FileExpired():
+        case OSError() if isinstance(error, FileExpired) or code in ("PreconditionFailed", "412"):
             return StorageError("Changed", f"the object changed while it was read: {uri}")
         case PermissionError():
             hint = "check the credentials and the policy" if is_s3(uri) else "check the permissions"
@@ -220,7 +220,7 @@ def _fault(uri: str, error: Exception) -> StorageError:
         case boto.ConnectionError() | boto.HTTPClientError() | TimeoutError() | ConnectionError():
             hint = "check storage.endpoint_url, storage.region and the network"
             return StorageError("Unreachable", f"cannot reach the storage of {uri} ({detail}); {hint}")
-        case boto.ParamValidationError() | boto.InvalidRegionError() | ValueError():
+        case boto.ParamValidationError() | boto.InvalidRegionError():
             return StorageError("InvalidUri", f"cannot be asked for: {uri} ({detail})")
     return StorageError("Storage", f"{uri}: {detail or type(error).__name__}")
 
@@ -296,6 +296,7 @@ def _local() -> fsspec.AbstractFileSystem:
 @functools.cache
 def _s3(storage: Storage) -> Any:
     checksums = "when_required" if storage.endpoint_url else "when_supported"
+    _endpoint(storage)
     fs = s3fs.S3FileSystem(
         anon=storage.anonymous,
         endpoint_url=storage.endpoint_url,
@@ -316,6 +317,16 @@ def _s3(storage: Storage) -> Any:
     return fs
 
 
+def _endpoint(storage: Storage) -> tuple[str, str]:
+    """Scheme and host of the configured server; empty for AWS."""
+    parts = urlsplit(storage.endpoint_url or "")
+    if storage.endpoint_url and not (parts.scheme in ("http", "https") and parts.netloc):
+        raise StorageError(
+            "InvalidUri", f"expected storage.endpoint_url as http(s)://host, got {storage.endpoint_url!r}"
+        )
+    return parts.scheme, parts.netloc + parts.path.rstrip("/")
+
+
 class _ArrowS3(pyarrow.fs.S3FileSystem):
     """pyarrow's S3 that is built anew, environment included, in the process it is unpickled in."""
 
@@ -332,10 +343,7 @@ def _arrow_s3(storage: Storage, bucket: str) -> pyarrow.fs.S3FileSystem:
         # The C++ SDK takes this from the environment only; see _s3 for the reason.
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-        parts = urlsplit(storage.endpoint_url)
-        if not parts.netloc:
-            raise ValueError(f"expected storage.endpoint_url as http(s)://host, got {storage.endpoint_url!r}")
-        options.update(scheme=parts.scheme, endpoint_override=parts.netloc + parts.path.rstrip("/"))
+        options["scheme"], options["endpoint_override"] = _endpoint(storage)
     elif region is None and not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
         with suppress(OSError):
             region = pyarrow.fs.resolve_s3_region(bucket)

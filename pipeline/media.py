@@ -1,0 +1,119 @@
+"""One video or image of a unit, reachable by range or as a local file."""
+
+import errno
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import av.error
+
+from pipeline.config import Storage
+from pipeline.errors import UnitError
+from pipeline.storage import Entry, StorageError, faults, filesystem, is_s3, stat
+
+_COPY_BLOCK_BYTES = 16 << 20
+_RANGE_BLOCK_BYTES = 1 << 20
+
+
+class Media:
+    """An object that was looked up and found to be what the plan saw; close it to free its local copy."""
+
+    def __init__(self, uri: str, storage: Storage, *, etag: str | None = None) -> None:
+        """Raises `UnitError` (fetch): the storage's own kinds, Empty, or Changed where `etag` is not the object's."""
+        with fetching():
+            self.entry: Entry = stat(uri, storage)
+        self.uri = uri
+        self.remote = is_s3(uri)
+        self._storage = storage
+        self._open: list[IO[bytes]] = []
+        self._copy: str | None = None
+        if etag is not None and etag != self.entry.etag:
+            raise UnitError(
+                "fetch", "Changed", f"the object changed since it was planned: {uri}; plan again to caption it"
+            )
+        if self.entry.size_bytes == 0:
+            raise UnitError("fetch", "Empty", f"the file has no bytes: {uri}")
+
+    def ranged(self) -> Any:
+        """A seekable binary file that fetches what is read; an object that changes meanwhile raises Changed."""
+        file = self._opened(block_size=_RANGE_BLOCK_BYTES, cache_type="readahead")
+        self._open.append(file)
+        return file
+
+    def head(self, count: int = 4096) -> bytes:
+        """The first bytes."""
+        file = self.ranged()
+        with fetching(), faults(self.uri):
+            return bytes(file.read(count))
+
+    def local_path(self, max_bytes: int) -> str:
+        """A path to the whole content: the file's own, or that of a local copy which no name points to."""
+        if not self.remote:
+            return filesystem(self.uri, self._storage)[1]
+        if self._copy is None:
+            if self.entry.size_bytes > max_bytes:
+                raise UnitError(
+                    "fetch",
+                    "TooLarge",
+                    f"{self.uri} has {self.entry.size_bytes} bytes, and at most {max_bytes} are copied to local disk; "
+                    "raise decode.max_object_bytes or choose decode.backend auto or pyav",
+                )
+            self._copy = self._copied()
+        return self._copy
+
+    def _copied(self) -> str:
+        copy = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close); unlinked, so a crash leaves nothing
+        self._open.append(copy)
+        with fetching(), faults(self.uri), self._opened(cache_type="none") as source:
+            while block := source.read(_COPY_BLOCK_BYTES):
+                copy.write(block)
+            copy.flush()
+            if copy.tell() != self.entry.size_bytes:
+                raise OSError(errno.EIO, f"expected {self.entry.size_bytes} bytes, got {copy.tell()}")
+        return f"/proc/self/fd/{copy.fileno()}"
+
+    def read(self) -> bytes:
+        """The whole content."""
+        with fetching(), faults(self.uri), self._opened(cache_type="none") as source:
+            return bytes(source.read())
+
+    def _opened(self, **caching: Any) -> Any:
+        fs, path = filesystem(self.uri, self._storage)
+        with fetching(), faults(self.uri):
+            if not self.remote:
+                return open(path, "rb")
+            file = fs.open(path, "rb", **caching)
+            if str(file.details["ETag"]).strip('"') != self.entry.etag:
+                file.close()
+                raise StorageError("Changed", f"the object changed while it was opened: {self.uri}")
+            return file
+
+    def close(self) -> None:
+        for file in self._open:
+            file.close()
+        self._open.clear()
+        self._copy = None
+
+
+@contextmanager
+def fetching() -> Iterator[None]:
+    """Errors of the storage become the unit's errors of stage fetch."""
+    try:
+        yield
+    except StorageError as error:
+        raise UnitError("fetch", error.kind, error.message) from error
+
+
+@contextmanager
+def decoding(uri: str) -> Iterator[None]:
+    """FFmpeg's errors become the unit's errors of stage decode, those of the file it reads errors of stage fetch."""
+    try:
+        with fetching(), faults(uri):
+            try:
+                yield
+            except av.error.FFmpegError as error:
+                detail = " ".join(str(error.strerror).split())
+                raise UnitError("decode", "Corrupt", f"cannot be decoded ({detail}): {uri}") from error
+    except MemoryError as error:
+        raise UnitError("decode", "OutOfMemory", f"a frame does not fit into memory: {uri}") from error
