@@ -54,7 +54,10 @@ class Report:
         self.stages = prefill.stage_reports()
         self.notes = tuple(dict.fromkeys(prefill.notes))
         if self.retention > asked + RETENTION_SLACK:
-            self.notes += (f"retention {self.retention:.3f} was reached, {asked:.3f} was asked: windows too small",)
+            self.notes += (
+                f"retention {self.retention:.3f} was reached, {asked:.3f} was asked: whole tokens cannot leave small "
+                "windows, and row ends stay",
+            )
         self.prefills += 1
 
     def record_text(self, cache: "Cache | None") -> None:

@@ -34,13 +34,18 @@ def text_config(kind: str, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Tiny:
-    """A family: its model, and what its processor would make of image number `n` (they differ in content and size)."""
+    """A family: its model, and what its processor would make of image number `n` (they differ in content and size).
+
+    typed         the processor adds mm_token_type_ids
+    frames_apart  a word stands between the frames of a video
+    """
 
     config: Callable[[], Any]
     model: str
     image: Callable[[int], tuple[int, Pixels]]
     video: Callable[[int], tuple[int, Pixels]] | None = None
     typed: bool = False
+    frames_apart: bool = False
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -220,7 +225,7 @@ TINY: dict[str, Tiny] = {
     ),
     "qwen2_vl": Tiny(qwen2_vl_config, "Qwen2VLForConditionalGeneration", qwen_image, qwen_video, typed=True),
     "qwen2_5_vl": Tiny(qwen2_5_vl_config, "Qwen2_5_VLForConditionalGeneration", qwen_image, qwen_video, typed=True),
-    "qwen3_vl": Tiny(qwen3_vl_config, "Qwen3VLForConditionalGeneration", qwen_image, typed=True),
+    "qwen3_vl": Tiny(qwen3_vl_config, "Qwen3VLForConditionalGeneration", qwen_image, qwen_video, typed=True, frames_apart=True),
 }
 
 
@@ -245,7 +250,8 @@ def tiny_sample(family: str, *images: int, question: Sequence[int] = (11, 12, 13
     if video is not None:
         assert tiny.video is not None
         tokens, found = tiny.video(video)
-        ids += [VIDEO] * tokens + [30]
+        frames = int(found["video_grid_thw"][0, 0]) if tiny.frames_apart else 1
+        ids += ([VIDEO] * (tokens // frames) + [30]) * frames
         pixels.append(found)
     sample = {"input_ids": torch.tensor([[*ids, *question]])}
     sample["attention_mask"] = torch.ones_like(sample["input_ids"])

@@ -1,0 +1,114 @@
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+
+from lightkv import ConfigError, LightKVConfig, Stage
+from lightkv.config import PUBLISHED_LAYERS
+from tests.lightkv.tiny import TINY
+
+HALVES = [(4, 0.5), (2, 0.5), (1, 0.5)]
+
+
+def schedule(*layers, drop=0.5, **options):
+    return LightKVConfig(tuple(Stage(layer, 1, drop) for layer in layers), **options)
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers", "percent"), [(32, (12, 18, 24), 57.4), (28, (12, 17, 22), 62.1), (40, (15, 23, 31), 57.5)]
+)
+def test_retention_of_the_published_schedules(depth, layers, percent):
+    assert round(100 * schedule(*layers).retention(depth), 1) == percent
+
+
+def test_retention_counts_the_layers_before_between_and_after():
+    config = LightKVConfig((Stage(0, 1, 0.5), Stage(2, 1, 0.2)))
+    assert config.retention(5) == pytest.approx((1 + 2 * 0.5 + 2 * 0.5 * 0.8) / 5)
+    assert LightKVConfig(()).retention(7) == 1.0
+
+
+@settings(max_examples=200, deadline=None)
+@given(depth=st.integers(24, 100), retention=st.floats(0.05, 1.0), stages=st.integers(1, 5))
+def test_a_schedule_for_any_depth_meets_its_target(depth, retention, stages):
+    config = LightKVConfig.for_model(LlamaConfig(num_hidden_layers=depth), retention, stages)
+    assert config.retention(depth) == pytest.approx(retention, abs=1e-6)
+    assert len(config.stages) == stages
+    assert [stage.windows for stage in config.stages] == [2**n for n in reversed(range(stages))]
+
+
+@pytest.mark.parametrize("depth", [28, 32, 40])
+def test_the_papers_retention_needs_about_the_papers_layers(depth):
+    layers = {28: (12, 17, 22), 32: (12, 18, 24), 40: (15, 23, 31)}[depth]
+    config = LightKVConfig.for_model(LlamaConfig(num_hidden_layers=depth), schedule(*layers).retention(depth))
+    assert all(abs(stage.layer - layer) <= 2 for stage, layer in zip(config.stages, layers, strict=True))
+
+
+def test_a_budget_that_cannot_be_met_is_an_error():
+    with pytest.raises(ConfigError, match=r"retention 0.05 cannot be met: 3 stages in 5 layers.*at least 0.200"):
+        LightKVConfig.for_model(LlamaConfig(num_hidden_layers=5), 0.05)
+    with pytest.raises(ConfigError, match="takes at most 2, after layers 0 to 1"):
+        LightKVConfig.for_model(LlamaConfig(num_hidden_layers=3), 0.5)
+    with pytest.raises(ConfigError, match="between 0.05 and 1.0"):
+        LightKVConfig.for_model(LlamaConfig(), 0.01)
+
+
+def test_stages_come_after_layers_that_need_every_token():
+    stages = LightKVConfig.for_model(TINY["qwen3_vl"].config(), 0.5, stages=2).stages
+    assert stages[0].layer >= 1  # vision features are added after layers 0 and 1
+
+
+@pytest.mark.parametrize("name", PUBLISHED_LAYERS)
+def test_published_schedules_halve_three_times(name):
+    config = LightKVConfig.published(name, positions="compact")
+    assert [(stage.windows, stage.drop) for stage in config.stages] == HALVES
+    assert config.positions == "compact"
+
+
+def test_dictionaries_round_trip():
+    config = schedule(1, 4, positions="compact", windows="spatiotemporal", window_frames=8, guidance="question")
+    assert LightKVConfig.from_dict(config.to_dict()) == config
+    assert config.to_dict()["stages"][1] == {"layer": 4, "windows": 1, "drop": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stages": [], "retention": 0.5}, r"unknown keys \['retention'\]"),
+        ({}, r"missing keys \['stages'\]"),
+        ({"stages": [{"layer": 1, "window": 2, "drop": 0.5}]}, r"Stage: unknown keys \['window'\]"),
+        ({"stages": [], "positions": "shift"}, r"positions must be one of \['compact', 'keep'\], got 'shift'"),
+        ({"stages": [], "guidance": "attention"}, "guidance must be one of"),
+        ({"stages": [], "windows": "image"}, "windows must be one of"),
+        ({"stages": [], "window_frames": 2}, "needs windows="),
+    ],
+)
+def test_unknown_keys_and_values_fail(values, message):
+    with pytest.raises(ConfigError, match=message):
+        LightKVConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("stage", [(-1, 1, 0.5), (0, 0, 0.5), (0, 1, 1.0), (0, 1, -0.1)])
+def test_a_stage_out_of_range_fails(stage):
+    with pytest.raises(ConfigError):
+        Stage(*stage)
+
+
+def test_stages_are_ordered_and_lie_inside_the_decoder():
+    with pytest.raises(ConfigError, match="ascending"):
+        schedule(3, 1)
+    with pytest.raises(ConfigError, match="ascending"):
+        schedule(3, 3)
+    with pytest.raises(ConfigError, match="after layer 7 is not possible: this decoder of 8 layers takes .* 0 to 6"):
+        schedule(7).retention(8)
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        schedule(1).positions = "compact"
+
+
+def test_published_names_are_listed():
+    with pytest.raises(ConfigError, match="llava-1.5-7b"):
+        LightKVConfig.published("gpt-2")

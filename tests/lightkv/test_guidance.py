@@ -1,0 +1,63 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightkv import VisionLayout, prompt_guidance
+from lightkv.guidance import GUIDANCES
+from tests.lightkv import oracle
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
+    length=st.integers(1, 12),
+    seed=st.integers(0, 10**6),
+    scale=st.sampled_from([0.1, 0.5, 1.0]),
+)
+def test_every_vote_is_what_the_loops_say(heads, length, seed, scale):
+    random = torch.Generator().manual_seed(seed)
+    q, k = torch.randn(heads[0], length, 4, generator=random), torch.randn(heads[1], length, 4, generator=random)
+    text = torch.rand(length, generator=random) < 0.5
+    expected = torch.tensor(oracle.guidance(q.tolist(), k.tolist(), text.tolist(), scale))
+    torch.testing.assert_close(prompt_guidance(q, k, text, scale), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_each_prompt_key_hands_out_one_vote_per_head():
+    random = torch.Generator().manual_seed(0)
+    q, k = torch.randn(8, 50, 16, generator=random), torch.randn(2, 50, 16, generator=random)
+    text = torch.arange(50) % 5 == 0
+    assert prompt_guidance(q, k, text, 0.25).sum().item() == pytest.approx(8 * 10, rel=1e-5)
+
+
+def test_no_more_than_a_block_of_scores_exists_at_a_time(monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    q, k = torch.randn(4, 64, 8, generator=random), torch.randn(2, 64, 8, generator=random)
+    text = torch.arange(64) >= 40
+    whole = prompt_guidance(q, k, text, 0.3)
+    sizes = []
+    softmax = torch.softmax
+    monkeypatch.setattr("lightkv.guidance.SCORES_AT_ONCE", 2 * 64 * 3)
+    monkeypatch.setattr(torch, "softmax", lambda x, dim: sizes.append(x.numel()) or softmax(x, dim))
+    torch.testing.assert_close(prompt_guidance(q, k, text, 0.3), whole)
+    assert max(sizes) == 2 * 64 * 3
+
+
+def test_half_precision_scores_do_not_overflow():
+    q = torch.full((1, 4, 64), 60.0, dtype=torch.float16)
+    text = torch.tensor([False, False, True, True])
+    guidance = prompt_guidance(q, q, text, 1.0)
+    assert guidance.dtype == torch.float32
+    torch.testing.assert_close(guidance, torch.full((4,), 0.5))
+
+
+def test_no_prompt_means_no_votes():
+    q = torch.randn(2, 5, 4)
+    assert prompt_guidance(q, q, torch.zeros(5, dtype=torch.bool), 1.0).tolist() == [0.0] * 5
+
+
+def test_who_votes():
+    layout = VisionLayout.grids([(1, 1, 1, 2), (4, 1, 1, 2)], 8)
+    assert GUIDANCES["prompt"].voters(layout).tolist() == [True, False, False, True, False, False, True, True]
+    assert GUIDANCES["question"].voters(layout).tolist() == [False] * 6 + [True, True]
+    assert GUIDANCES["uniform"].voters(layout) is None
