@@ -1,0 +1,226 @@
+"""compress + generate against the same generation by hand, and against itself in other batches."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from lightkv import LightKVConfig, Stage, VisionLayout, compress, family_of
+from tests.lightkv import reference
+from tests.lightkv.tiny import IMAGE, LAYERS, tiny_batch, tiny_model, tiny_sample
+
+CONFIG = LightKVConfig((Stage(0, 3, 0.5), Stage(1, 2, 0.7), Stage(3, 1, 0.5)))
+VARIANTS = {
+    "keep": CONFIG,
+    "compact": dataclasses.replace(CONFIG, positions="compact"),
+    "spatiotemporal": dataclasses.replace(CONFIG, windows="spatiotemporal", window_frames=2),
+    "released": dataclasses.replace(CONFIG, windows="released"),
+    "uniform": dataclasses.replace(CONFIG, guidance="uniform"),
+    "question, compact": dataclasses.replace(CONFIG, guidance="question", positions="compact"),
+}
+GREEDY = dict(do_sample=False, max_new_tokens=6, return_dict_in_generate=True, output_logits=True)
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def attention(request):
+    return request.param
+
+
+def generate(model, sample, config, **options):
+    with compress(model, config) as report:
+        out = model.generate(**sample, **{**GREEDY, **options})
+    return out, report
+
+
+def by_hand(model, sample, config, generated):
+    embeds, positions = reference.prompt_of(model, sample)
+    layout = family_of(model.config).layouts(model.config, sample["input_ids"], sample)[0]
+    return reference.logits(model, reference.Prompt(embeds, positions, layout), config, generated)
+
+
+def new_tokens(out, sample):
+    return out.sequences[:, sample["input_ids"].shape[1] :]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen2_vl", "internvl"])
+def test_prefill_and_decoding_are_what_they_are_by_hand(family, variant):
+    model, config = tiny_model(family), VARIANTS[variant]
+    sample = tiny_sample(family, 0, 2) if family != "qwen2_5_vl" else tiny_sample(family, 1, video=0)
+    out, _ = generate(model, sample, config)
+    tokens = new_tokens(out, sample)[0]
+    expected = by_hand(model, sample, config, tokens)
+    torch.testing.assert_close(torch.cat(out.logits), expected[:-1], atol=2e-4, rtol=2e-4)
+    assert torch.equal(expected[:-1].argmax(-1), tokens)
+
+
+def test_eager_attention_does_the_same(monkeypatch):
+    model = tiny_model("qwen2_5_vl")
+    sample = tiny_sample("qwen2_5_vl", 0, 1)
+    sdpa, _ = generate(model, sample, CONFIG)
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "eager")
+    eager, _ = generate(model, sample, CONFIG)
+    torch.testing.assert_close(torch.cat(sdpa.logits), torch.cat(eager.logits), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("variant", ["keep", "compact", "spatiotemporal"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "internvl", "qwen2_5_vl", "qwen3_vl"])
+def test_a_batch_of_n_is_n_batches_of_one(family, variant, attention, monkeypatch):
+    model, config = tiny_model(family), VARIANTS[variant]
+    if family == "qwen3_vl":
+        config = dataclasses.replace(config, stages=config.stages[1:])
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", attention)
+    samples = [
+        tiny_sample(family, 0),
+        tiny_sample(family, 1, 2, question=[40, 41, 42, 43, 44]),
+        tiny_sample(family, question=[3, 4, 5]),
+        tiny_sample(family, 2, question=[50]),
+    ]
+    together, report = generate(model, tiny_batch(family, samples, pad=2), config)
+    vision = kept = 0
+    for row, sample in enumerate(samples):
+        alone, own = generate(model, sample, config)
+        torch.testing.assert_close(
+            torch.stack(together.logits)[:, row], torch.cat(alone.logits), atol=2e-4, rtol=2e-4
+        )
+        assert torch.equal(together.sequences[row, -6:], alone.sequences[0, -6:])
+        vision, kept = vision + own.vision_tokens, kept + own.kept_tokens
+    assert (report.vision_tokens, report.kept_tokens) == (vision, kept)
+
+
+def test_left_padding_changes_nothing():
+    model = tiny_model("llava")
+    sample = tiny_sample("llava", 0)
+    bare, _ = generate(model, sample, CONFIG)
+    padded, _ = generate(model, tiny_batch("llava", [sample], pad=5), CONFIG)
+    torch.testing.assert_close(torch.cat(bare.logits), torch.cat(padded.logits), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_next"])
+def test_beams_score_what_the_sequences_score_by_hand(family):
+    """Images of different size: the grids of a beam's copies must stay with their prompts."""
+    model = tiny_model(family)
+    samples = [tiny_sample(family, 0, 1), tiny_sample(family, 2, 0)]
+    batch = tiny_batch(family, samples)
+    beams = dict(num_beams=3, max_new_tokens=4, length_penalty=0.0, output_scores=True)
+    out, _ = generate(model, batch, CONFIG, num_return_sequences=2, **beams)
+    for row, sequence in enumerate(out.sequences[:, -4:]):
+        sample = samples[row // 2]
+        if family == "llava_next":  # its decoder is Llama's, already checked by hand
+            alone, _ = generate(model, sample, CONFIG, **beams)
+            assert row % 2 or torch.equal(alone.sequences[0, -4:], sequence)
+            continue
+        scores = by_hand(model, sample, CONFIG, sequence)[:-1].log_softmax(-1)
+        total = scores.gather(1, sequence[:, None]).sum().item()
+        assert out.sequences_scores[row].item() == pytest.approx(total, abs=1e-3)
+
+
+def test_sampling_draws_from_the_compressed_models_distribution():
+    model = tiny_model("llava")
+    sample = tiny_sample("llava", 0)
+    torch.manual_seed(1)
+    out, _ = generate(model, sample, CONFIG, do_sample=True, num_return_sequences=3)
+    for row, tokens in enumerate(new_tokens(out, sample)):
+        expected = by_hand(model, sample, CONFIG, tokens)[:-1]
+        torch.testing.assert_close(torch.stack(out.logits)[:, row], expected, atol=2e-4, rtol=2e-4)
+    assert len(set(map(tuple, new_tokens(out, sample).tolist()))) > 1
+
+
+def test_tokens_stream_as_they_are_made():
+    class Streamer:
+        def __init__(self):
+            self.seen, self.ended = [], False
+
+        def put(self, value):
+            self.seen.append(value.flatten())
+
+        def end(self):
+            self.ended = True
+
+    model, streamer = tiny_model("llava"), Streamer()
+    sample = tiny_sample("llava", 0)
+    out, _ = generate(model, sample, CONFIG, streamer=streamer)
+    assert streamer.ended
+    assert torch.equal(torch.cat(streamer.seen), out.sequences[0])
+
+
+def test_generating_again_in_the_same_scope_starts_afresh():
+    model = tiny_model("qwen2_5_vl")
+    first, second = tiny_sample("qwen2_5_vl", 0), tiny_sample("qwen2_5_vl", 1, 2, question=[60, 61])
+    apart = [generate(model, sample, CONFIG)[0].sequences for sample in (first, second, first)]
+    with compress(model, CONFIG) as report:
+        together = [model.generate(**sample, **GREEDY).sequences for sample in (first, second, first)]
+    assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
+    assert report.prefills == 3
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_a_forward_pass_by_itself_is_compressed_too(family):
+    model, config = tiny_model(family), dataclasses.replace(CONFIG, stages=CONFIG.stages[1:])
+    sample = tiny_sample(family, 0)
+    out, _ = generate(model, sample, config)
+    with compress(model, config) as report, torch.no_grad():
+        forward = model(**sample)
+    torch.testing.assert_close(forward.logits[:, -1], out.logits[0])
+    assert forward.logits.shape[1] == sample["input_ids"].shape[1] - report.vision_tokens + report.kept_tokens
+
+
+def embedded(model, sample):
+    embeds, _ = reference.prompt_of(model, sample)
+    return embeds
+
+
+def test_embeddings_with_layouts_do_what_pixels_do():
+    model = tiny_model("llava")
+    sample = tiny_sample("llava", 0, 1)
+    out, _ = generate(model, sample, CONFIG)
+    layout = VisionLayout.grids([(2, 1, 8, 8), (67, 1, 8, 8)], sample["input_ids"].shape[1])
+    with compress(model, CONFIG, layouts=[layout]):
+        again = model.generate(
+            inputs_embeds=embedded(model, sample), attention_mask=sample["attention_mask"], **GREEDY
+        )
+    assert torch.equal(torch.cat(out.logits), torch.cat(again.logits))
+    assert torch.equal(again.sequences, new_tokens(out, sample))
+
+
+@pytest.mark.parametrize("variant", ["keep", "compact"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+def test_qwen_embeddings_beside_placeholders_keep_three_axes(family, variant):
+    model = tiny_model(family)
+    config = VARIANTS[variant]
+    sample = tiny_sample(family, 1, video=0)
+    out, report = generate(model, sample, config)
+    given = {name: value for name, value in sample.items() if not name.startswith("pixel")}
+    for _ in range(2):
+        again, same = generate(model, {**given, "inputs_embeds": embedded(model, sample)}, config)
+        assert torch.equal(torch.cat(out.logits), torch.cat(again.logits))
+        assert same.kept_tokens == report.kept_tokens
+
+
+def test_several_embedded_prompts_of_different_length():
+    model = tiny_model("qwen2_5_vl")
+    samples = [tiny_sample("qwen2_5_vl", 0), tiny_sample("qwen2_5_vl", 1, video=1, question=[33, 34])]
+    batch = tiny_batch("qwen2_5_vl", samples)
+    given = {name: value for name, value in batch.items() if not name.startswith("pixel")}
+    out, _ = generate(model, {**given, "inputs_embeds": embedded(model, batch)}, CONFIG)
+    for row, sample in enumerate(samples):
+        alone, _ = generate(model, sample, CONFIG)
+        assert torch.equal(out.sequences[row, -6:], alone.sequences[0, -6:])
+
+
+def test_a_decoder_alone_is_compressed_where_the_caller_says():
+    llava = tiny_model("llava")
+    sample = tiny_sample("llava", 0)
+    expected, _ = generate(llava, sample, CONFIG)
+    decoder = LlamaForCausalLM(llava.config.text_config).eval()
+    decoder.model.load_state_dict(llava.model.language_model.state_dict())
+    decoder.lm_head.load_state_dict(llava.lm_head.state_dict())
+    layouts = family_of(llava.config).layouts(llava.config, sample["input_ids"], sample)
+    embeds = embedded(llava, sample)
+    with compress(decoder, CONFIG, layouts=layouts) as report:
+        out = decoder.generate(inputs_embeds=embeds, attention_mask=sample["attention_mask"], **GREEDY)
+    assert torch.equal(torch.cat(out.logits), torch.cat(expected.logits))
+    assert report.vision_tokens == int((sample["input_ids"] == IMAGE).sum())
+    assert len(report.stages) == 3
+    assert LAYERS == decoder.config.num_hidden_layers
