@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.config import Decode, Frames, Storage
 from pipeline.errors import PipelineError, UnitError
-from pipeline.frame_sources import FrameSource, PyAVSource, named_source
+from pipeline.frame_sources import FrameSource, PyAVSource, UnsuitableError, named_source
 from pipeline.frames import Size, Sizing, choose_frames
 from pipeline.images import load_image
 from pipeline.media import Media, decoding
@@ -45,7 +45,7 @@ def decode_unit(
 
     Raises `UnitError` of stage fetch (NotFound, NotAFile, AccessDenied, Credentials, Unreachable, Changed, Empty,
     TooLarge, InvalidUri, Storage) or decode (NotAVideo, NoVideoStream, Unsupported, Truncated, Corrupt, MissingFrame,
-    EmptyWindow, WrongFrames, NotAnImage, TooLarge, OutOfMemory), possibly after some batches.
+    EmptyWindow, NotAnImage, TooLarge, OutOfMemory), possibly after some batches.
     """
     if unit["kind"] == "images":
         return _image_batches(unit, storage, sizing)
@@ -115,7 +115,7 @@ class _Reading:
                     self._source = self._opened(self._backends[0])
                 pixels = self._source.read(picks)
                 if pixels.shape != (len(picks), size.resize_h, size.resize_w, 3) or pixels.dtype != np.uint8:
-                    raise ValueError(
+                    raise UnsuitableError(
                         f"expected {len(picks)} frames of {size.resize_w} × {size.resize_h}, got {pixels.shape}"
                     )
                 return _cropped(pixels, size)
@@ -158,7 +158,9 @@ class _Reading:
             return ["pyav"]
         if self._decode.backend != "auto":
             return [self._decode.backend]
-        return ["pyav"] if _restarts_dearly(self.index, self.picks, batch_frames) else ["decord", "pyav"]
+        if not self.index.plain or _restarts_dearly(self.index, self.picks, batch_frames):
+            return ["pyav"]
+        return ["decord", "pyav"]
 
     def _opened(self, backend: str) -> FrameSource:
         if backend == "pyav":
@@ -168,7 +170,7 @@ class _Reading:
 
     def _failure(self, backend: str, error: Exception) -> UnitError:
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        kind = "WrongFrames" if isinstance(error, ValueError) else "Corrupt"
+        kind = "Unsupported" if isinstance(error, UnsuitableError) else "Corrupt"
         return UnitError(
             "decode", kind, f"{backend} cannot decode it ({detail}): {self._media.uri}; try decode.backend auto"
         )

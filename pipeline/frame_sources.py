@@ -16,10 +16,9 @@ import numpy as np
 
 from pipeline.errors import ConfigError, UnitError
 from pipeline.frames import Size
-from pipeline.video import VideoIndex, video_stream
+from pipeline.video import VideoIndex, packets_from, rewind, video_stream
 
 _TIME_TOLERANCE_S = 2e-3  # decord keeps times as float32
-_STEPS_BACK = 3  # key frames tried when jumping lands too late
 
 
 class FrameSource(Protocol):
@@ -35,10 +34,20 @@ class FrameSource(Protocol):
 OpenSource = Callable[[str, VideoIndex, Size], FrameSource]
 
 
+class UnsuitableError(Exception):
+    """This decoder cannot be trusted with this video; another may."""
+
+
 class DecordSource:
-    """decord, one thread, scaling while it decodes."""
+    """decord, one thread, scaling while it decodes.
+
+    decord counts frames from the key frame it jumped to and fills gaps with neighbours in silence. So it is given
+    only videos in which counting is right, and what it says about times is compared.
+    """
 
     def __init__(self, path: str, index: VideoIndex, size: Size) -> None:
+        if not index.plain:
+            raise UnsuitableError("open groups of pictures, an edit list or a format without an index")
         import decord  # loads its own FFmpeg; not on every platform
 
         decord.logging.set_level(decord.logging.QUIET)
@@ -47,7 +56,7 @@ class DecordSource:
         )
         self._index = index
         if len(self._reader) != len(index.pts):
-            raise ValueError(f"decord counts {len(self._reader)} frames, the container {len(index.pts)}")
+            raise UnsuitableError(f"decord counts {len(self._reader)} frames, the container {len(index.pts)}")
         self._zero = float(self._reader.get_frame_timestamp([0])[0, 0])
 
     def read(self, indices: np.ndarray) -> np.ndarray:
@@ -55,7 +64,7 @@ class DecordSource:
         times = self._reader.get_frame_timestamp(indices.tolist())[:, 0] - self._zero
         tolerance = _TIME_TOLERANCE_S + wanted * 2**-22
         if np.any(np.abs(times - wanted) > tolerance):
-            raise ValueError(f"decord has frames at {times.tolist()} s where {wanted.tolist()} s were expected")
+            raise UnsuitableError(f"decord has frames at {times.tolist()} s where {wanted.tolist()} s were expected")
         frames: np.ndarray = self._reader.get_batch(indices.tolist()).asnumpy()
         self._reader.seek(0)  # otherwise it decodes on, without bound, while the frames are used
         return frames
@@ -87,20 +96,16 @@ class PyAVSource:
         self._decoded = None
 
     def _frame(self, pts: int) -> Any:
-        key = int(np.searchsorted(self._index.keys, pts, side="right")) - 1
-        jump = self._decoded is None or (key >= 0 and self._index.keys[key] > self._at)
-        for back in range(_STEPS_BACK if jump else 1):
-            if jump:
-                self._start(int(self._index.keys[max(key - back, 0)]) if len(self._index.keys) else pts)
-            assert self._decoded is not None
-            for at, frame in self._decoded:
-                self._at = at
-                if at == pts:
-                    if self._damaged:
-                        raise UnitError("decode", "Corrupt", f"the data around this frame is damaged{self._where(pts)}")
-                    return frame
-                if at > pts:
-                    break
+        key = int(self._index.keys[max(int(np.searchsorted(self._index.keys, pts, side="right")) - 1, 0)])
+        if self._decoded is None or key > self._at:
+            self._start(key)
+        for self._at, frame in self._decoded or ():  # noqa: B020
+            if self._at == pts and not self._damaged:
+                return frame
+            if self._at == pts:
+                raise UnitError("decode", "Corrupt", f"the data around this frame is damaged{self._where(pts)}")
+            if self._at > pts:
+                break
         raise UnitError("decode", "MissingFrame", f"a frame the container lists cannot be decoded{self._where(pts)}")
 
     def _where(self, pts: int) -> str:
@@ -120,10 +125,10 @@ class PyAVSource:
                 yield from segment[start:]
                 return
         if self._index.counted:
-            self._container.seek(self._container.start_time or 0)
+            rewind(self._container)
+            yield from (packet for packet in self._container.demux(self._stream) if packet.size)
         else:
-            self._container.seek(key, stream=self._stream, backward=True)
-        yield from (packet for packet in self._container.demux(self._stream) if packet.size)
+            yield from packets_from(self._container, self._stream, key)
 
     def _numbered(self, packets: Iterator[Any]) -> Iterator[tuple[int, Any]]:
         for number, frame in enumerate(self._decode(packets)):

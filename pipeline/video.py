@@ -24,8 +24,10 @@ _FORMATS = (
 )
 _SPARSE_S = 10.0  # further apart, frames are looked up one by one instead of reading everything between them
 _KEEP_BYTES = 128 << 20  # packets of a window that are kept, so that they are fetched once
-_ORIGIN_PACKETS = 64  # read to find the first frame; more than any codec reorders
+_ORIGIN_PACKETS = 32  # read to find the first frame; more than any codec reorders
 _REORDERED_PACKETS = 16
+_STEPS_BACK_S = (0.0, 2.0, 10.0, None)  # before the wanted time, until a key frame is found in time; None: the start
+_INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv")  # decord loses its way in others
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class VideoIndex:
     `pts` int64 `[N]` ascending in the stream's time base, `times_s` float64 `[N]` seconds since the video's first
     frame, `keys` int64 `[K]` pts of the frames that decoding can start at. `complete`: nothing is left out, so a
     frame's position is its number in the file. `counted`: the packets have no timestamps, pts are frame numbers.
+    `plain`: key frames are clean cuts and frames lie in the file as counted, which decord relies on without checking.
     `segments`: the packets in decoding order, in one piece or several; None when they are too large to keep.
     """
 
@@ -54,6 +57,7 @@ class VideoIndex:
     codec: str
     complete: bool
     counted: bool
+    plain: bool
     segments: tuple[tuple[Any, ...], ...] | None
 
 
@@ -106,14 +110,39 @@ def index_window(container: Any, uri: str, start_s: float | None, end_s: float |
     if shape and head and None not in head:
         window = _Window(container, stream, min(head), start_s, end_s)
         for search in (window.sparse, window.dense):
-            with suppress(_CannotSeekError, av.error.FFmpegError):
+            with suppress(CannotSeekError, av.error.FFmpegError):
                 return search(frames).index(shape, origin=window.origin, complete=False)
-    container.seek(container.start_time or 0)
+    rewind(container)
     return index_whole(container, uri)
 
 
-class _CannotSeekError(Exception):
+class CannotSeekError(Exception):
     """Jumping into the middle of this video does not find what is needed."""
+
+
+def rewind(container: Any) -> None:
+    """Back to the first packet; some formats skip the first key frame when asked for its own time."""
+    try:
+        container.seek(min(container.start_time or 0, 0) - 10 * av.time_base)
+    except av.error.FFmpegError:
+        container.seek(0)
+
+
+def packets_from(container: Any, stream: Any, pts: int) -> Iterator[Any]:
+    """Packets from a key frame at or before `pts` to the end, wherever the format lands when asked to jump there."""
+    for back_s in _STEPS_BACK_S:
+        if back_s is None:
+            rewind(container)
+        else:
+            with suppress(av.error.FFmpegError):
+                container.seek(pts - round(back_s / stream.time_base), stream=stream, backward=True)
+        packets = itertools.dropwhile(lambda packet: not packet.is_keyframe, _packets(container, stream))
+        first = next(packets, None)
+        if first is not None and first.pts is not None and first.pts <= pts:
+            yield first
+            yield from packets
+            return
+    raise CannotSeekError
 
 
 class _Window:
@@ -137,7 +166,7 @@ class _Window:
         first, last = self._ends()
         targets = target_times(self._seconds(first), self._seconds(last), frames)
         if len(targets) < 2 or targets[1] - targets[0] < _SPARSE_S:
-            raise _CannotSeekError
+            raise CannotSeekError
         found = _Found(self.stream, keep_bytes=_KEEP_BYTES)
         for target in targets:
             pts = self._pts(float(target))
@@ -145,10 +174,10 @@ class _Window:
             for packet in self._around(pts, pts):
                 found.add(packet)
             if len(set(found.starts)) < len(found.starts):  # one key frame for several targets: read on instead
-                raise _CannotSeekError
+                raise CannotSeekError
         times = self._seconds(np.unique(np.array(found.pts, dtype=np.int64)))
         if len(choose_frames(times, self.start_s, self.end_s, frames)) < len(targets):
-            raise _CannotSeekError
+            raise CannotSeekError
         return found
 
     def _ends(self) -> tuple[int, int]:
@@ -156,16 +185,15 @@ class _Window:
         seen = [p.pts for at in (self.low, self.high - 1) for p in self._around(at, at)]
         inside = [pts for pts in seen if self.low <= pts < self.high]
         if not inside:
-            raise _CannotSeekError
+            raise CannotSeekError
         return min(inside), max(inside)
 
     def _around(self, low: int, high: int) -> Iterator[Any]:
         """Packets from the key frame at or before `low` until all up to `high`, and what they wait for, have come."""
-        self.container.seek(max(low, self.origin), stream=self.stream, backward=True)
         beyond = 0
-        for number, packet in enumerate(_packets(self.container, self.stream)):
-            if packet.pts is None or (number == 0 and packet.pts > max(low, self.origin)):
-                raise _CannotSeekError
+        for packet in packets_from(self.container, self.stream, max(low, self.origin)):
+            if packet.pts is None:
+                raise CannotSeekError
             yield packet
             beyond += (packet.pts if packet.dts is None else packet.dts) > high
             if beyond > _REORDERED_PACKETS:
@@ -182,12 +210,15 @@ class _Found:
     """What an index needs of the packets seen; the packets themselves while they are few."""
 
     def __init__(self, stream: Any, keep_bytes: int) -> None:
+        self._format = stream.container.format.name
         self.pts: list[int | None] = []
         self.keys: list[int] = []
         self.starts: list[int | None] = []  # pts of the first packet of each segment
         self._stream = stream
         self._room = keep_bytes
         self._segments: list[list[Any]] = []
+        self._last_key: int | None = None
+        self._plain = True
         self._vp8 = stream.codec_context.codec.canonical_name == "vp8"
         self.begin()
 
@@ -201,10 +232,15 @@ class _Found:
             self._segments.append([])
         self._fresh = False
         # VP8 stores reference frames that are never shown in packets of their own.
-        if not packet.is_discard and (not self._vp8 or bytes(packet)[0] >> 4 & 1):
+        shown = not packet.is_discard and (not self._vp8 or bool(bytes(packet)[0] >> 4 & 1))
+        if shown:
             self.pts.append(packet.pts)
         if packet.is_keyframe and packet.pts is not None:
             self.keys.append(packet.pts)
+            self._last_key = packet.pts
+        # A frame shown before its key frame but stored after it needs the group before: an open group.
+        clean = self._last_key is not None and packet.pts is not None and packet.pts >= self._last_key
+        self._plain = self._plain and shown and clean and not packet.is_corrupt
         self._room -= packet.size
         if self._room >= 0:
             self._segments[-1].append(packet)
@@ -228,6 +264,7 @@ class _Found:
             codec=self._stream.codec_context.codec.canonical_name,
             complete=complete,
             counted=counted,
+            plain=complete and self._plain and len(pts) == len(self.pts) and self._format in _INDEXED,
             segments=tuple(map(tuple, self._segments)) if self._room >= 0 else None,
         )
 
