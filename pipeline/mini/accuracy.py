@@ -1,5 +1,8 @@
-"""Exact match per task family, without generating: greedy decoding gives an answer exactly when every one of its tokens is
-the most likely one after the right tokens before it, so one forward pass with the right answers decides."""
+"""Exact match per task family, without generating.
+
+Greedy decoding gives an answer exactly when every one of its tokens is the most likely one after the right tokens
+before it, so one forward pass with the right answers decides.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ def right_answers(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> li
         tail = forward(model, batch.frames, batch.grid, batch.tail_ids, batch.tail_offset, batch.tail_slot).tail
         wrong = (logits(model, tail).argmax(-1) != batch.target) & (batch.target >= 0)
     slots, missed = batch.tail_slot.tolist(), wrong.tolist()
-    bad = [{slot for slot, miss in zip(row, misses, strict=True) if miss} for row, misses in zip(slots, missed, strict=True)]
+    bad = [
+        {slot for slot, miss in zip(row, misses, strict=True) if miss}
+        for row, misses in zip(slots, missed, strict=True)
+    ]
     return [[slot not in bad[b] for slot in range(len(asked))] for b, asked in enumerate(batch.questions)]
 
 
@@ -42,6 +48,15 @@ def exact_match(
                 asked.update(qa.family for qa in questions)
                 right.update(qa.family for qa, result in zip(questions, results, strict=True) if result)
     return {family: (right[family], asked[family]) for family in sorted(asked)}
+
+
+def as_table(title: str, scores: dict[str, tuple[int, int]]) -> str:
+    """A Markdown table with the share of right answers, its standard error and the number of questions."""
+    rows = [f"\n**{title}**\n", "| task | exact match | questions |", "|---|---|---|"]
+    for family, (right, asked) in scores.items():
+        share = right / asked
+        rows.append(f"| {family} | {share:.3f} ± {(share * (1 - share) / asked) ** 0.5:.3f} | {asked} |")
+    return "\n".join(rows)
 
 
 def as_line(scores: dict[str, tuple[int, int]]) -> str:

@@ -1,23 +1,27 @@
 """The mini model's forward pass for training: a batch of equal grids, several questions sharing one vision prefix.
 
-It computes what `Qwen2_5_VLForConditionalGeneration` computes (tests compare the two), from the same modules and weights.
-A sequence is `prefix` (user turn up to the last `<|vision_end|>`) and a `tail` of packed slots; a slot is one question with
-its answer, sees the whole prefix and itself, and counts its positions from the prefix's end as if it were alone.
+It computes what `Qwen2_5_VLForConditionalGeneration` computes (tests compare the two), from the same weights. A
+sequence is a `prefix` (user turn up to the last `<|vision_end|>`) and a `tail` of packed slots; a slot is one question
+with its answer, sees the whole prefix and itself, and counts its positions from the prefix's end as if it were alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 
-from pipeline.mini.model import IMAGE_MEAN, IMAGE_STD, MERGE, PATCH_PX, TEMPORAL_PATCH, TOKEN_PX
+from pipeline.mini.model import IMAGE_MEAN, IMAGE_STD, MERGE, PATCH_PX, TOKEN_PX
+from pipeline.mini.vocabulary import IM_START, SPECIAL, VISION_END, VISION_START, words
 
-IM_START_ID, USER_ID, VISION_START_ID, VISION_END_ID = 1, 8, 3, 4
+IM_START_ID, VISION_START_ID, VISION_END_ID = (SPECIAL.index(token) for token in (IM_START, VISION_START, VISION_END))
+USER_ID = len(SPECIAL) + words().index("user")
+_CHUNK = 128  # queries
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Grid:
 
 
 def patchify(frames: Tensor) -> Tensor:
-    """uint8 [N, 2, H, W, 3] frame pairs to Qwen's patches, float32 [N, tokens, 4, 384]: normalised, merge-block order."""
+    """uint8 [N, 2, H, W, 3] frame pairs to normalised patches in Qwen's order, float32 [N, tokens, 4, 384]."""
     n, t, height, width, channels = frames.shape
     mean, std = (torch.tensor(v, device=frames.device) for v in (IMAGE_MEAN, IMAGE_STD))
     values = frames.float() * (1 / (255 * std)) - mean / std
@@ -114,7 +118,7 @@ def _window_attention(q: Tensor, k: Tensor, v: Tensor, groups: tuple[tuple[int, 
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
 
-def _norm(x: Tensor, module: torch.nn.Module) -> Tensor:
+def _norm(x: Tensor, module: Any) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
 
 
@@ -142,7 +146,7 @@ def prefix_layout(grid: Grid, pad_id: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Output:
-    """`vision` [B, tokens, D] from the encoder, `middle` the same tokens halfway through the text model, `tail` [B, L, D]."""
+    """`vision` [B, tokens, D] as encoded, `middle` the same tokens halfway through the text model, `tail` [B, L, D]."""
 
     vision: Tensor
     middle: Tensor
@@ -173,7 +177,7 @@ def forward(
 
     prefix_rope = _text_rope(positions[:, None], config)
     tail_rope = _text_rope((positions.max(1).values.max() + 1 + tail_offset).expand(3, -1, -1), config)
-    causal = torch.full((length, length), float("-inf"), device=frames.device).triu(1)
+    causal = torch.full((_CHUNK, _CHUNK), float("-inf"), device=frames.device).triu(1)
     same = tail_slot[:, :, None] == tail_slot[:, None, :]
     same = same & torch.ones(same.shape[1:], dtype=torch.bool, device=frames.device).tril()
     own = torch.zeros(same.shape, device=frames.device).masked_fill(~same, float("-inf"))
@@ -194,14 +198,14 @@ def forward(
         tail = tail + layer.mlp(_norm(tail, layer.post_attention_layernorm))
         if not last:  # after the last layer nobody reads the prefix
             qp = _rotate(attention.q_proj(x).unflatten(-1, heads).transpose(1, 2), *prefix_rope)
-            prefix = prefix + attention.o_proj(_grouped_attention(qp, kp, vp, causal))
+            prefix = prefix + attention.o_proj(_causal_attention(qp, kp, vp, causal))
             prefix = prefix + layer.mlp(_norm(prefix, layer.post_attention_layernorm))
         if index == len(text.layers) // 2 - 1:
             middle = prefix[:, is_vision]
     return Output(vision, middle, _norm(tail, text.norm))
 
 
-def _text_rope(positions: Tensor, config) -> tuple[Tensor, Tensor]:
+def _text_rope(positions: Tensor, config: PreTrainedConfig) -> tuple[Tensor, Tensor]:
     """cos and sin [B, 1, S, head_dim] of multimodal positions [3, B, S]; the axes take turns by `mrope_section`."""
     rope, head_dim = config.rope_parameters, config.hidden_size // config.num_attention_heads
     steps = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
@@ -209,6 +213,16 @@ def _text_rope(positions: Tensor, config) -> tuple[Tensor, Tensor]:
     parts = angles.split(rope["mrope_section"], -1)
     mixed = torch.cat([part[i % 3] for i, part in enumerate(parts)], -1).repeat(1, 1, 2)[:, None]
     return mixed.cos(), mixed.sin()
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor, corner: Tensor) -> Tensor:
+    """Chunk by chunk over the queries, so that most of the masked half is never computed."""
+    outputs = []
+    for start in range(0, q.shape[2], _CHUNK):
+        stop = min(start + _CHUNK, q.shape[2])
+        mask = F.pad(corner[: stop - start, : stop - start], (start, 0))
+        outputs.append(_grouped_attention(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], mask))
+    return torch.cat(outputs, 1)
 
 
 def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ IMAGE_FAMILIES = {
 }  # fmt: skip
 VIDEO_FAMILIES = {**IMAGE_FAMILIES, "motion": 2.0, "first": 1.0, "last": 1.0, "order": 1.5}
 SET_FAMILIES = {"which_image": 1.5, "image_count": 0.2, "set_exist": 1.5}
-QUESTIONS_PER_SCENE = 8
+QUESTIONS_PER_SCENE = {"image": 3, "video": 7, "set": 3}  # beside the caption; more where the pictures cost more
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 DENSE_CLASSES = {
     "shape": len(SHAPES) + 1,
@@ -41,10 +42,10 @@ DENSE_CLASSES = {
 
 @dataclass(frozen=True)
 class Batch:
-    """One training batch of scenes with one grid. Tail tensors are [B, L]; `answer` names the QA slot a target counts for.
+    """One training batch of scenes with one grid.
 
-    frames uint8 [B, times, 2, H, W, 3]; `target[b, i]` is the token that position i has to predict, −1 for none;
-    `dense[name]` int64 [B, tokens].
+    frames uint8 [B, times, 2, H, W, 3]; tail tensors int64 [B, L], `target[b, i]` is the token that position i has to
+    predict, −1 for none; `dense[name]` int64 [B, tokens].
     """
 
     grid: Grid
@@ -86,6 +87,8 @@ def curriculum(rng: np.random.Generator, progress: float, token_budget: int) -> 
 
     `token_budget` bounds scenes × (vision tokens + 60), the 60 standing for the questions.
     """
+    times: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
     if progress < 0.12:
         kind, sizes, times, things = "image", _SQUARE, (1,), 3
     elif progress < 0.35:
@@ -104,7 +107,10 @@ def curriculum(rng: np.random.Generator, progress: float, token_budget: int) -> 
     return Task(kind, pairs, height, width, max(token_budget // tokens, 2), things)
 
 
-def _draw(rng: np.random.Generator, options: Sequence, chances: Sequence[float] | None = None):
+Option = TypeVar("Option")
+
+
+def _draw(rng: np.random.Generator, options: Sequence[Option], chances: Sequence[float] | None = None) -> Option:
     return options[int(rng.choice(len(options), p=chances))]
 
 
@@ -126,15 +132,15 @@ def build_batch(
 
 
 def _render(task: Task, rng: np.random.Generator) -> tuple[np.ndarray, list[Scene], np.ndarray]:
-    """Frames [times, 2, H, W, 3], the scenes shown (one, or one per image of a set) and the frames' times [times, 2]."""
-    size, options = (task.width_px, task.height_px), {"max_things": task.max_things}
+    """Frames [times, 2, H, W, 3], the scenes shown (one, or one per image of a set), the frames' times [times, 2]."""
+    size = (task.width_px, task.height_px)
     if task.kind == "video":
         fps = float(rng.choice([1.0, 1.5, 2.0, 2.0, 2.0, 3.0, 4.0]))
         count = 2 * task.times
-        scene = sample_scene(rng, *size, duration_s=count / fps, **options)
+        scene = sample_scene(rng, *size, duration_s=count / fps, max_things=task.max_things)
         times = (np.arange(count) + rng.random() * 0.9) / fps
         return render(scene, times).reshape(task.times, 2, *size[::-1], 3), [scene], times.reshape(task.times, 2)
-    scenes = [sample_scene(rng, *size, duration_s=0.0, **options) for _ in range(task.times)]
+    scenes = [sample_scene(rng, *size, duration_s=0.0, max_things=task.max_things) for _ in range(task.times)]
     frames = np.stack([render(scene, [0.0, 0.0]) for scene in scenes])
     return frames, scenes, np.zeros((task.times, 2))
 
@@ -148,7 +154,9 @@ def _degrade(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if choice[0] < 0.6:  # blend with the half-resolution picture: colour bleed and softness
         *lead, height, width, channels = values.shape
         blocks = values.reshape(*lead, height // 2, 2, width // 2, 2, channels)
-        coarse = (blocks[..., 0, :, 0, :] + blocks[..., 0, :, 1, :] + blocks[..., 1, :, 0, :] + blocks[..., 1, :, 1, :]) // 4
+        coarse = (
+            blocks[..., 0, :, 0, :] + blocks[..., 0, :, 1, :] + blocks[..., 1, :, 0, :] + blocks[..., 1, :, 1, :]
+        ) // 4
         share = int(rng.integers(1, 4))
         values = (values * (4 - share) + coarse.repeat(2, -3).repeat(2, -2) * share) // 4
     if choice[1] < 0.5:
@@ -164,18 +172,19 @@ _NOISE = np.random.default_rng(0).normal(0, 12, 300_000).astype(np.int16)
 
 def _questions(task: Task, scenes: Sequence[Scene], rng: np.random.Generator) -> list[QA]:
     """The caption and up to `QUESTIONS_PER_SCENE` more, in random order."""
+    wanted = QUESTIONS_PER_SCENE[task.kind]
     first: QA | None
     if task.kind == "set":
         weights, first = SET_FAMILIES, ask_set(scenes, "set_caption", rng)
     else:
         weights, first = VIDEO_FAMILIES if task.kind == "video" else IMAGE_FAMILIES, ask(scenes[0], "caption", rng)
     names, chances = list(weights), np.array(list(weights.values()))
-    picked = rng.choice(len(names), 2 * QUESTIONS_PER_SCENE, p=chances / chances.sum())
+    picked = rng.choice(len(names), 2 * wanted, p=chances / chances.sum())
     found = {first}
     for index in picked.tolist():
         family = names[index]
         found.add(ask_set(scenes, family, rng) if task.kind == "set" else ask(scenes[0], family, rng))
-        if len(found - {None}) > QUESTIONS_PER_SCENE:
+        if len(found - {None}) > wanted:
             break
     questions = sorted(qa for qa in found if qa is not None)
     return [questions[i] for i in rng.permutation(len(questions)).tolist()]

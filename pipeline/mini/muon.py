@@ -6,7 +6,7 @@ The update is scaled to an element size of 0.2·lr, so learning rates compare wi
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__([{"params": list(params), "parts": 1}, {"params": list(fused), "parts": 3}], defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update; matrices of one shape are orthogonalised together."""
         same_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, dict]]] = defaultdict(list)
         for group in self.param_groups:

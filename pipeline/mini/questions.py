@@ -1,19 +1,20 @@
 """Questions about a scene, or about a set of still scenes, with exact answers: one short function per task family.
 
-A family returns None when it has nothing unambiguous to ask. All text is lower-case words of `pipeline.mini.vocabulary`.
+A family returns None when it has nothing unambiguous to ask. All words are in `pipeline.mini.vocabulary`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from pipeline.mini.scene import Scene, Thing
 from pipeline.mini.vocabulary import CHOICES, COLORS, NUMBERS, ORDINALS, PLURALS, SHAPES
 
+Option = TypeVar("Option")
 MIN_GAP_PX = 16  # two centres this far apart along an axis are clearly left/right or above/below
 
 
@@ -56,7 +57,7 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _pick(rng: np.random.Generator, options: Sequence):
+def _pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
     return options[int(rng.integers(len(options)))]
 
 

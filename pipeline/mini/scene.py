@@ -1,7 +1,7 @@
 """What a rendered scene holds: flat shapes that stay or move and may appear later, perhaps a sign, a background.
 
-A scene lives in physical time (seconds) and pixels, so the same scene can be sampled at any frame rate. A still picture is
-a scene with `duration_s` 0.
+A scene lives in physical time (seconds) and pixels, so the same scene can be sampled at any frame rate. A still picture
+is a scene with `duration_s` 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PATH_POINTS = 5
 
 @dataclass(frozen=True)
 class Thing:
-    """One shape. `x_px`, `y_px` is its centre when it appears; it then moves `speed_px_s` along its motion's heading."""
+    """One shape. `x_px`, `y_px` is its centre when it appears; from then on it moves at `speed_px_s`."""
 
     color: str
     shape: str

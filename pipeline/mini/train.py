@@ -1,4 +1,4 @@
-"""Training of the mini model: Muon beside AdamW, dense auxiliary losses, EMA; a wall-clock schedule that can be resumed.
+"""Training of the mini model: Muon beside AdamW, dense auxiliary losses, EMA, a resumable wall-clock schedule.
 
 Every process renders its own scenes and gradients are averaged (gloo), so processes need nothing but a common folder.
 """
@@ -25,7 +25,11 @@ from pipeline.mini.muon import Muon
 VISION_LABELS = ("shape", "color", "size", "char_left", "char_right")  # read from the encoder's tokens
 MIDDLE_LABELS = ("shape", "color", "motion", "row", "column", "time")  # read halfway through the text model
 EMPTY_CELL_WEIGHT = 0.1  # most tokens show background
-VALIDATION = ((Task("image", 1, 96, 96, 32, 4), 1), (Task("video", 4, 96, 96, 24, 4), 2), (Task("video", 8, 128, 128, 8, 4), 2))
+VALIDATION = (
+    (Task("image", 1, 96, 96, 32, 4), 1),
+    (Task("video", 4, 96, 96, 24, 4), 2),
+    (Task("video", 8, 128, 128, 8, 4), 2),
+)
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,11 @@ class Trainer:
         matrices, fused, rest = _split_parameters(self.model)
         self.optimizers: list[torch.optim.Optimizer] = [
             Muon(matrices, fused, lr=config.muon_lr),
-            torch.optim.AdamW([*rest, *self.heads.parameters()], lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.AdamW(
+                [*rest, *self.heads.parameters()], lr=config.adam_lr, betas=(0.9, 0.98), weight_decay=0.0
+            ),
         ]
-        self.step, self.elapsed_s = 0, 0.0
+        self.step, self.elapsed_s, self._clock = 0, 0.0, time.monotonic()
 
     @property
     def checkpoint(self) -> Path:
@@ -120,6 +126,7 @@ class Trainer:
 
     @property
     def progress(self) -> float:
+        """Share of the schedule's wall-clock time that has passed, 0..1."""
         return min(self.elapsed_s / (60 * self.config.minutes), 1.0)
 
     @property
@@ -135,7 +142,6 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One step on the next batch; returns its losses."""
-        start = time.monotonic()
         batch = self.next_batch()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             out = forward(self.model, batch.frames, batch.grid, batch.tail_ids, batch.tail_offset, batch.tail_slot)
@@ -143,7 +149,7 @@ class Trainer:
             answer_loss = F.cross_entropy(logits(self.model, out.tail[answered]).float(), batch.target[answered])
             dense_loss = self.heads.loss(out.vision, out.middle, batch.dense)
         (answer_loss + self.config.dense_weight * dense_loss).backward()
-        self._average_and_clip(time.monotonic() - start)
+        self._average_and_clip()
         rate = _learning_rate(self.progress, self.config.warmup)
         for optimizer, base in zip(self.optimizers, (self.config.muon_lr, self.config.adam_lr), strict=True):
             for group in optimizer.param_groups:
@@ -154,16 +160,16 @@ class Trainer:
         self._update_ema()
         return {"answer": answer_loss.item(), "dense": dense_loss.item()}
 
-    def _average_and_clip(self, seconds: float) -> None:
-        """Mean gradient over processes, clipped to norm 1; the mean step time moves every clock alike."""
+    def _average_and_clip(self) -> None:
+        """Mean gradient over processes, clipped to norm 1; the mean time since the last call moves all clocks alike."""
         params = [p for p in (*self.model.parameters(), *self.heads.parameters()) if p.grad is not None]
-        clock = torch.tensor([time.monotonic() - self._clock], device=self.device)
-        flat = torch.cat([clock, *(p.grad.flatten() for p in params)])
+        passed = time.monotonic() - self._clock
+        flat = torch.cat([torch.tensor([passed], device=self.device), *(p.grad.flatten() for p in params)])
         if self.config.procs > 1:
             dist.all_reduce(flat)
             flat /= self.config.procs
         self.elapsed_s += float(flat[0])
-        self._clock += float(clock)
+        self._clock += passed
         flat[1:] *= min(1.0, 1.0 / (float(flat[1:].norm()) + 1e-6))
         start = 1
         for p in params:
@@ -203,7 +209,9 @@ class Trainer:
 
 def _split_parameters(model: Qwen2_5_VLForConditionalGeneration) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Matrices for Muon, fused qkv matrices for Muon, and the rest (embeddings, patch projection, norms, biases)."""
-    matrices, fused, rest = [], [], []
+    matrices: list[Tensor] = []
+    fused: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, param in model.named_parameters():
         if param.ndim != 2 or "embed_tokens" in name:
             rest.append(param)
