@@ -97,21 +97,22 @@ def test_left_padding_changes_nothing():
     torch.testing.assert_close(torch.cat(bare.logits), torch.cat(padded.logits), atol=2e-4, rtol=2e-4)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_next"])
-def test_beams_score_what_the_sequences_score_by_hand(family):
+@pytest.mark.parametrize("images", [[(0,), (2,)], [(0, 1), (2, 0)]], ids=["one image", "several images"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_beams_score_what_their_sequences_score_by_hand(family, images):
     """Images of different size: the grids of a beam's copies must stay with their prompts."""
     model = tiny_model(family)
-    samples = [tiny_sample(family, 0, 1), tiny_sample(family, 2, 0)]
+    samples = [tiny_sample(family, *numbers) for numbers in images]
     batch = tiny_batch(family, samples)
-    beams = dict(num_beams=3, max_new_tokens=4, length_penalty=0.0, output_scores=True)
-    out, _ = generate(model, batch, CONFIG, num_return_sequences=2, **beams)
+    beams = dict(num_beams=3, num_return_sequences=2, max_new_tokens=4, length_penalty=0.0, output_scores=True)
+    if len(images[0]) > 1:
+        try:
+            model.generate(**batch, **beams)
+        except RuntimeError:
+            pytest.skip("this transformers cannot expand several images per prompt to beams")
+    out, _ = generate(model, batch, CONFIG, **beams)
     for row, sequence in enumerate(out.sequences[:, -4:]):
-        sample = samples[row // 2]
-        if family == "llava_next":  # its decoder is Llama's, already checked by hand
-            alone, _ = generate(model, sample, CONFIG, **beams)
-            assert row % 2 or torch.equal(alone.sequences[0, -4:], sequence)
-            continue
-        scores = by_hand(model, sample, CONFIG, sequence)[:-1].log_softmax(-1)
+        scores = by_hand(model, samples[row // 2], CONFIG, sequence)[:-1].log_softmax(-1)
         total = scores.gather(1, sequence[:, None]).sum().item()
         assert out.sequences_scores[row].item() == pytest.approx(total, abs=1e-3)
 
