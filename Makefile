@@ -7,9 +7,7 @@ DEMO ?= demo-out
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/python -m pipeline.mini.world $(DEMO)/videos
-	$(VENV)/bin/python -m jobs.caption --config configs/demo.yaml --show 12 \
-		--set source.uri=$(DEMO)/videos --set sink.uri=$(DEMO)/out
+	$(VENV)/bin/python -m jobs.demo --out $(DEMO)
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest

@@ -17,24 +17,26 @@ from pipeline.encode import encoder_for
 from pipeline.graph import execute
 from pipeline.models import describe, pick_device
 from pipeline.run import RunDirectory, Work, read_table
-from pipeline.schema import ROW_SCHEMA
 from pipeline.summary import columns, summarise, table
 
 
 def main() -> int:
     """Run the job; 0 when every unit has its row, whatever the rows say."""
-    arguments_parser = parser(
+    arguments = parser(
         __doc__ or "",
         epilog="""examples:
-  python -m jobs.caption --config configs/demo.yaml
+  python -m jobs.caption --config configs/caption.yaml --set source.uri=videos --set sink.uri=captions
   python -m jobs.caption --config configs/caption.yaml --set source.uri=s3://bucket/videos --set sink.uri=s3://bucket/out
   ray job submit --address http://HEAD:8265 --working-dir . -- python -m jobs.caption --config configs/caption.yaml
 
 Exit code 0: every unit has its row (error rows included). 2: the configuration, source or output refuses.""",
-    )
-    arguments_parser.add_argument("--show", metavar="N", type=int, default=0, help="print the first N rows at the end")
-    arguments = arguments_parser.parse_args()
-    job = load(arguments)
+    ).parse_args()
+    caption(load(arguments))
+    return 0
+
+
+def caption(job: JobConfig) -> None:
+    """Start the run under `job.sink.uri`, or take it up again, and finish it."""
     check_model(job)
     run = RunDirectory(job)
     with run.lock():
@@ -42,17 +44,6 @@ Exit code 0: every unit has its row (error rows included). 2: the configuration,
         if not work.has_manifest():
             work.write_manifest(plan_units(job))
         run_units(job, run, work, work)
-    show(work, arguments.show)
-    return 0
-
-
-def show(work: Work, count: int) -> None:
-    """Print the first `count` rows, by uri."""
-    rows = work.rows(["uri", "status", "answers", "error_message"]) if count else ROW_SCHEMA.empty_table()
-    for row in rows.sort_by("uri").slice(0, count).to_pylist():
-        print(f"\n{row['uri']}  [{row['status']}]  {row['error_message'] or ''}")
-        for answer in row["answers"] or []:
-            print(f"  {answer['prompt']}\n    {answer['text']}")
 
 
 def check_model(job: JobConfig) -> None:

@@ -103,7 +103,6 @@ class CaptionActor:
             yield rows_table([row])
 
 
-@ray.remote(num_cpus=0)
 class Progress:
     """Counts finished units while the job runs. Only a display: what is true stands in the rows."""
 

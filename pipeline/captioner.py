@@ -24,6 +24,7 @@ from pipeline.encode import Encoded, encoder_for
 from pipeline.errors import ConfigError, SkippedError, UnitError
 from pipeline.frames import Sizing
 from pipeline.models import ModelCard, describe, load_model, load_tokenizer
+from pipeline.schema import ROW_SCHEMA
 from pipeline.version import code_version
 
 
@@ -238,7 +239,7 @@ class Captioner:
         return set(stop) if isinstance(stop, list) else {stop}
 
     def _empty_row(self, unit: dict[str, Any]) -> dict[str, Any]:
-        return {
+        return dict.fromkeys(ROW_SCHEMA.names) | {
             "run_id": self.run_id,
             "uri": unit["uris"][0],
             "attempts": unit["attempts"] + 1,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -15,6 +16,7 @@ from ray.actor import ActorHandle
 import pipeline
 from pipeline.actor import Progress
 from pipeline.config import JobConfig
+from pipeline.summary import clock
 
 
 @contextmanager
@@ -33,7 +35,7 @@ def connect(job: JobConfig) -> Iterator[None]:
             "object_store_memory": job.ray.object_store_bytes,
             "include_dashboard": False,
         }
-    ray.init(**options)  # type: ignore[arg-type]
+    ray.init(**options)
     try:
         yield
     finally:
@@ -43,7 +45,8 @@ def connect(job: JobConfig) -> Iterator[None]:
 @contextmanager
 def progress_display(job: JobConfig, total: int, done_before: int) -> Iterator[ActorHandle]:
     """A line that is kept up to date in a terminal, and a line per interval in a log; yields the counting actor."""
-    counter = Progress.remote()
+    actor: Any = ray.remote(num_cpus=0)(Progress)
+    counter = actor.remote()
     ray.get(counter.state.remote())
     stop = threading.Event()
     display = _Display(total, done_before)
@@ -81,19 +84,13 @@ class _Display:
         counts = " ".join(f"{status} {count}" for status, count in sorted(state["units"].items()))
         done = self._before + now
         share = done / self._total if self._total else 1.0
-        left = "?" if left_s is None else _clock(left_s)
+        left = "?" if left_s is None else clock(left_s)
         line = f"{done:,}/{self._total:,} units ({share:.0%})  {counts or 'starting'}  {per_hour:,.0f}/h  left {left}"
         if self.terminal:
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
         else:
-            print(f"{_clock(elapsed_s)}  {line}", file=sys.stderr, flush=True)
+            print(f"{clock(elapsed_s)}  {line}", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         if self.terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

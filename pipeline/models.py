@@ -55,6 +55,7 @@ def load_tokenizer(card: ModelCard) -> Any:
 
 def load_model(card: ModelCard, model: Model) -> Any:
     """The model in evaluation mode on its device; weights come from safetensors only."""
+    transformers.utils.logging.disable_progress_bar()
     device = pick_device(model.device)
     dtype = pick_dtype(model.dtype, device)
     try:

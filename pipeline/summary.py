@@ -73,7 +73,7 @@ def table(summary: dict[str, Any]) -> str:
         ),
         ("", "  ".join(f"{status} {units[status]:,}" for status in STATUSES)),
         *[("", f"  {e['count']:,} × {e['stage']}/{e['type']}: {e['example'][:100]}") for e in summary["errors"]],
-        ("video", f"{summary['video_hours']:,.2f} h, {summary['frames']:,} frames"),
+        ("video", f"{clock(summary['video_hours'] * 3600)} (h:m:s), {summary['frames']:,} frames"),
         (
             "vision tokens",
             f"{summary['vision_tokens']:,} → {summary['kept_tokens']:,} in the last layers, "
@@ -88,6 +88,12 @@ def table(summary: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(f"{name:<14} {text}" for name, text in lines)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def format_bytes(count: float) -> str:

@@ -120,7 +120,7 @@ def test_units_one_after_the_other_do_not_touch_each_other(mini):
 
 def test_frames_of_another_unit_are_refused(mini):
     row = mini.row(_unit(), _batches(id_="other"))
-    assert (row["status"], row["error_type"], row.get("text")) == (
+    assert (row["status"], row["error_type"], row["text"]) == (
         "error",
         "ForeignFrames",
         None,

@@ -1,0 +1,72 @@
+"""Running the jobs as a user does: as processes, killed or not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).parents[2]
+# Small frames, few tokens: the job's machinery is tested, not the model's throughput.
+SMALL = [
+    "frames.fps=2",
+    "frames.max_frames=8",
+    "frames.max_px=9216",
+    "model.max_new_tokens=12",
+    "ray.object_store_bytes=200000000",
+    "run.progress_interval_s=2",
+]
+
+
+def command(job, *overrides):
+    """The command line of a job with small settings."""
+    return [sys.executable, "-m", f"jobs.{job}", *(f"--set={o}" for o in [*SMALL, *overrides])]
+
+
+def environment(**extra):
+    """This process's environment, made deterministic and offline."""
+    return os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": str(ROOT),
+        **extra,
+    }
+
+
+def run(job, *overrides, check=True, **extra):
+    """Run a job to its end; its output is in the result."""
+    done = subprocess.run(
+        command(job, *overrides), cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=300
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def run_and_kill(job, *overrides, when, **extra):
+    """Start a job, and SIGKILL its driver as soon as `when()` holds; returns whether it was still running then."""
+    process = subprocess.Popen(
+        command(job, *overrides), cwd=ROOT, env=environment(**extra), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 240
+    while not when():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"the job ended before it could be killed:\n{process.communicate()[1].decode()}")
+        time.sleep(0.05)
+    running = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return running
+
+
+def rows_by_name(folder):
+    """Output rows by file name; fails when a unit has more than one."""
+    rows = pq.read_table(folder).to_pylist()
+    ids = [row["id"] for row in rows]
+    assert len(set(ids)) == len(ids)
+    return {Path(row["uri"]).name: row for row in rows}
