@@ -21,7 +21,9 @@ class Prompt:
 def prompt_of(model, sample):
     """Look at a plain forward to learn what reaches the decoder."""
     seen = {}
-    handle = model.get_decoder().register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    handle = model.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
     with torch.no_grad():
         model.generate(**sample, max_new_tokens=1, do_sample=False)
     handle.remove()
@@ -66,7 +68,9 @@ def logits(model, prompt, config, generated):
         stay = torch.cat([result.kept, torch.arange(length, total)])
         kept_positions = positions[..., stay]
         if config.positions == "compact":
-            gone = sorted(set(positions[..., :length].flatten().tolist()) - set(positions[..., result.kept].flatten().tolist()))
+            gone = sorted(
+                set(positions[..., :length].flatten().tolist()) - set(positions[..., result.kept].flatten().tolist())
+            )
             kept_positions = kept_positions - torch.tensor(
                 [sum(value < p for value in gone) for p in kept_positions.flatten().tolist()]
             ).reshape(kept_positions.shape)

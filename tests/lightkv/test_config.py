@@ -50,7 +50,7 @@ def test_a_budget_that_cannot_be_met_is_an_error():
         LightKVConfig.for_model(LlamaConfig(num_hidden_layers=5), 0.05)
     with pytest.raises(ConfigError, match="takes at most 2, after layers 0 to 1"):
         LightKVConfig.for_model(LlamaConfig(num_hidden_layers=3), 0.5)
-    with pytest.raises(ConfigError, match="between 0.05 and 1.0"):
+    with pytest.raises(ConfigError, match=r"between 0\.05 and 1\.0"):
         LightKVConfig.for_model(LlamaConfig(), 0.01)
 
 
@@ -100,7 +100,7 @@ def test_stages_are_ordered_and_lie_inside_the_decoder():
         schedule(3, 1)
     with pytest.raises(ConfigError, match="ascending"):
         schedule(3, 3)
-    with pytest.raises(ConfigError, match="after layer 7 is not possible: this decoder of 8 layers takes .* 0 to 6"):
+    with pytest.raises(ConfigError, match=r"after layer 7 is not possible: this decoder of 8 layers takes .* 0 to 6"):
         schedule(7).retention(8)
 
 
@@ -110,5 +110,5 @@ def test_configurations_are_frozen():
 
 
 def test_published_names_are_listed():
-    with pytest.raises(ConfigError, match="llava-1.5-7b"):
+    with pytest.raises(ConfigError, match=r"llava-1\.5-7b"):
         LightKVConfig.published("gpt-2")

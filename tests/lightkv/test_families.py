@@ -156,8 +156,9 @@ def test_an_unknown_family_lists_what_there_is():
 
 def test_stages_before_the_last_deepstack_layer_are_refused():
     model = tiny_model("qwen3_vl")
-    with pytest.raises(ValueError, match="takes stages after layers 1 to 3"), compress(
-        model, LightKVConfig((Stage(0, 1, 0.5),))
+    with (
+        pytest.raises(ValueError, match="takes stages after layers 1 to 3"),
+        compress(model, LightKVConfig((Stage(0, 1, 0.5),))),
     ):
         pass
 

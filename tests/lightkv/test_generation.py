@@ -8,7 +8,7 @@ from transformers import LlamaForCausalLM
 
 from lightkv import LightKVConfig, Stage, VisionLayout, compress, family_of
 from tests.lightkv import reference
-from tests.lightkv.tiny import IMAGE, LAYERS, tiny_batch, tiny_model, tiny_sample
+from tests.lightkv.tiny import IMAGE, tiny_batch, tiny_model, tiny_sample
 
 CONFIG = LightKVConfig((Stage(0, 3, 0.5), Stage(1, 2, 0.7), Stage(3, 1, 0.5)))
 VARIANTS = {
@@ -81,9 +81,7 @@ def test_a_batch_of_n_is_n_batches_of_one(family, variant, attention, monkeypatc
     vision = kept = 0
     for row, sample in enumerate(samples):
         alone, own = generate(model, sample, config)
-        torch.testing.assert_close(
-            torch.stack(together.logits)[:, row], torch.cat(alone.logits), atol=2e-4, rtol=2e-4
-        )
+        torch.testing.assert_close(torch.stack(together.logits)[:, row], torch.cat(alone.logits), atol=2e-4, rtol=2e-4)
         assert torch.equal(together.sequences[row, -6:], alone.sequences[0, -6:])
         vision, kept = vision + own.vision_tokens, kept + own.kept_tokens
     assert (report.vision_tokens, report.kept_tokens) == (vision, kept)
@@ -178,9 +176,7 @@ def test_embeddings_with_layouts_do_what_pixels_do():
     out, _ = generate(model, sample, CONFIG)
     layout = VisionLayout.grids([(2, 1, 8, 8), (67, 1, 8, 8)], sample["input_ids"].shape[1])
     with compress(model, CONFIG, layouts=[layout]):
-        again = model.generate(
-            inputs_embeds=embedded(model, sample), attention_mask=sample["attention_mask"], **GREEDY
-        )
+        again = model.generate(inputs_embeds=embedded(model, sample), attention_mask=sample["attention_mask"], **GREEDY)
     assert torch.equal(torch.cat(out.logits), torch.cat(again.logits))
     assert torch.equal(again.sequences, new_tokens(out, sample))
 
@@ -224,4 +220,3 @@ def test_a_decoder_alone_is_compressed_where_the_caller_says():
     assert torch.equal(torch.cat(out.logits), torch.cat(expected.logits))
     assert report.vision_tokens == int((sample["input_ids"] == IMAGE).sum())
     assert len(report.stages) == 3
-    assert LAYERS == decoder.config.num_hidden_layers

@@ -125,7 +125,12 @@ def internvl_image(n: int) -> tuple[int, Pixels]:
 def folded_config(kind: str, vision: str) -> Any:
     return getattr(transformers, kind)(
         vision_config=getattr(transformers, vision)(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=4
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=4,
         ),
         text_config=text_config("LlamaConfig"),
         image_token_id=IMAGE,
@@ -204,28 +209,28 @@ def halved_video(n: int) -> tuple[int, Pixels]:
 
 TINY: dict[str, Tiny] = {
     "llava": Tiny(llava_config, "LlavaForConditionalGeneration", llava_image),
-    "llava_next": Tiny(
-        lambda: anyres_config("LlavaNextConfig"), "LlavaNextForConditionalGeneration", anyres_image
-    ),
+    "llava_next": Tiny(lambda: anyres_config("LlavaNextConfig"), "LlavaNextForConditionalGeneration", anyres_image),
     "llava_next_video": Tiny(
         lambda: anyres_config("LlavaNextVideoConfig", video_token_id=VIDEO),
         "LlavaNextVideoForConditionalGeneration",
         anyres_image,
         pooled_video,
     ),
-    "llava_onevision": Tiny(
-        onevision_config, "LlavaOnevisionForConditionalGeneration", onevision_image, halved_video
-    ),
+    "llava_onevision": Tiny(onevision_config, "LlavaOnevisionForConditionalGeneration", onevision_image, halved_video),
     "internvl": Tiny(internvl_config, "InternVLForConditionalGeneration", internvl_image),
     "idefics3": Tiny(
-        lambda: folded_config("Idefics3Config", "Idefics3VisionConfig"), "Idefics3ForConditionalGeneration", folded_image
+        lambda: folded_config("Idefics3Config", "Idefics3VisionConfig"),
+        "Idefics3ForConditionalGeneration",
+        folded_image,
     ),
     "smolvlm": Tiny(
         lambda: folded_config("SmolVLMConfig", "SmolVLMVisionConfig"), "SmolVLMForConditionalGeneration", folded_image
     ),
     "qwen2_vl": Tiny(qwen2_vl_config, "Qwen2VLForConditionalGeneration", qwen_image, qwen_video, typed=True),
     "qwen2_5_vl": Tiny(qwen2_5_vl_config, "Qwen2_5_VLForConditionalGeneration", qwen_image, qwen_video, typed=True),
-    "qwen3_vl": Tiny(qwen3_vl_config, "Qwen3VLForConditionalGeneration", qwen_image, qwen_video, typed=True, frames_apart=True),
+    "qwen3_vl": Tiny(
+        qwen3_vl_config, "Qwen3VLForConditionalGeneration", qwen_image, qwen_video, typed=True, frames_apart=True
+    ),
 }
 
 
