@@ -90,14 +90,21 @@ class _Reading:
         self._source: FrameSource | None = None
         self._path = self._whole_file(*window)
         if self._container is None:
-            self._container = open_video(self._path or media.ranged(), media.uri)
+            self._container = self._container_of(self._path)
         missing = missing_bytes(self._container, media.head(), media.entry.size_bytes)
         if missing and window[1] is None:
             self._cut_off(missing)
-        if self._path is None or decode.backend == "pyav":
-            self.index = index_window(self._container, media.uri, *window, frames)
-        else:
-            self.index = index_whole(self._container, media.uri)
+        try:
+            if self._path is None or decode.backend == "pyav":
+                self.index = index_window(self._container, media.uri, *window, frames)
+            else:
+                self.index = index_whole(self._container, media.uri)
+        except UnitError:
+            media.check()
+            if missing:
+                self._cut_off(missing)
+            raise
+        media.check()
         self.picks = choose_frames(self.index.times_s, *window, frames)
         if missing and window[1] > self.index.times_s.max(initial=0.0):
             self._cut_off(missing)
@@ -114,13 +121,15 @@ class _Reading:
                 if self._source is None:
                     self._source = self._opened(self._backends[0])
                 pixels = self._source.read(picks)
+                self._media.check()
                 if pixels.shape != (len(picks), size.resize_h, size.resize_w, 3) or pixels.dtype != np.uint8:
                     raise UnsuitableError(
                         f"expected {len(picks)} frames of {size.resize_w} × {size.resize_h}, got {pixels.shape}"
                     )
                 return _cropped(pixels, size)
-            except PipelineError:
-                raise  # PyAV's, which says what is wrong
+            except PipelineError:  # PyAV's, which says what is wrong
+                self._media.check()
+                raise
             except Exception as error:  # decord and foreign decoders raise what they like
                 self._source = None
                 failed = self._backends.pop(0)
@@ -144,7 +153,7 @@ class _Reading:
             if media.entry.size_bytes > limit:
                 return None
             if media.entry.size_bytes > _COPY_ALWAYS_BYTES and (start_s, end_s) != (None, None):
-                self._container = open_video(media.ranged(), media.uri)
+                self._container = self._container_of(None)
                 length_s = (self._container.duration or 0) / 1e6
                 needed_s = min(end_s or length_s, length_s) - (start_s or 0.0)
                 if needed_s < _COPY_SHARE * length_s:
@@ -152,6 +161,13 @@ class _Reading:
                 self._container.close()
                 self._container = None
         return media.local_path(limit)
+
+    def _container_of(self, path: str | None) -> Any:
+        try:
+            return open_video(path or self._media.ranged(), self._media.uri)
+        except UnitError:
+            self._media.check()
+            raise
 
     def _order(self, batch_frames: int) -> list[str]:
         if self._path is None or self._decode.backend == "pyav":

@@ -26,7 +26,7 @@ class Media:
         self.uri = uri
         self.remote = is_s3(uri)
         self._storage = storage
-        self._open: list[IO[bytes]] = []
+        self._open: list[IO[bytes] | Ranged] = []
         self._copy: str | None = None
         if etag is not None and etag != self.entry.etag:
             raise UnitError(
@@ -35,17 +35,24 @@ class Media:
         if self.entry.size_bytes == 0:
             raise UnitError("fetch", "Empty", f"the file has no bytes: {uri}")
 
-    def ranged(self) -> Any:
-        """A seekable binary file that fetches what is read; an object that changes meanwhile raises Changed."""
-        file = self._opened(block_size=_RANGE_BLOCK_BYTES, cache_type="readahead")
+    def ranged(self) -> "Ranged":
+        """A seekable binary file that fetches what is read; `check` tells whether all of it came."""
+        file = Ranged(self._opened(block_size=_RANGE_BLOCK_BYTES, cache_type="readahead"))
         self._open.append(file)
         return file
 
+    def check(self) -> None:
+        """Raises `UnitError` (fetch) if a read by range has failed, which FFmpeg takes for the end of the file."""
+        for file in self._open:
+            if isinstance(file, Ranged) and file.error is not None:
+                with fetching(), faults(self.uri):
+                    raise file.error
+
     def head(self, count: int = 4096) -> bytes:
         """The first bytes."""
-        file = self.ranged()
-        with fetching(), faults(self.uri):
-            return bytes(file.read(count))
+        data = self.ranged().read(count)
+        self.check()
+        return data
 
     def local_path(self, max_bytes: int) -> str:
         """A path to the whole content: the file's own, or that of a local copy which no name points to."""
@@ -94,6 +101,32 @@ class Media:
             file.close()
         self._open.clear()
         self._copy = None
+
+
+class Ranged:
+    """A file for FFmpeg that ends where reading fails, and remembers why."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: Exception | None = None
+
+    def read(self, count: int = -1) -> bytes:
+        if self.error is not None:
+            return b""
+        try:
+            return bytes(self._file.read(count))
+        except Exception as error:  # FFmpeg would print it and go on
+            self.error = error
+            return b""
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 @contextmanager

@@ -4,38 +4,18 @@ import pickle
 import threading
 from pathlib import Path
 
-import boto3
 import pyarrow.fs
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline import storage as st
 from pipeline.config import Storage
+from tests.s3 import server
 
 
 @pytest.fixture(scope="module")
-def endpoint():
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture(autouse=True)
-def _credentials(monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-
-
-@pytest.fixture(scope="module")
-def bucket(endpoint):
-    keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
-    boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys).create_bucket(Bucket="videos")
-    return Storage(endpoint_url=endpoint, region="us-east-1", max_attempts=1, timeout_s=5)
+def bucket():
+    with server("videos") as storage:
+        yield storage
 
 
 @pytest.fixture(params=["local", "file", "s3"])
