@@ -418,7 +418,7 @@ def test_an_object_replaced_while_it_is_read_is_an_error(videos, bucket, tmp_pat
 
 def test_a_few_frames_of_a_long_object_fetch_little_of_it(bucket, tmp_path, monkeypatch):
     path = render(
-        tmp_path / "long.mp4", times_s=[i * 5.0 for i in range(400)], codec="mpeg4", gop=4, height=480, width=720
+        tmp_path / "long.mp4", times_s=[i * 5.0 for i in range(1200)], codec="mpeg4", gop=4, height=480, width=720
     )
     uri, size = put(bucket, path), path.stat().st_size
     monkeypatch.setattr("pipeline.media._RANGE_BLOCK_BYTES", 4096)
