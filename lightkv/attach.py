@@ -185,7 +185,8 @@ class _Session:
         layouts = [layout.to(device) for layout in self.step["layouts"]]
         if not any(bool(layout.is_vision.any()) for layout in layouts):
             return None
-        refuse_cache(kwargs.get("past_key_values"), kwargs.get("use_cache"))
+        use_cache = kwargs.get("use_cache")
+        refuse_cache(kwargs.get("past_key_values"), self.text_config.use_cache if use_cache is None else use_cache)
         rows = rows_for_batch(layouts, kwargs.get("attention_mask"), batch, length)
         return Prefill(self.config, rows, length, positions)
 
@@ -232,13 +233,14 @@ class _Session:
         )
         angles = kwargs["position_embeddings"]
         if group.positions is not None:
-            positions = group.positions if prefill.running else self.step["positions"] - group.closed[:, None]
-            angles = self.decoder.rotary_emb(hidden, positions)
-        elif prefill.running:
-            rows = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
-            angles = tuple(
-                angle.expand(*angle.shape[:-3], len(rows), -1, -1)[..., rows, group.origin, :] for angle in angles
+            positions = (
+                group.positions
+                if prefill.running
+                else self.step["positions"] - group.closed[:, None].to(self.step["positions"].device)
             )
+            angles = self.decoder.rotary_emb(hidden, positions.to(hidden.device))
+        elif prefill.running:
+            angles = tuple(_rows_at(angle, group.origin) for angle in angles)
         # Attention reads position_ids only to detect packed sequences; gaps between survivors would look like that.
         return {"attention_mask": mask, "position_embeddings": angles, "position_ids": None}
 
@@ -250,6 +252,13 @@ class _Session:
             self.report.record(prefill, cache, len(self.decoder.layers))
         elif prefill is None and "layouts" in self.step:
             self.report.record_text(cache)
+
+
+def _rows_at(angle: Tensor, index: Tensor) -> Tensor:
+    """angle [..., B or 1, S, d] at index [B, S'] of each row → [..., B, S', d]."""
+    index = index.to(angle.device)
+    rows = torch.arange(len(index), device=angle.device)[:, None]
+    return angle.expand(*angle.shape[:-3], len(index), -1, -1)[..., rows, index, :]
 
 
 def _restore(target: object, name: str, value: object | None) -> None:

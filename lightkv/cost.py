@@ -1,9 +1,10 @@
 """What a prefill costs, from a model's configuration alone: FLOPs and KV bytes, with and without compression."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightkv.config import LightKVConfig
+from lightkv.config import LightKVConfig, Stage
 from lightkv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One decoder layer in prefill."""
+    """One decoder layer in prefill, with the stage that follows it."""
 
     tokens: int
     flops: int
@@ -66,7 +67,7 @@ class LayerCost:
 class Cost:
     """Prefill of one prompt: all decoder layers, the stages, and the logits of the last token.
 
-    flops      multiply and add counted as two
+    flops      matrix products, multiply and add counted as two
     kv_bytes   the cache at the end of prefill, text included
     retention  layer-averaged share of vision KV entries kept
     """
@@ -84,34 +85,61 @@ def estimate(
     text_tokens: int,
     config: LightKVConfig | None,
     dtype_bytes: int = 2,
+    frames: int = 1,
 ) -> Cost:
-    """Cost of prefilling `vision_tokens` + `text_tokens`, compressed by `config` or (None) not at all.
+    """Cost of prefilling `vision_tokens` (in `frames` equal grids) and `text_tokens`, compressed by `config` or not.
 
-    Windows are taken as large: each stage leaves round((1 - drop) · tokens). Raises ConfigError for bad counts.
+    Windows are taken as near-equal, which is exact where they divide the grids. Raises ConfigError for bad counts.
     """
-    if vision_tokens < 0 or text_tokens < 0 or dtype_bytes < 1:
+    return prefill_cost(Shape.of(model_config), vision_tokens, text_tokens, config, dtype_bytes, frames)
+
+
+def prefill_cost(
+    shape: Shape, vision_tokens: int, text_tokens: int, config: LightKVConfig | None, dtype_bytes: int, frames: int
+) -> Cost:
+    """`estimate` for a decoder that is known by its dimensions only."""
+    if min(vision_tokens, text_tokens) < 0 or min(dtype_bytes, frames) < 1:
         raise ConfigError(
-            f"token counts must be at least 0 and dtype_bytes at least 1, got {vision_tokens}, {text_tokens} "
-            f"and {dtype_bytes}"
+            f"token counts must be at least 0, dtype_bytes and frames at least 1, got vision_tokens={vision_tokens}, "
+            f"text_tokens={text_tokens}, dtype_bytes={dtype_bytes}, frames={frames}"
         )
-    shape = Shape.of(model_config)
-    stages = config.stages if config is not None else ()
     if config is not None:
         config.check_depth(shape.layers)
-    drops = {stage.layer: stage.drop for stage in stages}
+    stages = {stage.layer: stage for stage in config.stages} if config is not None else {}
     layers: list[LayerCost] = []
     vision, held = vision_tokens, 0
     for layer in range(shape.layers):
-        tokens = vision + text_tokens
+        tokens, held = vision + text_tokens, held + vision
         flops = shape.layer_flops(tokens)
-        if layer in drops:
-            flops += 2 * tokens * text_tokens * shape.heads * shape.head_dim  # guidance: text keys against all queries
+        if config is not None and layer in stages and vision:
+            if config.guidance != "uniform":
+                flops += 2 * tokens * text_tokens * shape.heads * shape.head_dim  # votes: text keys × all queries
+            vision, matching = _after_stage(vision, stages[layer], _frame_groups(config, frames), shape.hidden)
+            flops += matching
         layers.append(LayerCost(tokens, flops, shape.kv_bytes(tokens, dtype_bytes)))
-        held += vision
-        vision -= int(vision * drops.get(layer, 0.0) + 1e-9)
     return Cost(
         flops=sum(layer.flops for layer in layers) + 2 * shape.hidden * shape.vocabulary,
         kv_bytes=sum(layer.kv_bytes for layer in layers),
         retention=held / (vision_tokens * shape.layers) if vision_tokens else 1.0,
         per_layer=tuple(layers),
     )
+
+
+def _frame_groups(config: LightKVConfig, frames: int) -> int:
+    """Sets of frames that share windows: the release takes a whole video for one image."""
+    span = config.frames_per_window if config.windows != "released" else None
+    return math.ceil(frames / span) if span else 1
+
+
+def _after_stage(vision: int, stage: Stage, groups: int, width: int) -> tuple[int, int]:
+    """Vision tokens that are left, and FLOPs of the similarities, with windows as equal as the count allows."""
+    count = groups * stage.windows**2
+    left, flops = 0, 0
+    for size, windows in ((vision // count + 1, vision % count), (vision // count, count - vision % count)):
+        quota, now = int(size * stage.drop + 1e-9), size
+        while quota > 0:
+            flops += windows * 2 * ((now + 1) // 2) * (now // 2) * width
+            step = min(quota, now // 2)
+            quota, now = quota - step, now - step
+        left += windows * now
+    return left, flops

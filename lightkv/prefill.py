@@ -76,7 +76,7 @@ class Prefill:
         rule, group = GUIDANCES[self.config.guidance], self.groups[-1]
         self.guidance = []
         for row, (layout, pad) in enumerate(zip(group.layouts, group.pads, strict=True)):
-            voters = rule.voters(layout)
+            voters = rule.voters(layout.to(q.device))
             self.guidance.append(
                 torch.ones(len(layout), device=q.device)
                 if voters is None
@@ -92,11 +92,12 @@ class Prefill:
             )
         results, layouts = [], []
         for row, (layout, pad) in enumerate(zip(group.layouts, group.pads, strict=True)):
+            layout = layout.to(hidden.device)  # layers may be spread over devices
             layout = layout.squared() if self.config.windows == "released" else layout
             self._note_small_grids(layout, stage)
             result = compress_tokens(
                 hidden[row, pad:],
-                self.guidance[row],
+                self.guidance[row].to(hidden.device),
                 layout,
                 windows=stage.windows,
                 drop=stage.drop,
@@ -106,10 +107,10 @@ class Prefill:
             layouts.append(layout.take(result.kept))
         self.guidance = []
         length = max(len(layout) for layout in layouts)
-        origin = group.origin.new_zeros(len(layouts), length)
+        origin = torch.zeros(len(layouts), length, dtype=torch.int64, device=hidden.device)
         packed = hidden.new_zeros(len(layouts), length, hidden.shape[-1])
         for row, (result, pad) in enumerate(zip(results, group.pads, strict=True)):
-            origin[row, length - len(result.kept) :] = group.origin[row, pad:][result.kept]
+            origin[row, length - len(result.kept) :] = group.origin[row, pad:].to(hidden.device)[result.kept]
             packed[row, length - len(result.kept) :] = result.hidden
         kept = [result.kept for result in results]
         positions, closed = _close_up(group, kept, length) if group.positions is not None else (None, group.closed)
@@ -144,10 +145,10 @@ def _close_up(group: Group, kept: Sequence[Tensor], length: int) -> tuple[Tensor
     For ordinary RoPE this gives 0 … S'-1. For M-RoPE the three axes share one numbering, so order, equality of a
     text token's three coordinates, and gaps that were there before all stay.
     """
-    before = group.positions
-    assert before is not None
+    assert group.positions is not None
+    before = group.positions.to(kept[0].device)
     after = before.new_zeros(*before.shape[:-1], length)
-    closed = group.closed.clone()
+    closed = group.closed.to(before.device, copy=True)
     for row, (index, pad) in enumerate(zip(kept, group.pads, strict=True)):
         old = before[..., row, pad:]
         new = old[..., index]

@@ -249,3 +249,10 @@ def test_no_stages_leave_the_model_alone():
     with compress(model, LightKVConfig(())) as report:
         assert torch.equal(model.generate(**sample, **options), plain)
     assert (report.retention, report.vision_tokens, report.kept_tokens) == (1.0, 64, 64)
+
+
+def test_a_configured_use_cache_false_is_refused(monkeypatch):
+    model = tiny_model("llava")
+    monkeypatch.setattr(model.config.text_config, "use_cache", False)
+    with pytest.raises(UnsupportedCallError, match="use_cache=True"), compress(model, CONFIG):
+        model(**tiny_sample("llava", 0))
