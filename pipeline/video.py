@@ -91,8 +91,8 @@ def index_whole(container: Any, uri: str) -> VideoIndex:
     found, shape = _Found(stream, keep_bytes=0), None
     for packet in _packets(container, stream):
         found.add(packet)
-        shape = shape or _decoded_shape(packet, stream)
-    shape = shape or _decoded_shape(None, stream)
+        shape = shape or decoded_shape(packet, stream)
+    shape = shape or decoded_shape(None, stream)
     if shape is None:
         raise UnitError("decode", "Corrupt", f"no frame could be decoded: {uri}")
     return found.index(shape, origin=None, complete=True)
@@ -103,10 +103,10 @@ def index_window(container: Any, uri: str, start_s: float | None, end_s: float |
     stream = video_stream(container)
     head, shape = [], None
     for packet in itertools.islice(_packets(container, stream), _ORIGIN_PACKETS):
-        shape = shape or _decoded_shape(packet, stream)
+        shape = shape or decoded_shape(packet, stream)
         if not packet.is_discard:
             head.append(packet.pts)
-    shape = shape or _decoded_shape(None, stream)
+    shape = shape or decoded_shape(None, stream)
     if shape and head and None not in head:
         window = _Window(container, stream, min(head), start_s, end_s)
         for search in (window.sparse, window.dense):
@@ -273,7 +273,7 @@ def _packets(container: Any, stream: Any) -> Iterator[Any]:
     return (packet for packet in container.demux(stream) if packet.size)
 
 
-def _decoded_shape(packet: Any, stream: Any) -> Shape | None:
+def decoded_shape(packet: Any, stream: Any) -> Shape | None:
     """How the first frame that comes out is displayed; None while none does."""
     try:
         decoded = stream.codec_context.decode(packet)

@@ -1,0 +1,113 @@
+"""Show what a captioning job would do, without doing it: units, hours, frames, tokens, KV cache.
+
+Lists and probes the source and reads the model's configuration. No weights, no GPU, no Ray; nothing is written.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+
+from jobs.cli import load, main_guard, parser
+from pipeline.captioner import lightkv_config
+from pipeline.config import JobConfig
+from pipeline.encode import encoder_for
+from pipeline.errors import ConfigError
+from pipeline.estimate import PlanSummary, Totals, estimate_plan
+from pipeline.models import describe
+from pipeline.plan import plan_units
+
+_SHOWN_ERRORS = 10
+_PLAIN = "  uncompressed"
+
+
+def main() -> int:
+    """Print the plan; 0 unless the configuration or the source refuses."""
+    cli = parser(
+        __doc__ or "",
+        epilog="""examples:
+  python -m jobs.plan --config configs/caption.yaml --set source.uri=s3://bucket/videos --set sink.uri=out
+  python -m jobs.plan --config configs/caption.yaml --set clips.length_s=60 --json | jq .total.vision_tokens""",
+    )
+    cli.add_argument("--json", action="store_true", help="print the plan as JSON")
+    arguments = cli.parse_args()
+    config = load(arguments)
+    summary, note = summarise(config)
+    print(json.dumps(asdict(summary) | {"note": note}, indent=2) if arguments.json else text(summary, config))
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+    return 0
+
+
+def summarise(config: JobConfig) -> tuple[PlanSummary, str | None]:
+    """The plan's estimate, and why it lacks tokens where it does."""
+    table = plan_units(config)
+    try:
+        card = describe(config.model)
+        encoder = encoder_for(card.config, card.preprocessor)
+        encoder.sizing(config.frames)
+        compression = lightkv_config(config, card.config)
+    except ConfigError as error:
+        return estimate_plan(table, config), f"tokens are not estimated: {error}"
+    return estimate_plan(table, config, model_config=card.config, encoder=encoder, compression=compression), None
+
+
+def text(summary: PlanSummary, config: JobConfig) -> str:
+    """The plan as a table: one column per kind of unit, and the sum of several."""
+    columns = dict(sorted(summary.by_kind.items()))
+    if len(columns) > 1:
+        columns["total"] = summary.total
+    rows = [("", list(columns))]
+    rows += [(name, [show(one) for one in columns.values()]) for name, show in _rows(summary, config)]
+    widths = [max(len(name) for name, _ in rows)]
+    widths += [max(len(values[i]) for _, values in rows) for i in range(len(columns))]
+    lines = [
+        "  ".join([name.ljust(widths[0]), *(v.rjust(w) for v, w in zip(values, widths[1:], strict=True))])
+        for name, values in rows
+    ]
+    if summary.ignored_files:
+        lines.append(f"{summary.ignored_files:,} other files in the source are left out")
+    if summary.repeated_rows:
+        lines.append(f"{summary.repeated_rows:,} manifest rows repeat another one and are planned once")
+    errors = list(summary.probe_errors.values())
+    lines += [f"likely to fail: {error}" for error in errors[:_SHOWN_ERRORS]]
+    if len(errors) > _SHOWN_ERRORS:
+        lines.append(f"… and {len(errors) - _SHOWN_ERRORS:,} more")
+    return "\n".join(lines)
+
+
+def _rows(summary: PlanSummary, config: JobConfig) -> list[tuple[str, Callable[[Totals], str]]]:
+    rows: list[tuple[str, Callable[[Totals], str]]] = [
+        ("units", lambda t: f"{t.units:,}"),
+        ("files", lambda t: f"{t.videos:,}"),
+        ("size", lambda t: _binary(t.bytes)),
+        ("not probed", lambda t: f"{t.unprobed:,}"),
+        ("hours of video", lambda t: f"{t.hours:,.2f}"),
+        ("frames", lambda t: f"{t.frames:,}"),
+    ]
+    if not summary.total.text_tokens:
+        return rows
+    share = f" at retention {config.lightkv.retention:g}" if config.lightkv.enabled else ", compression off"
+    rows += [
+        ("vision tokens", lambda t: f"{t.vision_tokens:,}"),
+        ("text tokens, about", lambda t: f"{t.text_tokens:,}"),
+        (f"KV cache per unit{share}", lambda t: _binary(t.kv_bytes / max(1, t.units - t.unprobed))),
+        (_PLAIN, lambda t: _binary(t.kv_bytes_uncompressed / max(1, t.units - t.unprobed))),
+        ("KV cache of the largest", lambda t: _binary(t.largest_kv_bytes)),
+        (_PLAIN, lambda t: _binary(t.largest_kv_bytes_uncompressed)),
+        ("prefill TFLOP", lambda t: f"{t.flops / 1e12:,.3g}"),
+        (_PLAIN, lambda t: f"{t.flops_uncompressed / 1e12:,.3g}"),
+    ]
+    return rows if config.lightkv.enabled else [row for row in rows if row[0] != _PLAIN]
+
+
+def _binary(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.4g} {unit}"
+        count /= 1024
+    return f"{count:,.4g} TiB"
+
+
+if __name__ == "__main__":
+    main_guard(main)
