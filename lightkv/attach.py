@@ -78,6 +78,7 @@ class _Session:
         self.given: dict[int, dict[str, Any]] = {}  # arguments it gives to the layers after so many stages
         self.known: WeakKeyDictionary[Cache, Prefill] = WeakKeyDictionary()
         self.text_config = self.decoder.config
+        self.signature = inspect.signature(model.forward)
         self._check_decoder()
 
     def _check_decoder(self) -> None:
@@ -153,7 +154,7 @@ class _Session:
         return self.family.layouts(self.model.config, input_ids, inputs)
 
     def _before_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+        inputs = self.signature.bind_partial(*args, **kwargs).arguments
         inputs = {**inputs, **inputs.pop("kwargs", {})}
         if inputs.get("labels") is not None:
             raise UnsupportedCallError("labels cannot be used: the sequence gets shorter inside the model")

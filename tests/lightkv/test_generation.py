@@ -181,6 +181,20 @@ def test_embeddings_with_layouts_do_what_pixels_do():
     assert torch.equal(again.sequences, new_tokens(out, sample))
 
 
+def test_embedded_prompts_of_different_length_with_a_layout_each():
+    model = tiny_model("llava")
+    samples = [tiny_sample("llava", 0, 1), tiny_sample("llava", 2, question=[33, 34, 35, 36])]
+    batch = tiny_batch("llava", samples, pad=1)
+    spans = [[(2, 1, 8, 8), (67, 1, 8, 8)], [(2, 1, 8, 8)]]
+    layouts = [VisionLayout.grids(span, s["input_ids"].shape[1]) for span, s in zip(spans, samples, strict=True)]
+    embeds = embedded(model, batch)
+    with compress(model, CONFIG, layouts=layouts):
+        out = model.generate(inputs_embeds=embeds, attention_mask=batch["attention_mask"], **GREEDY)
+    for row, sample in enumerate(samples):
+        alone, _ = generate(model, sample, CONFIG)
+        assert torch.equal(out.sequences[row], alone.sequences[0, -6:])
+
+
 @pytest.mark.parametrize("variant", ["keep", "compact"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
 def test_qwen_embeddings_beside_placeholders_keep_three_axes(family, variant):
