@@ -7,11 +7,11 @@ import argparse
 import json
 from pathlib import Path
 
-from jobs.caption import caption
 from jobs.cli import main_guard
 from pipeline.config import load_config
+from pipeline.job import caption
 from pipeline.mini.world import render_demo
-from pipeline.run import RunDirectory, Work
+from pipeline.run import Work
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
 
@@ -26,8 +26,7 @@ def main() -> int:
     truth = render_demo(videos, arguments.videos)
     (videos / "broken.mp4").write_text("this is no video\n")
     job = load_config(CONFIG, [f"source.uri={videos}", f"sink.uri={arguments.out / 'rows'}"])
-    caption(job)
-    print_captions(RunDirectory(job).resume_only(), truth)
+    print_captions(caption(job), truth)
     return 0
 
 

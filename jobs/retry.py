@@ -4,12 +4,7 @@ Takes the configuration of the run, where `decode`, `ray` and `storage` may be c
 goes on.
 """
 
-import time
-
-from jobs.caption import check_model, run_units, write_summary
 from jobs.cli import load, main_guard, parser
-from pipeline.retry import merge_rows, open_retry
-from pipeline.run import RunDirectory
 
 
 def main() -> int:
@@ -17,20 +12,14 @@ def main() -> int:
     arguments = parser(
         __doc__ or "",
         epilog="""example:
-  python -m jobs.retry --config configs/caption.yaml --set decode.backend=pyav --set decode.timeout_s=1200""",
+  python -m jobs.retry --config configs/caption.yaml --set decode.backend=pyav --set decode.timeout_s=1200
+
+Exit code 0: every error row has been tried again. 2: the configuration or the output refuses.""",
     ).parse_args()
     job = load(arguments)
-    check_model(job)
-    run = RunDirectory(job)
-    with run.lock():
-        main_work = run.resume_only()
-        started = time.monotonic()
-        number, work = open_retry(run, main_work)
-        repeated = run_units(job, run, main_work, work)
-        merge_rows(run, main_work, number)
-        wall_s = time.monotonic() - started
-        finished = main_work.rows(["id"]).num_rows
-        write_summary(job, run, main_work, wall_s=wall_s, done_before=finished - repeated)
+    from pipeline.job import retry  # torch and ray take seconds to import: help and refusals must not
+
+    retry(job)
     return 0
 
 

@@ -14,7 +14,6 @@ import ray
 from ray.actor import ActorHandle
 
 import pipeline
-from pipeline.actor import Progress
 from pipeline.config import JobConfig
 from pipeline.summary import clock
 
@@ -67,6 +66,26 @@ def progress_display(job: JobConfig, total: int, done_before: int) -> Iterator[A
         stop.set()
         thread.join()
         display.end()
+
+
+class Progress:
+    """Counts finished units while the job runs. Only a display: what is true stands in the rows."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._errors: dict[str, int] = {}
+        self._frames = 0
+
+    def add(self, status: str, frames: int, error_type: str | None) -> None:
+        """Count one unit."""
+        self._counts[status] = self._counts.get(status, 0) + 1
+        self._frames += frames
+        if error_type is not None:
+            self._errors[error_type] = self._errors.get(error_type, 0) + 1
+
+    def state(self) -> dict[str, Any]:
+        """Counts so far."""
+        return {"units": dict(self._counts), "frames": self._frames, "errors": dict(self._errors)}
 
 
 class _Display:

@@ -66,6 +66,8 @@ class Clips(_Section):
     length_s: float | None = Field(None, gt=0)
     stride_s: float | None = Field(None, gt=0, description="start to start; null: length_s, no overlap")
     min_length_s: float = Field(0.0, ge=0, description="a shorter last clip is joined to the one before")
+    skip_shorter_s: float | None = Field(None, gt=0, description="shorter units are not captioned: status skipped")
+    skip_longer_s: float | None = Field(None, gt=0, description="longer units are not captioned: status skipped")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

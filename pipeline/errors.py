@@ -25,7 +25,7 @@ class RunError(PipelineError):
 
 
 class UnitError(PipelineError):
-    """One unit failed: `stage` (fetch | decode | prepare | encode | generate) and `error_type` go into its row."""
+    """One unit failed: `stage` (plan | fetch | decode | prepare | generate) and `error_type` go into its row."""
 
     def __init__(self, stage: str, error_type: str, message: str) -> None:
         super().__init__(stage, error_type, message)  # all three, so that the error pickles between processes

@@ -15,7 +15,7 @@ from pipeline.mini.vocabulary import COLORS, MOTIONS, SHAPES, SIGN_WORDS, SIZES
 HEADING = {"still": (0.0, 0.0), "left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 RADIUS_PX = {"small": (8.0, 10.0), "large": (13.5, 16.5)}  # in a frame of 96 px; grows with the root of the side
 _PLACING_TRIES = 24
-_PATH_POINTS = 5
+_PATH_POINTS = 9
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,10 @@ VALIDATION = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`minutes` is wall-clock training time over all resumed runs; the schedule ends with it."""
+    """`minutes` is wall-clock training time over all resumed runs; the schedule ends with it.
+
+    `dense_weight` is where the auxiliary losses start; they fade out nearly to nothing.
+    """
 
     out: Path
     minutes: float
@@ -46,7 +49,7 @@ class TrainConfig:
     adam_lr: float = 2e-3
     warmup: float = 0.01
     ema_decay: float = 0.997
-    dense_weight: float = 0.3
+    dense_weight: float = 2.0
     save_minutes: float = 3.0
     validate_minutes: float = 8.0
     max_steps: int | None = None
@@ -148,7 +151,8 @@ class Trainer:
             answered = batch.target >= 0
             answer_loss = F.cross_entropy(logits(self.model, out.tail[answered]).float(), batch.target[answered])
             dense_loss = self.heads.loss(out.vision, out.middle, batch.dense)
-        (answer_loss + self.config.dense_weight * dense_loss).backward()
+        dense_weight = self.config.dense_weight * (1 - 0.95 * self.progress)
+        (answer_loss + dense_weight * dense_loss).backward()
         self._average_and_clip()
         rate = _learning_rate(self.progress, self.config.warmup)
         for optimizer, base in zip(self.optimizers, (self.config.muon_lr, self.config.adam_lr), strict=True):

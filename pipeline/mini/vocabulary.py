@@ -28,6 +28,7 @@ SIGN_WORDS = (
     "road", "gate", "shop", "help", "fire", "gold", "lamp", "bird", "door", "wind", "sun", "bus",
 )  # fmt: skip
 CHOICES = ("a", "b", "c", "d")
+SHARES = ("half", "quarter")
 
 _OTHER_WORDS = """
 user assistant system you are helpful . , ? ! : ; ' " - ( ) / s
@@ -59,7 +60,7 @@ def words() -> list[str]:
     digits = [str(d) for d in range(10)]
     parts = (_OTHER_WORDS.split(), COLORS, SHAPES, PLURALS.values(), SIZES, MOTIONS, NUMBERS, ORDINALS, SIGN_WORDS)
     listed = [word for part in parts for word in part]
-    return list(dict.fromkeys([*listed, *CHOICES, *digits, *(f"##{d}" for d in digits)]))
+    return list(dict.fromkeys([*listed, *CHOICES, *digits, *(f"##{d}" for d in digits), *SHARES]))
 
 
 def build_tokenizer(chat_template: str) -> PreTrainedTokenizerFast:

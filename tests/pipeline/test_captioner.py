@@ -1,5 +1,7 @@
 """The captioner: answers equal stock `generate`, every failure is a row, and no unit answers for another."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -208,3 +210,27 @@ def test_missing_model_is_one_line(tmp_path):
     with pytest.raises(ConfigError, match="expected a folder with a model") as error:
         Captioner(_job(f"model.path={tmp_path}/nothing"), "run")
     assert "\n" not in str(error.value)
+
+
+def test_frames_are_let_go_as_soon_as_they_are_encoded(mini):
+    alive, most = 0, 0
+
+    def release():
+        nonlocal alive
+        alive -= 1
+
+    frames = np.random.default_rng(0).integers(0, 256, (48, 96, 96, 3), np.uint8)
+
+    def batches():
+        nonlocal alive, most
+        for start in range(0, 48, 4):
+            part = frames[start : start + 4].copy()
+            weakref.finalize(part, release)
+            alive += 1
+            most = max(most, alive)
+            yield FrameBatch("u", 0, part, np.arange(4.0), 0.0)
+            del part
+
+    row = mini.row(_unit(), batches())
+    assert row["status"] in ("ok", "truncated")
+    assert most <= 2

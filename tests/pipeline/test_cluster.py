@@ -1,0 +1,45 @@
+"""The progress display, in a terminal and in a log."""
+
+import io
+import sys
+
+from pipeline.cluster import Progress, _Display
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def _show(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress = Progress()
+    progress.add("ok", 8, None)
+    progress.add("error", 0, "Broken")
+    display = _Display(total=10, done_before=3)
+    display.show(progress.state())
+    display.show(progress.state())
+    display.end()
+    return stream.getvalue()
+
+
+def test_log_gets_whole_lines(monkeypatch):
+    text = _show(monkeypatch, io.StringIO())
+    assert text.count("\n") == 2
+    assert "5/10 units (50%)  error 1 ok 1" in text
+    assert "\r" not in text
+
+
+def test_terminal_line_is_overwritten_and_cleared(monkeypatch):
+    text = _show(monkeypatch, _Terminal())
+    assert "\n" not in text
+    assert text.startswith("\r")
+    assert text.endswith("\r\033[K")
+
+
+def test_counts_are_by_status_and_by_type_of_error():
+    progress = Progress()
+    for _ in range(2):
+        progress.add("error", 0, "Broken")
+    progress.add("ok", 5, None)
+    assert progress.state() == {"units": {"error": 2, "ok": 1}, "frames": 5, "errors": {"Broken": 2}}
