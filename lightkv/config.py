@@ -149,21 +149,21 @@ class LightKVConfig:
     @classmethod
     def published(cls, model: str, **options: Any) -> "LightKVConfig":
         """The paper's schedule for one of its models, e.g. "llava-1.5-7b". Raises ConfigError with the names."""
-        _one_of("model", model, PUBLISHED_LAYERS)
-        layers = PUBLISHED_LAYERS[model]
-        return cls(tuple(Stage(layer, side, 0.5) for layer, side in zip(layers, (4, 2, 1), strict=True)), **options)
+        _one_of("model", model, PUBLISHED)
+        layers, sides = PUBLISHED[model]
+        return cls(tuple(Stage(*stage, USUAL_DROP) for stage in zip(layers, sides, strict=True)), **options)
 
 
-# After which layers the paper compresses, by depth of the decoder: 32, 40 and 28 layers.
-PUBLISHED_LAYERS: dict[str, tuple[int, int, int]] = {
-    "llava-1.5-7b": (12, 18, 24),
-    "llava-1.5-13b": (15, 23, 31),
-    "llava-next-7b": (12, 18, 24),
-    "llava-next-13b": (15, 23, 31),
-    "internvl2-8b": (12, 18, 24),
-    "eve-7b": (12, 18, 24),
-    "eve-7b-hd": (12, 18, 24),
-    "qwen2.5-vl-7b": (12, 17, 22),
+# Layers after which a model is compressed and windows per side, as the release runs it; every stage drops half.
+PUBLISHED: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
+    "llava-1.5-7b": ((12, 18, 24), (4, 2, 1)),
+    "llava-1.5-13b": ((15, 23, 31), (4, 2, 1)),
+    "llava-next-7b": ((12, 18, 24), (4, 2, 1)),
+    "llava-next-13b": ((15, 23, 31), (4, 2, 1)),
+    "internvl2-8b": ((12, 18, 24), (4, 2, 1)),
+    "eve-7b": ((12, 18, 24), (4, 2, 1)),
+    "eve-7b-hd": ((12, 18, 24), (4, 2, 1)),
+    "qwen2.5-vl-7b": ((12, 17, 22), (6, 4, 2)),
 }
 
 

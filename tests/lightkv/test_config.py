@@ -6,10 +6,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from lightkv import ConfigError, LightKVConfig, Stage
-from lightkv.config import PUBLISHED_LAYERS
+from lightkv.config import PUBLISHED
 from tests.lightkv.tiny import TINY
-
-HALVES = [(4, 0.5), (2, 0.5), (1, 0.5)]
 
 
 def schedule(*layers, drop=0.5, **options):
@@ -59,10 +57,11 @@ def test_stages_come_after_layers_that_need_every_token():
     assert stages[0].layer >= 1  # vision features are added after layers 0 and 1
 
 
-@pytest.mark.parametrize("name", PUBLISHED_LAYERS)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_published_schedules_halve_three_times(name):
     config = LightKVConfig.published(name, positions="compact")
-    assert [(stage.windows, stage.drop) for stage in config.stages] == HALVES
+    assert [stage.drop for stage in config.stages] == [0.5] * 3
+    assert [stage.windows for stage in config.stages] == ([6, 4, 2] if name.startswith("qwen") else [4, 2, 1])
     assert config.positions == "compact"
 
 

@@ -1,0 +1,229 @@
+"""The lmms-eval model `lightkv`: lmms-eval's own model for a checkpoint, compressed while it answers.
+
+    pip install 'lightkv[lmms-eval]'
+
+registers it (entry point group `lmms_eval.models`). The paper's eight benchmarks, one command per model:
+
+    TASKS=coco2017_cap_val,gqa,mme,nocaps_val,pope,seedbench,scienceqa_img,vizwiz_vqa_val
+
+    python -m lmms_eval --model lightkv --tasks $TASKS --output_path results \\
+        --model_args pretrained=llava-hf/llava-1.5-7b-hf,method=published,dtype=float16
+    python -m lmms_eval --model lightkv --tasks $TASKS --output_path results \\
+        --model_args pretrained=llava-hf/llava-1.5-13b-hf,method=published,dtype=float16
+    python -m lmms_eval --model lightkv --tasks $TASKS --output_path results \\
+        --model_args pretrained=llava-hf/llava-v1.6-vicuna-7b-hf,method=published,dtype=float16
+    python -m lmms_eval --model lightkv --tasks $TASKS --output_path results \\
+        --model_args pretrained=llava-hf/llava-v1.6-vicuna-13b-hf,method=published,dtype=float16
+    python -m lmms_eval --model lightkv --tasks $TASKS --output_path results \\
+        --model_args pretrained=Qwen/Qwen2.5-VL-7B-Instruct,method=published
+    python -m lmms_eval --model lightkv --tasks $TASKS --output_path results \\
+        --model_args pretrained=OpenGVLab/InternVL3-8B-hf,method=published
+
+`method=none` instead is the plain model in the same harness, to compare with. InternVL2-8B and EVE, the paper's other
+models, have no code in transformers; InternVL3-8B-hf is the nearest that has. One GPU is the default; without one add
+`--device cpu` (and `device_map=cpu` to the arguments for Qwen2.5-VL and InternVL).
+
+Arguments, `key=value` in --model_args:
+
+    pretrained   checkpoint of a family in LMMS_EVAL_MODELS, on the hub or in a folder
+    method       default: the schedule that reaches `retention` in `stages` stages (`LightKVConfig.for_model`);
+                 published: the paper's stages for a decoder of this depth (28, 32 or 40 layers);
+                 none: no compression
+    retention    for method=default: share of vision KV entries kept, averaged over layers (0.55)
+    stages       for method=default: how many (3)
+    positions, windows, window_frames, guidance    as in `LightKVConfig`
+
+and every argument of lmms-eval's own model (`dtype` where it has one, attn_implementation, max_pixels, …). An unknown
+one is an error. So is an answer that cannot be generated, where lmms-eval's LLaVA and InternVL would score an empty
+string. The results file says under `throughput` what was kept: `avg_lightkv_retention`, `avg_lightkv_kv_bytes_kept`.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lmms_eval.api.model import lmms  # type: ignore
+from lmms_eval.utils import simple_parse_args_string  # type: ignore
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from lightkv.attach import compress
+from lightkv.config import LightKVConfig
+from lightkv.errors import ConfigError, UnsupportedModelError
+from lightkv.report import Report
+
+LMMS_EVAL_MODELS: dict[str, str] = {
+    "internvl": "internvl_hf",
+    "llava": "llava_hf",
+    "llava_next": "llava_hf",
+    "qwen2_5_vl": "qwen2_5_vl",
+}
+"""model_type of a checkpoint → the lmms-eval model that runs it."""
+
+PUBLISHED_BY_DEPTH = {28: "qwen2.5-vl-7b", 32: "llava-1.5-7b", 40: "llava-1.5-13b"}
+METHODS = ("default", "published", "none")
+LIGHTKV_OPTIONS = frozenset(field.name for field in fields(LightKVConfig)) - {"stages"}
+
+
+def manifest() -> Any:
+    """What lmms-eval's registry asks the entry point for."""
+    from lmms_eval.models.registry_v2 import ModelManifest  # type: ignore  # imports this module's entry point
+
+    return ModelManifest(model_id="lightkv", chat_class_path=f"{__name__}.{LightKV.__name__}")
+
+
+def schedule(
+    model_config: PreTrainedConfig,
+    method: str = "default",
+    retention: float | None = None,
+    stages: int | None = None,
+    **options: Any,
+) -> LightKVConfig:
+    """The compression that `method` stands for on this model. Raises ConfigError for what does not go together."""
+    if method not in METHODS:
+        raise ConfigError(f"method must be one of {list(METHODS)}, got {method!r}")
+    targets: dict[str, Any] = {
+        name: value for name, value in (("retention", retention), ("stages", stages)) if value is not None
+    }
+    if method == "default":
+        return LightKVConfig.for_model(model_config, **targets, **options)
+    if targets:
+        raise ConfigError(f"{sorted(targets)} belong to method=default, got method={method}: leave them out")
+    if method == "none":
+        return LightKVConfig(stages=(), **options)
+    depth = model_config.get_text_config().num_hidden_layers
+    if depth not in PUBLISHED_BY_DEPTH:
+        raise ConfigError(
+            f"the paper has schedules for {sorted(PUBLISHED_BY_DEPTH)} layers, this decoder has {depth}: "
+            "use method=default with retention="
+        )
+    return LightKVConfig.published(PUBLISHED_BY_DEPTH[depth], **options)
+
+
+def load(pretrained: str, **arguments: Any) -> "LightKV":
+    """lmms-eval's model for `pretrained`, compressed; `arguments` as in the module's docstring.
+
+    Raises UnsupportedModelError for a family without a row in LMMS_EVAL_MODELS, ConfigError for arguments that
+    neither LightKV nor the family's model has.
+    """
+    from lmms_eval.models import get_model  # type: ignore  # imports every plugin, this module among them
+
+    model_config = AutoConfig.from_pretrained(pretrained)
+    name = LMMS_EVAL_MODELS.get(model_config.model_type)
+    if name is None:
+        raise UnsupportedModelError(
+            f"{pretrained} is a {model_config.model_type!r}, expected one of {sorted(LMMS_EVAL_MODELS)}"
+        )
+    plain = get_model(name)
+    ours = {"method", "retention", "stages"} | LIGHTKV_OPTIONS
+    known = _parameters(plain)
+    unknown = sorted(set(arguments) - ours - known)
+    if unknown:
+        raise ConfigError(
+            f"unknown arguments {unknown}; LightKV has {sorted(ours)}, lmms-eval's {name} {sorted(known)}"
+        )
+    compression = schedule(model_config, **{key: value for key, value in arguments.items() if key in ours})
+    compressed = type(f"LightKV{plain.__name__}", (LightKV, plain), {"compression": compression})
+    return compressed(pretrained=pretrained, **{key: value for key, value in arguments.items() if key not in ours})
+
+
+def _parameters(model: type) -> set[str]:
+    """Names of the arguments that the constructor really has (some swallow every other in **kwargs)."""
+    parameters = inspect.signature(model).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+
+
+class LightKV(lmms):
+    """What the class of every family has in front of lmms-eval's own: each way of answering runs under `compress`."""
+
+    is_simple = False
+    compression: LightKVConfig
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> "LightKV":
+        """Called by lmms-eval with --model_args and with --batch_size and --device."""
+        given = {key: value for key, value in (additional_config or {}).items() if value is not None}
+        return load(**simple_parse_args_string(arg_string), **given)
+
+    def generate_until(self, requests: list[Any]) -> list[Any]:
+        with self._compressed():
+            return super().generate_until(requests)
+
+    def generate_until_multi_round(self, requests: list[Any]) -> list[Any]:
+        with self._compressed():
+            return super().generate_until_multi_round(requests)
+
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
+        with self._compressed():
+            return super().loglikelihood(requests)
+
+    @contextmanager
+    def _compressed(self) -> Iterator[None]:
+        kept = Kept()
+        with compress(self.model, self.compression) as report, _watched(self.model, lambda: kept.add(report)):
+            yield
+        kept.log()
+
+
+@dataclass
+class Kept:
+    """Sums over the prefills of one scope: what the cache holds, and would have held."""
+
+    vision_tokens: int = 0
+    vision_tokens_kept: float = 0.0  # averaged over layers
+    kv_bytes: int = 0
+    kv_bytes_uncompressed: int = 0
+    notes: tuple[str, ...] = ()
+
+    def add(self, report: Report) -> None:
+        self.vision_tokens += report.vision_tokens
+        self.vision_tokens_kept += report.vision_tokens * report.retention
+        self.kv_bytes += report.kv_bytes
+        self.kv_bytes_uncompressed += report.kv_bytes_uncompressed
+        self.notes = tuple(dict.fromkeys(self.notes + report.notes))
+
+    def log(self) -> None:
+        """Write the shares to lmms-eval's log and results file, and the notes as warnings."""
+        from lmms_eval.models.model_utils.gen_metrics import log_metrics  # type: ignore
+        from loguru import logger  # type: ignore
+
+        for note in self.notes:
+            logger.warning(f"lightkv: {note}")
+        shares = {
+            "lightkv_retention": self.vision_tokens_kept / self.vision_tokens if self.vision_tokens else 1.0,
+            "lightkv_kv_bytes_kept": self.kv_bytes / self.kv_bytes_uncompressed if self.kv_bytes_uncompressed else 1.0,
+        }
+        log_metrics(total_elapsed_time=0.0, total_gen_tokens=0, avg_speed=0.0, additional_metrics=shares)
+
+
+class _AnswerFailed(BaseException):
+    """Carries an error of `generate` past the `except Exception` of lmms-eval's models; never leaves this module."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+@contextmanager
+def _watched(model: PreTrainedModel, answered: Callable[[], None]) -> Iterator[None]:
+    """Call `answered` after each `generate` in the scope, and let its errors end the scope whoever catches them."""
+    generate = model.generate
+    error: Exception | None = None
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        try:
+            output = generate(*args, **kwargs)
+        except Exception as caught:
+            raise _AnswerFailed(caught) from caught
+        answered()
+        return output
+
+    model.generate = watched
+    try:
+        yield
+    except _AnswerFailed as failed:
+        error = failed.error
+    finally:
+        model.generate = generate
+    if error is not None:
+        raise error
