@@ -19,7 +19,7 @@ from typing import IO, Any, cast
 from PIL import Image
 
 from pipeline.config import Storage
-from pipeline.errors import UnitError
+from pipeline.errors import SourceError, UnitError
 from pipeline.media import Media, decoding
 from pipeline.video import decoded_shape, missing_bytes, open_video, video_stream
 
@@ -27,6 +27,7 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", "
 _PER_WORKER = 4  # files that are worth starting a further process for
 _MAX_DURATION_S = 1e6  # 11 days; more is a damaged header
 _SHAPE_PACKETS = 64
+_FAILED_STARTS = 3  # of processes, in a row
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def _video(media: Media) -> dict[str, Any]:
 @dataclass
 class _Worker:
     process: subprocess.Popen[bytes]
+    ready: bool = False  # its first line says so
     uri: str | None = None
     deadline: float = 0.0
     answer: bytes = b""
@@ -125,6 +127,7 @@ class _Pool:
         self._storage, self._timeout_s = storage, timeout_s
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
+        self._failed_starts = 0
 
     def __enter__(self) -> "_Pool":
         return self
@@ -141,7 +144,7 @@ class _Pool:
         while len(found) < len(uris):
             while queue and len(self._workers) < wanted:
                 self._start()
-            for worker in [w for w in self._workers if w.uri is None]:
+            for worker in [w for w in self._workers if w.ready and w.uri is None]:
                 if queue:
                     self._give(worker, queue.popleft())
             self._wait()
@@ -174,14 +177,26 @@ class _Pool:
 
     def _wait(self) -> None:
         deadlines = [w.deadline for w in self._workers if w.uri is not None]
-        for key, _ in self._selector.select(max(0.0, min(deadlines) - time.monotonic())):
-            part = os.read(key.fd, 1 << 16)
-            key.data.answer += part
-            if not part:  # it is gone
-                key.data.process.kill()
-                key.data.process.wait()
-                if key.data.uri is None:
-                    self._end(key.data)
+        seconds = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+        for key, _ in self._selector.select(seconds):
+            worker, part = key.data, os.read(key.fd, 1 << 16)
+            worker.answer += part
+            if not part:
+                self._gone(worker)
+            elif not worker.ready and worker.answer.endswith(b"\n"):
+                worker.ready, self._failed_starts = True, 0
+
+    def _gone(self, worker: _Worker) -> None:
+        worker.process.kill()
+        worker.process.wait()
+        if worker.uri is None:
+            self._end(worker)
+            self._failed_starts += not worker.ready
+        if self._failed_starts == _FAILED_STARTS:
+            raise SourceError(
+                f"cannot probe: `{sys.executable} -m pipeline.probe` ends at once; run it to see why, "
+                "or set source.probe to false"
+            )
 
     def _outcome(self, worker: _Worker) -> Probe | None:
         """The result of the worker's file; None while it works or rests."""
@@ -214,6 +229,7 @@ class _Pool:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not mix with the answers
+    print(file=answers, flush=True)
     for line in sys.stdin:
         task = json.loads(line)
         print(json.dumps(asdict(probe(task["uri"], Storage(**task["storage"])))), file=answers, flush=True)

@@ -18,8 +18,6 @@ from urllib.parse import unquote, urlsplit
 import botocore.exceptions as boto
 import fsspec
 import pyarrow.fs
-import s3fs
-from s3fs.utils import FileExpired
 
 from pipeline.config import Storage
 from pipeline.errors import SourceError
@@ -204,7 +202,7 @@ def _fault(uri: str, error: Exception) -> StorageError:
             return StorageError("NotFound", f"no such file: {uri}")
         case IsADirectoryError():
             return StorageError("NotAFile", f"expected a file, got a folder: {uri}")
-        case OSError() if isinstance(error, FileExpired) or code in ("PreconditionFailed", "412"):
+        case OSError() if type(error).__name__ == "FileExpired" or code in ("PreconditionFailed", "412"):
             return StorageError("Changed", f"the object changed while it was read: {uri}")
         case PermissionError():
             hint = "check the credentials and the policy" if is_s3(uri) else "check the permissions"
@@ -295,6 +293,8 @@ def _local() -> fsspec.AbstractFileSystem:
 
 @functools.cache
 def _s3(storage: Storage) -> Any:
+    import s3fs  # half of this module's import time, and local files do without
+
     checksums = "when_required" if storage.endpoint_url else "when_supported"
     _endpoint(storage)
     fs = s3fs.S3FileSystem(
