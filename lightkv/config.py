@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightkv.errors import ConfigError
 from lightkv.families import first_stage_layer
 from lightkv.guidance import GUIDANCES
+from lightkv.schedule import USUAL_DROP, derive, kept_share
 from lightkv.stage import check_stage
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ WindowScope = Literal["frame", "spatiotemporal", "released"]
 
 POSITIONS = ("keep", "compact")
 WINDOW_SCOPES = ("frame", "spatiotemporal", "released")
-FRACTIONS = (12 / 32, 18 / 32, 24 / 32)  # the paper's first, middle and last stage as a share of the depth
-USUAL_DROP = 0.5  # the most that one matching can remove
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,7 @@ class LightKVConfig:
     def retention(self, num_layers: int) -> float:
         """Layer-averaged share of vision KV entries kept by a decoder of `num_layers` layers (the paper's 55 %)."""
         self.check_depth(num_layers)
-        kept, total, done = 1.0, 0.0, 0
-        for stage in self.stages:
-            total, done = total + (stage.layer + 1 - done) * kept, stage.layer + 1
-            kept *= 1.0 - stage.drop
-        return (total + (num_layers - done) * kept) / num_layers
+        return kept_share([(stage.layer, stage.drop) for stage in self.stages], num_layers)
 
     def check_depth(self, num_layers: int, first_layer: int = 0) -> None:
         """Raises ConfigError unless every stage lies after `first_layer` or later and before the last layer."""
@@ -111,40 +106,18 @@ class LightKVConfig:
     ) -> "LightKVConfig":
         """The schedule that keeps `retention` (0.05 to 1) of the vision KV of this model, with `stages` stages.
 
-        Stages sit where the paper has them while a drop of 0.5 each is enough; for less they move towards the
-        input, then drop more. `options` are further fields, e.g. positions="compact".
-        Raises ConfigError when the depth cannot reach the target.
+        Stages drop half from about the paper's layers on; for less they move towards the input, then drop more
+        (schedule.py). Windows per side are 2^(stages - 1), …, 2, 1. `options` are further fields, e.g.
+        positions="compact". Raises ConfigError when the depth cannot reach the target.
         """
         if not 0.05 <= retention <= 1.0:
             raise ConfigError(f"retention must be between 0.05 and 1.0, got {retention}")
         if stages < 1:
             raise ConfigError(f"stages must be at least 1, got {stages}")
         depth = model_config.get_text_config().num_hidden_layers
-        first = first_stage_layer(model_config)
-        if depth - 1 - first < stages:
-            raise ConfigError(
-                f"{stages} stages do not fit: this decoder of {depth} layers takes at most "
-                f"{max(0, depth - 1 - first)}, after layers {first} to {depth - 2}"
-            )
-
-        def schedule(layers: Sequence[int], drop: float) -> "LightKVConfig":
-            sides = [2 ** (stages - 1 - number) for number in range(stages)]
-            return cls(tuple(Stage(*stage, drop) for stage in zip(layers, sides, strict=True)), **options)
-
-        for layers in _placements(depth, first, stages):
-            if schedule(layers, USUAL_DROP).retention(depth) <= retention:
-                break
-        low, high = 0.0, 1.0 - 1e-9
-        if schedule(layers, high).retention(depth) > retention:
-            least = schedule(layers, high).retention(depth)
-            raise ConfigError(
-                f"retention {retention} cannot be met: {stages} stages in {depth} layers, the first after layer "
-                f"{layers[0]}, keep at least {least:.3f}"
-            )
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (low, middle) if schedule(layers, middle).retention(depth) <= retention else (middle, high)
-        return schedule(layers, round(high, 12))
+        plan = derive(depth, first_stage_layer(model_config), stages, retention)
+        sides = [2 ** (stages - 1 - number) for number in range(stages)]
+        return cls(tuple(Stage(layer, side, drop) for (layer, drop), side in zip(plan, sides, strict=True)), **options)
 
     @classmethod
     def published(cls, model: str, **options: Any) -> "LightKVConfig":
@@ -165,19 +138,6 @@ PUBLISHED: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "eve-7b-hd": ((12, 18, 24), (4, 2, 1)),
     "qwen2.5-vl-7b": ((12, 17, 22), (6, 4, 2)),
 }
-
-
-def _placements(depth: int, first: int, stages: int) -> Iterable[list[int]]:
-    """Stage layers from the paper's places (spread evenly over its range) down to the earliest possible ones."""
-    low, high = FRACTIONS[0], FRACTIONS[-1]
-    usual = [(low + (high - low) * number / max(1, stages - 1)) * depth for number in range(stages)]
-    for step in range(4 * depth, -1, -1):
-        layers: list[int] = []
-        for number, place in enumerate(usual):
-            least = layers[-1] + 1 if layers else first
-            most = depth - 2 - (stages - 1 - number)
-            layers.append(min(max(round(place * step / (4 * depth)), least), most))
-        yield layers
 
 
 def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ CONFIG = LightKVConfig((Stage(0, 2, 0.5), Stage(2, 1, 0.5)))
 def rows_apart(module, q, k, v, attention_mask, scaling, position_ids=None, **_):
     """Attention with the interface of a flash kernel: the mask is None or [B, keys] and says only what is padding.
 
-    Such a kernel looks for packed sequences in position_ids, where it gets them: they must fit the queries, without gaps.
+    Where such a kernel gets position_ids it looks for packed sequences in them: they must fit the queries.
     """
     assert position_ids is None or position_ids.shape[-1] == q.shape[2]
     assert not _is_packed_sequence(position_ids, len(q))

@@ -165,6 +165,14 @@ def test_a_forward_pass_by_itself_is_compressed_too(family):
     assert forward.logits.shape[1] == sample["input_ids"].shape[1] - report.vision_tokens + report.kept_tokens
 
 
+def test_a_forward_pass_after_generating_looks_at_its_own_prompt():
+    model, first, second = tiny_model("llava"), tiny_sample("llava", 0), tiny_sample("llava", 1, 2)
+    with torch.no_grad(), compress(model, CONFIG) as report:
+        model.generate(**first, **GREEDY)
+        model(**second)
+    assert report.vision_tokens == 128
+
+
 def embedded(model, sample):
     embeds, _ = reference.prompt_of(model, sample)
     return embeds

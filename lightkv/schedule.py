@@ -1,0 +1,89 @@
+"""Which layers to compress after, and how much, so that a given share of the vision KV is kept: plain arithmetic."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from lightkv.errors import ConfigError
+
+Plan = list[tuple[int, float]]  # (layer a stage follows, share it drops), in ascending layer order
+
+USUAL_DROP = 0.5  # what one matching removes at most, and the drop that rounding in small windows hurts least
+FRACTIONS = (12 / 32, 24 / 32)  # the paper's first and last stage as a share of the depth
+
+
+def kept_share(plan: Sequence[tuple[int, float]], depth: int) -> float:
+    """Layer-averaged share of vision KV entries that a decoder of `depth` layers holds (the paper's retention)."""
+    share, total, done = 1.0, 0.0, 0
+    for layer, drop in plan:
+        total, done = total + (layer + 1 - done) * share, layer + 1
+        share *= 1.0 - drop
+    return (total + (depth - done) * share) / depth
+
+
+def derive(depth: int, first: int, stages: int, target: float) -> Plan:
+    """A plan of `stages` stages after layers `first` … depth - 2 that keeps exactly `target`.
+
+    Stages drop half and are spread like the paper's, as late as the target allows; the last stage's drop takes up
+    what is left over, or all drops alike where that would be much.
+    Raises ConfigError when there are too few layers, or when even dropping everything keeps more.
+    """
+    if depth - 1 - first < stages:
+        raise ConfigError(
+            f"{stages} stages do not fit: this decoder of {depth} layers takes at most {max(0, depth - 1 - first)}, "
+            f"after layers {first} to {depth - 2}"
+        )
+    layers: list[int] = []
+    for layers in _placements(depth, first, stages):
+        if kept_share(_halving(layers), depth) <= target:
+            break
+    layers = _as_late_as(target, layers, depth)
+    fine = [(layer, USUAL_DROP) for layer in layers[:-1]]
+    if kept_share(_halving(layers), depth) <= target <= kept_share([*fine, (layers[-1], USUAL_DROP / 2)], depth):
+        return _solve(lambda drop: [*fine, (layers[-1], drop)], depth, target)
+    return _solve(lambda drop: [(layer, drop) for layer in layers], depth, target)
+
+
+def _halving(layers: Sequence[int]) -> Plan:
+    return [(layer, USUAL_DROP) for layer in layers]
+
+
+def _placements(depth: int, first: int, stages: int) -> Iterator[list[int]]:
+    """Stage layers from the latest possible ones, over an even spread like the paper's, down to the earliest."""
+    low, high = FRACTIONS
+    even = [low + (high - low) * number / max(1, stages - 1) for number in range(stages)]
+    latest = [float(depth - stages - 1 + number) for number in range(stages)]
+    spread = [place * (depth - 2) / even[-1] for place in even]
+    for start, end in ((latest, spread), (spread, [0.0] * stages)):
+        for step in range(4 * depth + 1):
+            layers: list[int] = []
+            for number, (a, b) in enumerate(zip(start, end, strict=True)):
+                least = layers[-1] + 1 if layers else first
+                place = round(a + (b - a) * step / (4 * depth))
+                layers.append(min(max(place, least), int(latest[number])))
+            yield layers
+
+
+def _as_late_as(target: float, layers: list[int], depth: int) -> list[int]:
+    """Move stages later, the last one first, while halving there still keeps no more than `target`."""
+    layers = list(layers)
+    for number in reversed(range(len(layers))):
+        limit = layers[number + 1] - 1 if number + 1 < len(layers) else depth - 2
+        while layers[number] < limit:
+            moved = [*layers[:number], layers[number] + 1, *layers[number + 1 :]]
+            if kept_share(_halving(moved), depth) > target:
+                break
+            layers = moved
+    return layers
+
+
+def _solve(plan: Callable[[float], Plan], depth: int, target: float) -> Plan:
+    """The plan of the family that keeps `target`, by bisection over its drop."""
+    low, high = 0.0, 1.0 - 1e-9
+    if kept_share(plan(high), depth) > target:
+        raise ConfigError(
+            f"retention {target} cannot be met: {len(plan(high))} stages in {depth} layers, the first after layer "
+            f"{plan(high)[0][0]}, keep at least {kept_share(plan(high), depth):.3f}"
+        )
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if kept_share(plan(middle), depth) <= target else (middle, high)
+    return plan(round(high, 12))
