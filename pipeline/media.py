@@ -146,6 +146,8 @@ def decoding(uri: str) -> Iterator[None]:
             try:
                 yield
             except av.error.FFmpegError as error:
+                if isinstance(error, FileNotFoundError | PermissionError):
+                    raise  # the file's, not its content's
                 detail = " ".join(str(error.strerror).split())
                 raise UnitError("decode", "Corrupt", f"cannot be decoded ({detail}): {uri}") from error
     except MemoryError as error:

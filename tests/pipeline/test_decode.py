@@ -382,6 +382,18 @@ def test_objects_decode_like_files_by_copy_and_by_range(videos, bucket, name):
         assert decoded(uri, storage=bucket, start_s=0.5, end_s=1.0, **options)[0] == list(range(6, 12))
 
 
+def test_a_short_part_of_a_large_object_is_not_copied(videos, bucket, monkeypatch):
+    monkeypatch.setattr("pipeline.decode._COPY_ALWAYS_BYTES", 0)
+    copied = []
+    copy = Media._copied
+    monkeypatch.setattr(Media, "_copied", lambda self: copied.append(self.uri) or copy(self))
+    uri = put(bucket, videos("h264.mp4"))
+    assert decoded(uri, storage=bucket, start_s=0.5, end_s=1.0)[0] == list(range(6, 12))
+    assert copied == []
+    assert decoded(uri, storage=bucket, end_s=1.5)[0] == list(range(18))
+    assert copied == [uri]
+
+
 def test_copies_leave_nothing_behind(videos, bucket, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     stream = batches(put(bucket, videos("h264.mp4")), storage=bucket)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import Frames
@@ -32,6 +32,7 @@ def rules(draw):
 window = st.tuples(st.none() | st.floats(0, 300), st.none() | st.floats(0, 300))
 
 
+@settings(deadline=None)
 @given(videos(), window, rules())
 def test_frames_are_ascending_and_inside_the_window(times, bounds, frames):
     start, end = bounds
@@ -43,6 +44,7 @@ def test_frames_are_ascending_and_inside_the_window(times, bounds, frames):
     assert (len(picks) == 0) == (not inside)
 
 
+@settings(deadline=None)
 @given(videos(), rules())
 def test_counts_keep_to_floor_and_cap(times, frames):
     picks = choose_frames(times, None, None, frames)
@@ -54,6 +56,7 @@ def test_counts_keep_to_floor_and_cap(times, frames):
         assert len(picks) == min(frames.max_frames, len(times))
 
 
+@settings(deadline=None)
 @given(videos(), rules())
 def test_no_stretch_of_time_is_left_out(times, frames):
     """Every target has a chosen frame that was on display then, or one beside it where frames were filled up."""
@@ -116,6 +119,7 @@ def test_unsorted_timestamps_are_refused(times):
 sides = st.integers(1, 5000)
 
 
+@settings(deadline=None)
 @given(sides, sides, st.sampled_from([1, 14, 16, 28, 32]), st.integers(1, 20), st.integers(1, 50))
 def test_sizes_keep_multiples_and_limits(height, width, multiple, low, room):
     sizing = Sizing(multiple, low * multiple**2, (low + room) * multiple**2)
@@ -125,6 +129,7 @@ def test_sizes_keep_multiples_and_limits(height, width, multiple, low, room):
     assert (size.crop_h, size.crop_w) == (size.resize_h, size.resize_w)
 
 
+@settings(deadline=None)
 @given(st.integers(100, 4000), st.integers(100, 4000))
 def test_shapes_are_kept_as_far_as_multiples_allow(height, width):
     size = Sizing(28, 56 * 56, 28 * 28 * 1280).of(height, width)
@@ -149,6 +154,7 @@ def test_sizes_are_those_of_the_stock_rule_of_qwen(shape, expected):
     assert Sizing(28, 56 * 56, 28 * 28 * 300).of(*shape)[:2] == expected
 
 
+@settings(deadline=None)
 @given(sides, sides, st.integers(1, 500))
 def test_a_square_crop_fits_into_the_resized_frame(height, width, side):
     size = Sizing.square(side).of(height, width)
