@@ -29,6 +29,11 @@ class Stage:
     drop: float
 
     def __post_init__(self) -> None:
+        for name in ("layer", "windows"):
+            if type(getattr(self, name)) is not int:
+                raise ConfigError(f"Stage.{name} must be a whole number, got {getattr(self, name)!r}")
+        if type(self.drop) not in (int, float):
+            raise ConfigError(f"Stage.drop must be a number, got {self.drop!r}")
         if self.layer < 0:
             raise ConfigError(f"Stage.layer is the 0-based decoder layer it runs after, got {self.layer}")
         check_stage(self.windows, self.drop)
@@ -61,9 +66,10 @@ class LightKVConfig:
         _one_of("positions", self.positions, POSITIONS)
         _one_of("windows", self.windows, WINDOW_SCOPES)
         _one_of("guidance", self.guidance, GUIDANCES)
-        if self.window_frames is not None and (self.window_frames < 1 or self.windows != "spatiotemporal"):
+        frames = self.window_frames
+        if frames is not None and (type(frames) is not int or frames < 1 or self.windows != "spatiotemporal"):
             raise ConfigError(
-                f'window_frames must be at least 1 and needs windows="spatiotemporal", '
+                f'window_frames must be a whole number from 1 and needs windows="spatiotemporal", '
                 f"got {self.window_frames} with windows={self.windows!r}"
             )
 
@@ -146,6 +152,8 @@ def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def _known(kind: type, values: Mapping[str, Any], required: Sequence[str] = ("stages",)) -> None:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{kind.__name__} must be given by its fields, got {values!r}")
     names = {field.name for field in fields(kind)}
     unknown, missing = sorted(set(values) - names), sorted(set(required) - set(values))
     if unknown or missing:

@@ -92,7 +92,7 @@ class Prefill:
             )
         results, layouts = [], []
         for row, (layout, pad) in enumerate(zip(group.layouts, group.pads, strict=True)):
-            layout = layout.to(hidden.device)  # layers may be spread over devices
+            layout = layout.to(hidden.device)  # the layers may be spread over several
             layout = layout.squared() if self.config.windows == "released" else layout
             self._note_small_grids(layout, stage)
             result = compress_tokens(

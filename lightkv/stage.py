@@ -49,6 +49,7 @@ def compress_tokens(
             f"hidden {list(hidden.shape)} and guidance {list(guidance.shape)} must cover the layout's {length} tokens"
         )
     check_stage(windows, drop)
+    layout = layout.to(hidden.device)
     target = torch.arange(length, device=hidden.device)
     removed = torch.zeros(length, dtype=torch.bool, device=hidden.device)
     cut = Windows.cut(layout, windows, frames)

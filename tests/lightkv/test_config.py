@@ -27,7 +27,7 @@ def test_retention_counts_the_layers_before_between_and_after():
     assert LightKVConfig(()).retention(7) == 1.0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(depth=st.integers(24, 100), retention=st.floats(0.05, 1.0), stages=st.integers(1, 5))
 def test_a_schedule_for_any_depth_meets_its_target(depth, retention, stages):
     config = LightKVConfig.for_model(LlamaConfig(num_hidden_layers=depth), retention, stages)
@@ -97,6 +97,10 @@ def test_dictionaries_round_trip():
         ({"stages": [], "guidance": "attention"}, "guidance must be one of"),
         ({"stages": [], "windows": "image"}, "windows must be one of"),
         ({"stages": [], "window_frames": 2}, "needs windows="),
+        ({"stages": [[1, 2, 0.5]]}, r"Stage must be given by its fields, got \[1, 2, 0.5\]"),
+        ({"stages": [{"layer": "1", "windows": 2, "drop": 0.5}]}, "Stage.layer must be a whole number, got '1'"),
+        ({"stages": [{"layer": 1, "windows": 2.0, "drop": 0.5}]}, "Stage.windows must be a whole number"),
+        ({"stages": [{"layer": 1, "windows": 2, "drop": "half"}]}, "Stage.drop must be a number"),
     ],
 )
 def test_unknown_keys_and_values_fail(values, message):

@@ -1,5 +1,6 @@
 """compress + generate against the same generation by hand, and against itself in other batches."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -152,6 +153,17 @@ def test_generating_again_in_the_same_scope_starts_afresh():
         together = [model.generate(**sample, **GREEDY).sequences for sample in (first, second, first)]
     assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
     assert report.prefills == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_stay_in_their_dtype(dtype):
+    model = copy.deepcopy(tiny_model("qwen2_5_vl")).to(dtype)
+    samples = [tiny_sample("qwen2_5_vl", 0, 1), tiny_sample("qwen2_5_vl", 2, question=[5])]
+    batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in tiny_batch("qwen2_5_vl", samples).items()}
+    out, report = generate(model, batch, CONFIG)
+    assert torch.stack(out.logits).isfinite().all()
+    assert {layer.keys.dtype for layer in out.past_key_values.layers} == {dtype}
+    assert report.kv_bytes_uncompressed == 5 * 2 * batch["input_ids"].numel() * 2 * 8 * 2
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])

@@ -8,7 +8,7 @@ from lightkv.guidance import GUIDANCES
 from tests.lightkv import oracle
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
     length=st.integers(1, 12),

@@ -44,7 +44,7 @@ def generator(seed):
     return torch.Generator().manual_seed(seed)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     layout=layouts(),
     windows=st.integers(1, 5),
@@ -59,7 +59,7 @@ def test_any_layout_is_compressed_as_the_loops_say(layout, windows, drop, frames
     agrees(result, truth(hidden, guidance, layout, windows=windows, drop=drop, frames=frames))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(layout=layouts(), windows=st.integers(1, 3), seed=st.integers(0, 10**6))
 def test_ties_go_to_the_lower_index(layout, windows, seed):
     axis = torch.randint(0, 3, (len(layout),), generator=generator(seed))
@@ -69,7 +69,7 @@ def test_ties_go_to_the_lower_index(layout, windows, seed):
     agrees(result, truth(hidden, guidance, layout, windows=windows, drop=0.5))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(layout=layouts(), seed=st.integers(0, 10**6), drop=st.sampled_from([0.2, 0.5, 0.8]))
 def test_guidance_weighted_mass_is_conserved(layout, seed, drop):
     hidden = torch.randn(len(layout), 4, generator=generator(seed))
