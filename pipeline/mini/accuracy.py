@@ -18,7 +18,7 @@ from pipeline.mini.data import Batch, Task, build_batch
 
 def right_answers(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> list[list[bool]]:
     """[B][slot]: would greedy decoding give this answer, up to and including its end?"""
-    with torch.inference_mode():
+    with torch.no_grad():
         tail = forward(model, batch.frames, batch.grid, batch.tail_ids, batch.tail_offset, batch.tail_slot).tail
         wrong = (logits(model, tail).argmax(-1) != batch.target) & (batch.target >= 0)
     slots, missed = batch.tail_slot.tolist(), wrong.tolist()

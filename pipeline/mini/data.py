@@ -64,7 +64,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Task:
-    """What one batch holds: the kind of input and its size, and how many scenes of it."""
+    """What one batch holds: the kind of input and its size, how many scenes of it, and whether anything is asked."""
 
     kind: str  # image | video | set
     times: int
@@ -72,6 +72,7 @@ class Task:
     width_px: int
     scenes: int
     max_things: int
+    asks: bool = True
 
     @property
     def grid(self) -> Grid:
@@ -83,17 +84,21 @@ _LARGE = ((128, 160), (160, 128), (144, 144), (96, 192), (160, 160), (192, 192))
 
 
 def curriculum(rng: np.random.Generator, progress: float, token_budget: int) -> Task:
-    """The task of one step at `progress` 0..1: images, then short small videos, then longer and larger ones, and sets.
+    """The task of one step at `progress` 0..1.
 
-    `token_budget` bounds scenes × (vision tokens + 60), the 60 standing for the questions.
+    First the vision encoder alone learns to perceive single frame pairs; then questions about images, about short small
+    videos, about longer and larger ones, and about sets of images. `token_budget` bounds scenes × (vision tokens + 60),
+    the 60 standing for the questions.
     """
     times: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
-    if progress < 0.12:
+    if progress < 0.10:
+        return Task("video", 1, 96, 96, token_budget // 36, 4, asks=False)
+    if progress < 0.20:
         kind, sizes, times, things = "image", _SQUARE, (1,), 3
-    elif progress < 0.35:
+    elif progress < 0.5:
         kind, sizes, times, things = _draw(rng, ("image", "video"), (0.3, 0.7)), _SQUARE, (2, 3, 4), 4
-    elif progress < 0.6:
+    elif progress < 0.72:
         kind = _draw(rng, ("image", "video", "set"), (0.15, 0.8, 0.05))
         sizes, times, things = _draw(rng, (_SQUARE, _MEDIUM), (0.7, 0.3)), (2, 4, 4, 6), 4
     else:
@@ -124,7 +129,7 @@ def build_batch(
         frames, scenes, times = _render(task, rng)
         pictures.append(_degrade(frames, rng) if degrade else frames)
         labels.append(_dense_labels(task, scenes, times))
-        asked.append(_questions(task, scenes, rng))
+        asked.append(_questions(task, scenes, rng) if task.asks else [])
         slots.append([_encode(tokenizer, qa) for qa in asked[-1]])
     stacked = torch.from_numpy(np.stack(pictures))
     dense = {name: torch.from_numpy(np.stack([label[name] for label in labels])) for name in DENSE_CLASSES}

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from pipeline.mini.accuracy import as_line, exact_match
-from pipeline.mini.batched import forward, logits
+from pipeline.mini.batched import encode_vision, forward, logits
 from pipeline.mini.data import DENSE_CLASSES, Batch, Task, build_batch, curriculum
 from pipeline.mini.model import build_model, tokenizer
 from pipeline.mini.muon import Muon
 
-VISION_LABELS = ("shape", "color", "size", "char_left", "char_right")  # read from the encoder's tokens
+VISION_LABELS = ("shape", "color", "size", "char_left", "char_right", "motion")  # read from the encoder's tokens
 MIDDLE_LABELS = ("shape", "color", "motion", "row", "column", "time")  # read halfway through the text model
 EMPTY_CELL_WEIGHT = 0.1  # most tokens show background
 VALIDATION = (
@@ -53,6 +53,7 @@ class TrainConfig:
     save_minutes: float = 3.0
     validate_minutes: float = 8.0
     max_steps: int | None = None
+    validation: tuple[tuple[Task, int], ...] = VALIDATION
 
 
 class DenseHeads(nn.Module):
@@ -63,10 +64,11 @@ class DenseHeads(nn.Module):
         self.vision = nn.ModuleDict({name: nn.Linear(width, DENSE_CLASSES[name]) for name in VISION_LABELS})
         self.middle = nn.ModuleDict({name: nn.Linear(width, DENSE_CLASSES[name]) for name in MIDDLE_LABELS})
 
-    def loss(self, vision: Tensor, middle: Tensor, labels: dict[str, Tensor]) -> Tensor:
+    def loss(self, vision: Tensor, middle: Tensor | None, labels: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy over labels; vision and middle tokens [B, tokens, D], labels [B, tokens] each."""
         total = vision.new_zeros(())
         for heads, tokens in ((self.vision, vision), (self.middle, middle)):
-            for name, head in heads.items():
+            for name, head in heads.items() if tokens is not None else ():
                 scores, wanted = head(tokens).flatten(0, 1), labels[name].flatten()
                 weight = torch.ones(scores.shape[1], device=scores.device)
                 if name not in ("row", "column", "time"):
@@ -147,10 +149,7 @@ class Trainer:
         """One step on the next batch; returns its losses."""
         batch = self.next_batch()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            out = forward(self.model, batch.frames, batch.grid, batch.tail_ids, batch.tail_offset, batch.tail_slot)
-            answered = batch.target >= 0
-            answer_loss = F.cross_entropy(logits(self.model, out.tail[answered]).float(), batch.target[answered])
-            dense_loss = self.heads.loss(out.vision, out.middle, batch.dense)
+            answer_loss, dense_loss = self._losses(batch)
         dense_weight = self.config.dense_weight * (1 - 0.95 * self.progress)
         (answer_loss + dense_weight * dense_loss).backward()
         self._average_and_clip()
@@ -163,6 +162,18 @@ class Trainer:
         self.step += 1
         self._update_ema()
         return {"answer": answer_loss.item(), "dense": dense_loss.item()}
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Of the answers (0 when nothing is asked: then only the encoder runs) and of the dense labels."""
+        if not batch.target.shape[1]:
+            vision = (
+                encode_vision(self.model, batch.frames.flatten(0, 1)).unflatten(0, batch.frames.shape[:2]).flatten(1, 2)
+            )
+            return vision.new_zeros(()), self.heads.loss(vision, None, batch.dense)
+        out = forward(self.model, batch.frames, batch.grid, batch.tail_ids, batch.tail_offset, batch.tail_slot)
+        answered = batch.target >= 0
+        answer_loss = F.cross_entropy(logits(self.model, out.tail[answered]).float(), batch.target[answered])
+        return answer_loss, self.heads.loss(out.vision, out.middle, batch.dense)
 
     def _average_and_clip(self) -> None:
         """Mean gradient over processes, clipped to norm 1; the mean time since the last call moves all clocks alike."""
@@ -201,11 +212,13 @@ class Trainer:
                 self.save()
                 next_save = self.elapsed_s + 60 * self.config.save_minutes
             if self.elapsed_s >= next_validation:
-                self._log("validation " + as_line(exact_match(self.ema, self.tokenizer, "validation", VALIDATION)))
+                self._log(
+                    "validation " + as_line(exact_match(self.ema, self.tokenizer, "validation", self.config.validation))
+                )
                 next_validation = self.elapsed_s + 60 * self.config.validate_minutes
         if self.rank == 0:
             self.save()
-            self._log("final " + as_line(exact_match(self.ema, self.tokenizer, "validation", VALIDATION)))
+            self._log("final " + as_line(exact_match(self.ema, self.tokenizer, "validation", self.config.validation)))
 
     def _log(self, text: str) -> None:
         print(f"step {self.step} minute {self.elapsed_s / 60:.1f} {text}", flush=True)
