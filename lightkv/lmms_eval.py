@@ -20,8 +20,8 @@ registers it (entry point group `lmms_eval.models`). The paper's eight benchmark
         --model_args pretrained=OpenGVLab/InternVL3-8B-hf,method=published
 
 `method=none` instead is the plain model in the same harness, to compare with. InternVL2-8B and EVE, the paper's other
-models, have no code in transformers; InternVL3-8B-hf is the nearest that has. One GPU is the default; without one add
-`--device cpu` (and `device_map=cpu` to the arguments for Qwen2.5-VL and InternVL).
+models, have no code in transformers; InternVL3-8B-hf is the nearest that has. The model lies on one GPU: `--device cpu`
+puts it elsewhere, `device_map=auto` among the arguments spreads it, `accelerate launch -m lmms_eval` repeats it.
 
 Arguments, `key=value` in --model_args:
 
@@ -39,6 +39,7 @@ string. The results file says under `throughput` what was kept: `avg_lightkv_ret
 """
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -124,6 +125,9 @@ def load(pretrained: str, **arguments: Any) -> "LightKV":
             f"unknown arguments {unknown}; LightKV has {sorted(ours)}, lmms-eval's {name} {sorted(known)}"
         )
     compression = schedule(model_config, **{key: value for key, value in arguments.items() if key in ours})
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # else each process finds its own GPU
+        # llava_hf's default "" is refused by transformers 5, the others' "auto" takes a GPU whatever `device` says.
+        arguments.setdefault("device_map", arguments.get("device", "cuda"))
     compressed = type(f"LightKV{plain.__name__}", (LightKV, plain), {"compression": compression})
     return compressed(pretrained=pretrained, **{key: value for key, value in arguments.items() if key not in ours})
 
