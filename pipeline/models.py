@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.utils
 import torch
 import transformers
 from transformers.image_processing_base import ImageProcessingMixin
@@ -29,6 +30,8 @@ class ModelCard:
 def describe(model: Model) -> ModelCard:
     """Configuration and preprocessing of `model`; raises `ConfigError` in one line when it is not to be had."""
     location = _location(model)
+    # A hub that is away shall be told once, by the error below, not by every one of its retries.
+    huggingface_hub.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(location, revision=model.revision, trust_remote_code=False)
         preprocessor, _ = ImageProcessingMixin.get_image_processor_dict(location, revision=model.revision)
