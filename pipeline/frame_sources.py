@@ -47,7 +47,9 @@ class DecordSource:
 
     def __init__(self, path: str, index: VideoIndex, size: Size) -> None:
         if not index.plain:
-            raise UnsuitableError("open groups of pictures, an edit list or a format without an index")
+            raise UnsuitableError(
+                "it loses count in open groups of pictures, after edits, and without an index of times"
+            )
         import decord  # loads its own FFmpeg; not on every platform
 
         decord.logging.set_level(decord.logging.QUIET)

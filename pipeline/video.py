@@ -45,7 +45,7 @@ class VideoIndex:
 
     `pts` int64 `[N]` ascending in the stream's time base, `times_s` float64 `[N]` seconds since the video's first
     frame, `keys` int64 `[K]` pts of the frames that decoding can start at. `complete`: nothing is left out, so a
-    frame's position is its number in the file. `counted`: the packets have no timestamps, pts are frame numbers.
+    frame's position is its number in the file. `counted`: the file has no presentation times, pts are frame numbers.
     `plain`: key frames are clean cuts and frames lie in the file as counted, which decord relies on without checking.
     `segments`: the packets in decoding order, in one piece or several; None when they are too large to keep.
     """
@@ -107,13 +107,18 @@ def index_window(container: Any, uri: str, start_s: float | None, end_s: float |
         if not packet.is_discard:
             head.append(packet.pts)
     shape = shape or decoded_shape(None, stream)
-    if shape and head and None not in head:
+    if shape and head and None not in head and not _misstamped(stream):
         window = _Window(container, stream, min(head), start_s, end_s)
         for search in (window.sparse, window.dense):
             with suppress(CannotSeekError, av.error.FFmpegError):
                 return search(frames).index(shape, origin=window.origin, complete=False)
     rewind(container)
     return index_whole(container, uri)
+
+
+def _misstamped(stream: Any) -> bool:
+    """AVI stores no presentation times; what is read instead is wrong as soon as frames are reordered."""
+    return bool(stream.container.format.name == "avi" and stream.codec_context.has_b_frames)
 
 
 class CannotSeekError(Exception):
@@ -212,6 +217,7 @@ class _Found:
     def __init__(self, stream: Any, keep_bytes: int) -> None:
         self._format = stream.container.format.name
         self.pts: list[int | None] = []
+        self._dts: list[int | None] = []
         self.keys: list[int] = []
         self.starts: list[int | None] = []  # pts of the first packet of each segment
         self._stream = stream
@@ -235,6 +241,7 @@ class _Found:
         shown = not packet.is_discard and (not self._vp8 or bool(bytes(packet)[0] >> 4 & 1))
         if shown:
             self.pts.append(packet.pts)
+            self._dts.append(packet.dts)
         if packet.is_keyframe and packet.pts is not None:
             self.keys.append(packet.pts)
             self._last_key = packet.pts
@@ -248,14 +255,18 @@ class _Found:
             self._segments = [[]]
 
     def index(self, shape: Shape, *, origin: int | None, complete: bool) -> VideoIndex:
-        counted = None in self.pts
+        base = float(self._stream.time_base)
+        counted = None in self.pts or _misstamped(self._stream)
         if counted:
             pts = np.arange(len(self.pts), dtype=np.int64)
             times: np.ndarray = pts / float(self._stream.average_rate or 25)
+            if None not in self._dts:  # decoding times are as far apart as those of presentation
+                times = np.sort(np.array(self._dts, dtype=np.int64)) * base
+                times -= times[:1]
         else:
             pts = np.unique(np.array(self.pts, dtype=np.int64))
             zero = origin if origin is not None else pts[:1]
-            times = (pts - zero) * float(self._stream.time_base)
+            times = (pts - zero) * base
         return VideoIndex(
             pts=pts,
             times_s=times,
@@ -264,7 +275,7 @@ class _Found:
             codec=self._stream.codec_context.codec.canonical_name,
             complete=complete,
             counted=counted,
-            plain=complete and self._plain and len(pts) == len(self.pts) and self._format in _INDEXED,
+            plain=complete and self._plain and not counted and len(pts) == len(self.pts) and self._format in _INDEXED,
             segments=tuple(map(tuple, self._segments)) if self._room >= 0 else None,
         )
 

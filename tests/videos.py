@@ -6,6 +6,7 @@ The upper half of a frame holds its index as twelve black or white bars, the low
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -59,12 +60,14 @@ def render(
     bframes: int = 2,
     audio_s: float = 0.0,
     colorspace: int | None = None,
+    pixel_aspect: Fraction | None = None,
     options: dict[str, str] | None = None,
 ) -> Path:
     """A video of `count` frames at `fps`, or of one frame per entry of `times_s`.
 
     `height` and `width` are as displayed: the picture is stored turned and marked to be turned back by `quarters` ×
-    90° counter-clockwise. `colorspace`: FFmpeg's number, written into the stream. `options`: of the container.
+    90° counter-clockwise. `colorspace`: FFmpeg's number, written into the stream. `options`: of the
+    container.
     """
     times = [i / fps for i in range(count)] if times_s is None else list(times_s)
     with av.open(str(path), "w", options=options or {}) as container:
@@ -77,6 +80,8 @@ def render(
         stream.options = _encoder_options(codec, bframes, open_gop)
         if colorspace is not None:
             stream.codec_context.colorspace = colorspace
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         if quarters:
             stream.set_display_rotation(90 * quarters)
         sound = container.add_stream("aac", rate=16_000) if audio_s else None
@@ -91,6 +96,20 @@ def render(
         container.mux(stream.encode(None))
         if sound is not None:
             _mux_silence(container, sound, audio_s)
+    return Path(path)
+
+
+def render_trimmed(path: Path | str, trim_s: float, **options: Any) -> Path:
+    """An MP4 whose first `trim_s` seconds are in the file, but cut away by an edit list."""
+    whole = render(Path(path).with_suffix(".whole.mp4"), **options)
+    with av.open(str(whole)) as source, av.open(str(path), "w", options={"avoid_negative_ts": "disabled"}) as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        shift = round(trim_s / stream.time_base)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                target.mux(packet)
     return Path(path)
 
 
