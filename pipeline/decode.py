@@ -17,7 +17,8 @@ from pipeline.frame_sources import FrameSource, PyAVSource, UnsuitableError, nam
 from pipeline.frames import Size, Sizing, choose_frames
 from pipeline.images import load_image
 from pipeline.media import Media, decoding
-from pipeline.video import VideoIndex, index_whole, index_window, missing_bytes, open_video
+from pipeline.video import missing_bytes, open_video
+from pipeline.video_index import VideoIndex, index_whole, index_window
 
 _COPY_ALWAYS_BYTES = 64 << 20  # smaller objects are copied even when only a short part is needed
 _COPY_SHARE = 0.5  # of a video's length that a unit must need before a larger object is copied whole

@@ -16,7 +16,8 @@ import numpy as np
 
 from pipeline.errors import ConfigError, UnitError
 from pipeline.frames import Size
-from pipeline.video import VideoIndex, packets_from, rewind, video_stream
+from pipeline.video import packets, packets_from, rewind, video_stream
+from pipeline.video_index import VideoIndex
 
 _TIME_TOLERANCE_S = 2e-3  # decord keeps times as float32
 
@@ -128,7 +129,7 @@ class PyAVSource:
                 return
         if self._index.counted:
             rewind(self._container)
-            yield from (packet for packet in self._container.demux(self._stream) if packet.size)
+            yield from packets(self._container, self._stream)
         else:
             yield from packets_from(self._container, self._stream, key)
 

@@ -20,22 +20,9 @@ import fsspec
 import pyarrow.fs
 
 from pipeline.config import Storage
-from pipeline.errors import SourceError
+from pipeline.storage_errors import StorageError, error_code, faults
 
 _CONFLICT_TRIES = 5  # conditional puts that meet another one in flight (HTTP 409)
-
-
-class StorageError(SourceError):
-    """Storage refused. `kind`: NotFound | NotAFile | AccessDenied | Credentials | Unreachable |
-    Changed | InvalidUri | Storage."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(kind, message)
-        self.kind = kind
-        self.message = message
-
-    def __str__(self) -> str:
-        return self.message
 
 
 @dataclass(frozen=True)
@@ -101,7 +88,7 @@ def exists(uri: str, storage: Storage) -> bool:
         try:
             fs.info(path)
         except FileNotFoundError as error:
-            if isinstance(error.__cause__, boto.ClientError) and _code(error) == "NoSuchBucket":
+            if isinstance(error.__cause__, boto.ClientError) and error_code(error) == "NoSuchBucket":
                 raise
             return False
     return True
@@ -181,56 +168,6 @@ def list_files(uri: str, storage: Storage, *, recursive: bool = True, missing_ok
         return sorted(_walk(path, recursive), key=lambda entry: entry.uri)
 
 
-@contextmanager
-def faults(uri: str) -> Iterator[None]:
-    """Whatever storage libraries raise inside becomes a `StorageError` that names `uri`."""
-    try:
-        yield
-    except SourceError:
-        raise
-    except (OSError, boto.BotoCoreError, boto.ClientError) as error:
-        raise _fault(uri, error) from error
-
-
-def _fault(uri: str, error: Exception) -> StorageError:
-    detail = " ".join(str(error).split())
-    code = _code(error)
-    match error:
-        case FileNotFoundError() if code == "NoSuchBucket":
-            return StorageError("NotFound", f"no such bucket: {uri}")
-        case FileNotFoundError() | NotADirectoryError():
-            return StorageError("NotFound", f"no such file: {uri}")
-        case IsADirectoryError():
-            return StorageError("NotAFile", f"expected a file, got a folder: {uri}")
-        case OSError() if type(error).__name__ == "FileExpired" or code in ("PreconditionFailed", "412"):
-            return StorageError("Changed", f"the object changed while it was read: {uri}")
-        case PermissionError():
-            hint = "check the credentials and the policy" if is_s3(uri) else "check the permissions"
-            return StorageError("AccessDenied", f"access denied: {uri} ({detail}); {hint}")
-        case (
-            boto.NoCredentialsError()
-            | boto.PartialCredentialsError()
-            | boto.CredentialRetrievalError()
-            | boto.ProfileNotFound()
-        ):
-            hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role, or storage.anonymous"
-            return StorageError("Credentials", f"no usable credentials for {uri} ({detail}); {hint}")
-        case boto.ConnectionError() | boto.HTTPClientError() | TimeoutError() | ConnectionError():
-            hint = "check storage.endpoint_url, storage.region and the network"
-            return StorageError("Unreachable", f"cannot reach the storage of {uri} ({detail}); {hint}")
-        case boto.ParamValidationError() | boto.InvalidRegionError():
-            return StorageError("InvalidUri", f"cannot be asked for: {uri} ({detail})")
-    return StorageError("Storage", f"{uri}: {detail or type(error).__name__}")
-
-
-def _code(error: BaseException) -> str:
-    """The S3 error code behind `error`; s3fs keeps the original as its cause."""
-    for one in (error, error.__cause__):
-        if isinstance(one, boto.ClientError):
-            return str(one.response.get("Error", {}).get("Code", ""))
-    return ""
-
-
 def _key(uri: str) -> str:
     key = uri.removeprefix("s3://")
     if not key.partition("/")[0]:
@@ -278,9 +215,9 @@ def _put_new(fs: Any, path: str, data: bytes) -> bool:
             return True
         except OSError as error:
             # moto and AWS answer PreconditionFailed, which s3fs makes FileExistsError or a plain OSError.
-            if isinstance(error, FileExistsError) or _code(error) in ("PreconditionFailed", "412"):
+            if isinstance(error, FileExistsError) or error_code(error) in ("PreconditionFailed", "412"):
                 return bool(fs.cat_file(path) == data)
-            if _code(error) not in ("ConditionalRequestConflict", "409") or attempt == _CONFLICT_TRIES - 1:
+            if error_code(error) not in ("ConditionalRequestConflict", "409") or attempt == _CONFLICT_TRIES - 1:
                 raise
             time.sleep(0.1 * 2**attempt)
     return False

@@ -10,6 +10,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 BITS = 12
 PATCHES = ((200, 30, 30), (30, 180, 30), (30, 30, 200))
@@ -113,10 +114,18 @@ def render_trimmed(path: Path | str, trim_s: float, **options: Any) -> Path:
     return Path(path)
 
 
-def render_audio(path: Path | str, duration_s: float = 1.0) -> Path:
-    """A file with sound and no pictures."""
+def render_audio(path: Path | str, duration_s: float = 1.0, *, cover: bool = False) -> Path:
+    """A file with sound and no moving pictures, at most a cover."""
     with av.open(str(path), "w") as container:
-        _mux_silence(container, container.add_stream("aac", rate=16_000), duration_s)
+        sound = container.add_stream("aac", rate=16_000)
+        if cover:
+            stream = container.add_stream("mjpeg", options={"strict": "-1"})
+            stream.height, stream.width, stream.pix_fmt = 96, 144, "yuvj420p"
+            stream.disposition = Disposition.attached_pic
+            frame = av.VideoFrame.from_ndarray(picture(0), format="rgb24").reformat(format="yuvj420p")
+            frame.pts = 0
+            container.mux([*stream.encode(frame), *stream.encode(None)])
+        _mux_silence(container, sound, duration_s)
     return Path(path)
 
 

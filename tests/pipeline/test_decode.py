@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import pipeline.frame_sources
-import pipeline.video
+import pipeline.video_index
 from pipeline import storage as st
 from pipeline.config import Decode, Frames, Storage
 from pipeline.decode import decode_unit
@@ -245,10 +245,12 @@ def test_files_that_are_no_videos_say_so(tmp_path):
     (tmp_path / "text.mp4").write_text("this is not a video\n")
     (tmp_path / "empty.mp4").touch()
     render_audio(tmp_path / "sound.mp4")
+    render_audio(tmp_path / "cover.mp4", cover=True)
     for backend in BACKENDS:
         assert failure(tmp_path / "text.mp4", backend=backend) == ("decode", "NotAVideo")
         assert failure(tmp_path / "empty.mp4", backend=backend) == ("fetch", "Empty")
         assert failure(tmp_path / "sound.mp4", backend=backend) == ("decode", "NoVideoStream")
+        assert failure(tmp_path / "cover.mp4", backend=backend) == ("decode", "NoVideoStream")
         assert failure(tmp_path / "absent.mp4", backend=backend) == ("fetch", "NotFound")
         assert failure(tmp_path, backend=backend) == ("fetch", "NotAFile")
         assert failure("ftp://host/v.mp4", backend=backend) == ("fetch", "InvalidUri")
@@ -434,7 +436,7 @@ def test_what_is_missing_or_changed_is_an_error_of_fetching(videos, bucket):
 
 
 def test_an_object_replaced_while_it_is_read_is_an_error(videos, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.video, "_KEEP_BYTES", 0)
+    monkeypatch.setattr(pipeline.video_index, "_KEEP_BYTES", 0)
     monkeypatch.setattr("pipeline.media._RANGE_BLOCK_BYTES", 4096)
     path = render(tmp_path / "v.mkv", count=400, codec="mpeg4", gop=4)
     uri = put(bucket, path)
