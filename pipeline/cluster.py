@@ -18,10 +18,15 @@ from pipeline.config import JobConfig
 from pipeline.summary import clock
 
 
+def cluster_address(job: JobConfig) -> str | None:
+    """The cluster that is there: the configured one, or the one this job was submitted to; None: start a local one."""
+    return job.ray.address or os.environ.get("RAY_ADDRESS")
+
+
 @contextmanager
 def connect(job: JobConfig) -> Iterator[None]:
     """A cluster for the block: the one this job was submitted to, the configured one, or a local one."""
-    address = job.ray.address or os.environ.get("RAY_ADDRESS")
+    address = cluster_address(job)
     options: dict[str, object] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if address:
         options["address"] = address

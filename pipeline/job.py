@@ -4,7 +4,7 @@ import json
 import time
 
 from pipeline.captioner import lightkv_config
-from pipeline.cluster import connect, progress_display
+from pipeline.cluster import cluster_address, connect, progress_display
 from pipeline.config import JobConfig
 from pipeline.encode import encoder_for
 from pipeline.graph import execute
@@ -49,7 +49,7 @@ def check_model(job: JobConfig) -> None:
     card = describe(job.model)
     encoder_for(card.config, card.preprocessor).sizing(job.frames)
     lightkv_config(job, card.config)
-    if job.ray.address is None:
+    if cluster_address(job) is None:
         pick_device(job.model.device)
 
 
