@@ -20,7 +20,7 @@ CREDENTIALS = {
 
 @contextlib.contextmanager
 def server(bucket: str = "videos") -> Iterator[Storage]:
-    """The configuration that reaches a fresh server holding an empty `bucket`."""
+    """The configuration that reaches a server with `bucket`; servers of one process share what they hold."""
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()

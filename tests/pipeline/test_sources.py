@@ -74,7 +74,7 @@ def test_one_file_is_a_source(tmp_path):
 
 
 def test_a_bucket_gives_its_videos(tmp_path):
-    with server("videos") as storage:
+    with server("listing") as storage:
         for key in (
             "in/b.mp4",
             "in/a.mp4",
@@ -85,17 +85,17 @@ def test_a_bucket_gives_its_videos(tmp_path):
             "other/d.mp4",
             "in2/e.mp4",
         ):
-            st.write_bytes_atomic(f"s3://videos/{key}", b"xy", storage)
-        st.write_bytes_atomic("s3://videos/in/m.jsonl", b'{"uri": "a.mp4"}\n{"uri": "s3://else/x.mp4"}\n', storage)
+            st.write_bytes_atomic(f"s3://listing/{key}", b"xy", storage)
+        st.write_bytes_atomic("s3://listing/in/m.jsonl", b'{"uri": "a.mp4"}\n{"uri": "s3://else/x.mp4"}\n', storage)
         reach = [f"storage.endpoint_url={storage.endpoint_url}", "storage.max_attempts=1"]
-        uris = [item.uris[0] for item in items("s3://videos/in", *reach)]
-        assert uris == ["s3://videos/in/a.mp4", "s3://videos/in/b.mp4", "s3://videos/in/sub/c.mp4"]
-        assert [item.uris[0] for item in items("s3://videos/in/", *reach)] == uris
-        assert len(items("s3://videos", *reach)) == 5
-        assert len(items("s3://videos/in", "source.recursive=false", *reach)) == 2
-        listed = [item.uris[0] for item in items("s3://videos/in/m.jsonl", *reach)]
-        assert listed == ["s3://videos/in/a.mp4", "s3://else/x.mp4"]
-        assert "no such file" in refusal("s3://videos/absent", *reach)
+        uris = [item.uris[0] for item in items("s3://listing/in", *reach)]
+        assert uris == ["s3://listing/in/a.mp4", "s3://listing/in/b.mp4", "s3://listing/in/sub/c.mp4"]
+        assert [item.uris[0] for item in items("s3://listing/in/", *reach)] == uris
+        assert len(items("s3://listing", *reach)) == 5
+        assert len(items("s3://listing/in", "source.recursive=false", *reach)) == 2
+        listed = [item.uris[0] for item in items("s3://listing/in/m.jsonl", *reach)]
+        assert listed == ["s3://listing/in/a.mp4", "s3://else/x.mp4"]
+        assert "no such file" in refusal("s3://listing/absent", *reach)
         assert "no such bucket" in refusal("s3://absent/in", *reach)
 
 
