@@ -30,8 +30,10 @@ def connect(job: JobConfig) -> Iterator[None]:
     options: dict[str, object] = {"log_to_driver": True, "logging_level": logging.WARNING}
     if address:
         options["address"] = address
-        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:  # not submitted: bring the code along
-            options["runtime_env"] = {"working_dir": str(Path(pipeline.__path__[0]).parent)}
+        source = Path(pipeline.__path__[0]).parent
+        # Neither submitted with its code nor installed, as it is on nodes of an image: bring the code along.
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ and (source / "pyproject.toml").exists():
+            options["runtime_env"] = {"working_dir": str(source)}
     else:
         options |= {
             "address": "local",

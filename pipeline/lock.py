@@ -2,9 +2,10 @@
 
 The holder owns the highest numbered file in `lock/` and rewrites it as a sign of life. A lock without a sign for
 `timeout_s`, or whose process is known to be dead on this host, is taken over by creating the next number, which
-exactly one of several takers can do.
+exactly one of several takers can do. A holder that was only asleep notices, and its job ends.
 """
 
+import _thread
 import json
 import os
 import socket
@@ -20,7 +21,7 @@ from pipeline.errors import RunError
 
 
 class RunLock:
-    """Context manager; raises `RunError` on entry when another live job holds the lock."""
+    """Context manager; raises `RunError` on entry when another live job holds the lock, or on leaving when lost."""
 
     def __init__(self, uri: str, config: Storage, timeout_s: float) -> None:
         self._uri = uri.rstrip("/")
@@ -51,14 +52,16 @@ class RunLock:
         self._stop.set()
         if self._heart is not None:
             self._heart.join()
-        if not self.lost.is_set():
-            storage.delete(self._path(self._number), self._config)
+        if self.lost.is_set():
+            raise RunError(f"{self._uri}: another job took over, because this one gave no sign of life for too long")
+        storage.delete(self._path(self._number), self._config)
 
     def _beat(self) -> None:
         while not self._stop.wait(self._timeout_s / 4):
             try:
                 if self._numbers()[-1:] != [self._number]:
                     self.lost.set()
+                    _thread.interrupt_main()
                     return
                 storage.write_bytes_atomic(self._path(self._number), self._content(), self._config)
             except Exception:  # a storage that is away for a while must not end the job; a late sign is a sign

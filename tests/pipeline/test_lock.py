@@ -72,8 +72,12 @@ def test_holder_gives_signs_of_life(tmp_path):
             time.sleep(0.02)
 
 
-def test_holder_that_was_overtaken_notices_and_leaves_the_new_holders_lock_alone(tmp_path):
-    with _lock(tmp_path, timeout_s=0.2) as old:
-        (tmp_path / "lock" / "000002.json").write_text("{}")
-        assert old.lost.wait(10)
+def test_holder_that_was_overtaken_is_interrupted_and_leaves_the_new_holders_lock_alone(tmp_path):
+    def overtaken():
+        with _lock(tmp_path, timeout_s=0.2):
+            (tmp_path / "lock" / "000002.json").write_text("{}")
+            time.sleep(10)
+
+    with pytest.raises(RunError, match="took over"):
+        overtaken()
     assert "000002.json" in _files(tmp_path)
