@@ -106,6 +106,10 @@ def test_onevision_videos_end_with_a_separator():
     layout = layout_of("llava_onevision", tiny_sample("llava_onevision", video=0))[0]
     assert layout.grid.tolist() == [[4, 3, 3]]
     assert layout.item[layout.is_vision].tolist() == [0] * 36 + [FIXED]
+    odd = TINY["llava_onevision"].config()
+    odd.vision_config.image_size = 28  # 7 patches to the side are resized to 4
+    items = FAMILIES["llava_onevision"].streams[1].items(odd, {"pixel_values_videos": torch.zeros(2, 3, 3, 28, 28)})
+    assert [item.grid.tolist() for item in items] == [[[3, 4, 4]]] * 2
 
 
 def test_qwen_grids_count_merged_patches_and_frames():
