@@ -32,8 +32,8 @@ def manifest(folder, rows, name="m.jsonl"):
     """`rows` as a manifest; JSON rows may be raw text."""
     path = folder / name
     if name.endswith(".parquet"):
-        columns = {key: [row.get(key) for row in rows] for row in rows for key in row}
-        pyarrow.parquet.write_table(pa.table(columns), path)
+        names = dict.fromkeys(name for row in rows for name in row)
+        pyarrow.parquet.write_table(pa.table({name: [row.get(name) for row in rows] for name in names}), path)
     else:
         path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
