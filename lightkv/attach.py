@@ -15,6 +15,9 @@ placeholders beside the embeddings, because `generate` derives the 3-D positions
     model.generate(input_ids=ids, inputs_embeds=embeds, attention_mask=mask,
                    mm_token_type_ids=types, video_grid_thw=grid)             # types: 0 text, 1 image, 2 video
 
+Qwen3-VL adds vision features inside its first layers too, which embeddings do not hold: give it pixels, or what its
+encoder made of them as `mm_encoder_outputs={"video": …}` in place of `inputs_embeds`.
+
 Models with ordinary RoPE need no ids, only `layouts` (one VisionLayout per prompt, without the padding):
 
     with compress(model, config, layouts=[VisionLayout.grids([(start, t, h, w)], length)]) as report:
@@ -135,8 +138,15 @@ class _Session:
             inputs["input_ids" if args[0].ndim == 2 else "inputs_embeds"] = args[0]
         elif kwargs.get("inputs") is not None:
             inputs["input_ids"] = kwargs["inputs"]
+        if self.expected is not None:
+            raise UnsupportedCallError("this scope is already generating: one call at a time, or one model per thread")
         refuse_generation(self.model, inputs)
-        self.expected = self._layouts(inputs)
+        layouts = self._layouts(inputs)
+        prompt = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        if prompt is not None and _any_vision(layouts):
+            # Only for its refusals: before the images are encoded.
+            rows_for_batch(layouts, inputs.get("attention_mask"), *prompt.shape[:2])
+        self.expected = layouts
         try:
             return generate(*args, **kwargs)
         finally:
@@ -184,7 +194,7 @@ class _Session:
     ) -> Prefill | None:
         """The state of a new prefill; None when nothing in it is vision, which leaves it alone bit for bit."""
         layouts = [layout.to(device) for layout in self.step["layouts"]]
-        if not any(bool(layout.is_vision.any()) for layout in layouts):
+        if not _any_vision(layouts):
             return None
         use_cache = kwargs.get("use_cache")
         refuse_cache(kwargs.get("past_key_values"), self.text_config.use_cache if use_cache is None else use_cache)
@@ -253,6 +263,10 @@ class _Session:
             self.report.record(prefill, cache, len(self.decoder.layers))
         elif prefill is None and "layouts" in self.step:
             self.report.record_text(cache)
+
+
+def _any_vision(layouts: Sequence[VisionLayout]) -> bool:
+    return any(bool(layout.is_vision.any()) for layout in layouts)
 
 
 def _rows_at(angle: Tensor, index: Tensor) -> Tensor:

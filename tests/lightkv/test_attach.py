@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from lightkv import (
@@ -132,7 +133,7 @@ def test_what_could_not_be_done_as_asked_is_noted():
 
 def refused(model, sample, match, **options):
     forwards = []
-    handle = model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: forwards.append(1))
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda *_: forwards.append(1))
     with pytest.raises(UnsupportedCallError, match=match), compress(model, CONFIG):
         model.generate(**sample, max_new_tokens=3, **options)
     handle.remove()
@@ -199,6 +200,43 @@ def test_padding_on_the_right_is_refused():
     batch = tiny_batch("llava", [tiny_sample("llava", 0), tiny_sample("llava", 1, question=[3, 4, 5, 6])])
     batch["input_ids"], batch["attention_mask"] = batch["input_ids"].flip(1), batch["attention_mask"].flip(1)
     refused(model, batch, "padding must be on the left")
+
+
+def test_text_prompts_may_be_padded_as_they_like():
+    model, ids = tiny_model("llava"), torch.tensor([[3, 4, 5, 0], [3, 4, 5, 6]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    options = dict(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
+    with compress(model, CONFIG):
+        out = model.generate(**options)
+    assert torch.equal(out, model.generate(**options))
+
+
+def test_one_generation_at_a_time():
+    model, sample = tiny_model("llava"), tiny_sample("llava", 0)
+
+    class Nested:
+        def put(self, _):
+            model.generate(**sample, max_new_tokens=1)
+
+        def end(self):
+            pass
+
+    with pytest.raises(UnsupportedCallError, match="already generating"), compress(model, CONFIG):
+        model.generate(**sample, max_new_tokens=1, streamer=Nested())
+
+
+def test_two_models_in_two_scopes_do_not_mix():
+    samples = {family: tiny_sample(family, 0, 1) for family in ("llava", "qwen2_5_vl")}
+    options = dict(max_new_tokens=4, do_sample=False)
+    apart, together = {}, {}
+    for family, sample in samples.items():
+        with compress(tiny_model(family), CONFIG):
+            apart[family] = tiny_model(family).generate(**sample, **options)
+    with compress(tiny_model("llava"), CONFIG) as first, compress(tiny_model("qwen2_5_vl"), CONFIG) as second:
+        for family, sample in samples.items():
+            together[family] = tiny_model(family).generate(**sample, **options)
+    assert all(torch.equal(apart[family], together[family]) for family in samples)
+    assert (first.vision_tokens, second.vision_tokens) == (128, 72)
 
 
 def test_embeddings_without_layouts_are_refused():

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 
 import pytest
 import torch
@@ -231,6 +232,18 @@ def test_qwen_embeddings_beside_placeholders_keep_three_axes(family, variant):
         again, same = generate(model, {**given, "inputs_embeds": embedded(model, sample)}, config)
         assert torch.equal(torch.cat(out.logits), torch.cat(again.logits))
         assert same.kept_tokens == report.kept_tokens
+
+
+def test_encoded_features_do_what_pixels_do():
+    model, sample = tiny_model("qwen3_vl"), tiny_sample("qwen3_vl", 0, 1)
+    if "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this transformers encodes pixels in the forward pass only")
+    config = dataclasses.replace(CONFIG, stages=CONFIG.stages[1:])
+    out, _ = generate(model, sample, config)
+    with torch.no_grad():
+        features = model.get_image_features(sample.pop("pixel_values"), sample["image_grid_thw"], return_dict=True)
+    again, _ = generate(model, {**sample, "mm_encoder_outputs": {"image": features}}, config)
+    assert torch.equal(torch.cat(out.logits), torch.cat(again.logits))
 
 
 def test_several_embedded_prompts_of_different_length():
