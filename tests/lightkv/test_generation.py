@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from lightkv import LightKVConfig, Stage, VisionLayout, compress, family_of
 from tests.lightkv import reference
-from tests.lightkv.tiny import IMAGE, tiny_batch, tiny_model, tiny_sample
+from tests.lightkv.tiny import IMAGE, text_config, tiny_batch, tiny_model, tiny_sample
 
 CONFIG = LightKVConfig((Stage(0, 3, 0.5), Stage(1, 2, 0.7), Stage(3, 1, 0.5)))
 VARIANTS = {
@@ -271,3 +271,15 @@ def test_a_decoder_alone_is_compressed_where_the_caller_says():
     assert torch.equal(torch.cat(out.logits), torch.cat(expected.logits))
     assert report.vision_tokens == int((sample["input_ids"] == IMAGE).sum())
     assert len(report.stages) == 3
+
+
+@pytest.mark.parametrize(("windows", "counts"), [("frame", [288, 144, 72]), ("released", [288, 145, 73])])
+def test_the_published_schedule_on_576_tokens_and_32_layers(windows, counts):
+    torch.manual_seed(0)
+    decoder = LlamaForCausalLM(text_config("LlamaConfig", num_hidden_layers=32)).eval()
+    config = LightKVConfig.published("llava-1.5-7b", windows=windows)
+    layout = VisionLayout.grids([(5, 1, 24, 24)], 576 + 40)
+    with compress(decoder, config, layouts=[layout]) as report:
+        decoder.generate(inputs_embeds=torch.randn(1, 616, 32), max_new_tokens=1)
+    assert [stage.tokens_after for stage in report.stages] == counts
+    assert report.retention == pytest.approx(0.5742, abs=1e-3)

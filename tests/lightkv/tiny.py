@@ -15,7 +15,7 @@ Pixels = dict[str, Tensor]
 
 
 def text_config(kind: str, **options: Any) -> Any:
-    return getattr(transformers, kind)(
+    shape = dict(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=LAYERS,
@@ -28,8 +28,8 @@ def text_config(kind: str, **options: Any) -> Any:
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=None,
-        **options,
     )
+    return getattr(transformers, kind)(**{**shape, **options})
 
 
 @dataclass(frozen=True)
