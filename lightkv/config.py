@@ -8,7 +8,7 @@ from lightkv.errors import ConfigError
 from lightkv.families import first_stage_layer
 from lightkv.guidance import GUIDANCES
 from lightkv.schedule import USUAL_DROP, derive, kept_share
-from lightkv.stage import check_stage
+from lightkv.stage import Budget, check_stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -18,6 +18,7 @@ WindowScope = Literal["frame", "spatiotemporal", "released"]
 
 POSITIONS = ("keep", "compact")
 WINDOW_SCOPES = ("frame", "spatiotemporal", "released")
+BUDGETS = ("window", "item")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class LightKVConfig:
     windows       "frame": windows lie on each frame; "spatiotemporal": they span consecutive frames of an item;
                   "released": the published code's fictional square grid, laid anew before each stage
     window_frames frames a spatiotemporal window spans; None: the whole item
+    budget        "window": every window gives floor(drop · m) of its m tokens, as published; "item": an image or
+                  video gives floor(drop · M) in all, spread over its windows, which small windows need
     guidance      "prompt" (all text votes), "question" (text after the vision tokens), "uniform" (equal weights)
     """
 
@@ -57,6 +60,7 @@ class LightKVConfig:
     windows: WindowScope = "frame"
     window_frames: int | None = None
     guidance: str = "prompt"
+    budget: Budget = "window"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -66,6 +70,7 @@ class LightKVConfig:
         _one_of("positions", self.positions, POSITIONS)
         _one_of("windows", self.windows, WINDOW_SCOPES)
         _one_of("guidance", self.guidance, GUIDANCES)
+        _one_of("budget", self.budget, BUDGETS)
         frames = self.window_frames
         if frames is not None and (type(frames) is not int or frames < 1 or self.windows != "spatiotemporal"):
             raise ConfigError(
@@ -113,8 +118,8 @@ class LightKVConfig:
         """The schedule that keeps `retention` (0.05 to 1) of the vision KV of this model, with `stages` stages.
 
         Stages drop half from about the paper's layers on; for less they move towards the input, then drop more
-        (schedule.py). Windows per side are 2^(stages - 1), …, 2, 1. `options` are further fields, e.g.
-        positions="compact". Raises ConfigError when the depth cannot reach the target.
+        (schedule.py). Windows per side are 2^(stages - 1), …, 2, 1, and the budget is the item's. `options` are
+        further fields, e.g. positions="compact". Raises ConfigError when the depth cannot reach the target.
         """
         if not 0.05 <= retention <= 1.0:
             raise ConfigError(f"retention must be between 0.05 and 1.0, got {retention}")
@@ -123,7 +128,8 @@ class LightKVConfig:
         depth = model_config.get_text_config().num_hidden_layers
         plan = derive(depth, first_stage_layer(model_config), stages, retention)
         sides = [2 ** (stages - 1 - number) for number in range(stages)]
-        return cls(tuple(Stage(layer, side, drop) for (layer, drop), side in zip(plan, sides, strict=True)), **options)
+        derived = tuple(Stage(layer, side, drop) for (layer, drop), side in zip(plan, sides, strict=True))
+        return cls(derived, **{"budget": "item", **options})
 
     @classmethod
     def published(cls, model: str, **options: Any) -> "LightKVConfig":

@@ -114,7 +114,7 @@ def prefill_cost(
         if config is not None and layer in stages and vision:
             if config.guidance != "uniform":
                 flops += 2 * tokens * text_tokens * shape.heads * shape.head_dim  # votes: text keys × all queries
-            vision, matching = _after_stage(vision, stages[layer], _frame_groups(config, frames), shape.hidden)
+            vision, matching = _after_stage(vision, stages[layer], config, frames, shape.hidden)
             flops += matching
         layers.append(LayerCost(tokens, flops, shape.kv_bytes(tokens, dtype_bytes)))
     return Cost(
@@ -131,15 +131,19 @@ def _frame_groups(config: LightKVConfig, frames: int) -> int:
     return math.ceil(frames / span) if span else 1
 
 
-def _after_stage(vision: int, stage: Stage, groups: int, width: int) -> tuple[int, int]:
+def _after_stage(vision: int, stage: Stage, config: LightKVConfig, frames: int, width: int) -> tuple[int, int]:
     """Vision tokens that are left, and FLOPs of the similarities, with windows as equal as the count allows."""
-    count = groups * stage.windows**2
+    count = _frame_groups(config, frames) * stage.windows**2
+    room = max(0, vision - count)  # every window keeps a token
+    budget = min(int(vision * stage.drop + 1e-9), room)
     left, flops = 0, 0
     for size, windows in ((vision // count + 1, vision % count), (vision // count, count - vision % count)):
         quota, now = int(size * stage.drop + 1e-9), size
+        if config.budget == "item":
+            quota = math.ceil(budget * max(0, size - 1) / max(1, room))
         while quota > 0:
             flops += windows * 2 * ((now + 1) // 2) * (now // 2) * width
             step = min(quota, now // 2)
             quota, now = quota - step, now - step
         left += windows * now
-    return left, flops
+    return (vision - budget if config.budget == "item" else left), flops

@@ -24,11 +24,13 @@ def bands(position: Tensor, extent: Tensor, count: int) -> Tensor:
 class Windows:
     """The mergeable tokens sorted by window and, inside one, row by row.
 
-    order [N] position in the sequence · sizes [W] tokens per window, none empty
+    order [N] position in the sequence · sizes [W] tokens per window, none empty · item [W] whose windows they are,
+    ascending
     """
 
     order: Tensor
     sizes: Tensor
+    item: Tensor
 
     @classmethod
     def cut(cls, layout: VisionLayout, count: int, frames: int | None = 1) -> "Windows":
@@ -36,20 +38,21 @@ class Windows:
         index = torch.nonzero(layout.mergeable).flatten()
         tokens = layout.take(index)
         if not len(index):
-            return cls(index, index)
+            return cls(index, index, index)
         _, height, width = layout.grid[tokens.item].unbind(-1)
         time = tokens.t // frames if frames else torch.zeros_like(tokens.t)
         cell = (bands(tokens.y, height, count), bands(tokens.x, width, count))
         window = _mixed_radix(tokens.item, time, *cell)
         by_place = torch.argsort(_mixed_radix(tokens.t, tokens.y, tokens.x), stable=True)
         by_window = by_place[torch.argsort(window[by_place], stable=True)]
-        return cls(index[by_window], torch.unique_consecutive(window[by_window], return_counts=True)[1])
+        sizes = torch.unique_consecutive(window[by_window], return_counts=True)[1]
+        return cls(index[by_window], sizes, tokens.item[by_window][sizes.cumsum(0) - sizes])
 
     def without(self, removed: Tensor) -> "Windows":
         """The windows after the positions marked in `removed` (bool [S]) have left; one token of each stays."""
         stays = ~removed[self.order]
         window = torch.repeat_interleave(self.sizes)
-        return Windows(self.order[stays], torch.bincount(window[stays], minlength=len(self.sizes)))
+        return Windows(self.order[stays], torch.bincount(window[stays], minlength=len(self.sizes)), self.item)
 
 
 def _mixed_radix(*digits: Tensor) -> Tensor:

@@ -102,6 +102,7 @@ class Prefill:
                 windows=stage.windows,
                 drop=stage.drop,
                 frames=self.config.frames_per_window,
+                budget=self.config.budget,
             )
             results.append(result)
             layouts.append(layout.take(result.kept))

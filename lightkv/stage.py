@@ -1,7 +1,7 @@
 """One compression stage on one sequence: windows, matching and merging put together."""
 
-import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,8 @@ from lightkv.errors import ConfigError
 from lightkv.layout import VisionLayout
 from lightkv.matching import Windows, match
 from lightkv.merging import merge
+
+Budget = Literal["window", "item"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,13 @@ def compress_tokens(
     windows: int,
     drop: float,
     frames: int | None = 1,
+    budget: Budget = "window",
 ) -> Compressed:
     """Merge floor(drop · m) of the m vision tokens in each of `windows` × `windows` windows per frame.
 
-    One matching removes at most half of a window; a drop above 0.5 is met by matching again what is left, each
+    One matching removes at most half of a window; what is beyond that is met by matching again what is left, each
     token then weighing what has merged into it. `frames` consecutive frames share a window (None: the whole video).
+    With budget="item" it is floor(drop · M) of an item's M tokens, spread over its windows (`spread_removals`).
 
     hidden [S, D], guidance fp32 [S] of weights ≥ 0 (only vision entries count), layout of the same S positions.
     Raises ConfigError when shapes disagree or windows < 1 or drop is outside [0, 1).
@@ -53,9 +57,9 @@ def compress_tokens(
     target = torch.arange(length, device=hidden.device)
     removed = torch.zeros(length, dtype=torch.bool, device=hidden.device)
     cut = Windows.cut(layout, windows, frames)
-    quota = removals(cut.sizes, drop)
+    quota = removals(cut.sizes, drop) if budget == "window" else spread_removals(cut, drop)
     weight = guidance.float()
-    for _ in range(_rounds(drop)):
+    while bool(quota.any()):
         source, into = match(hidden, cut, quota)
         hidden, weight = merge(hidden, weight, source, into)
         target = target.index_copy(0, source, into)[target]
@@ -79,6 +83,15 @@ def removals(sizes: Tensor, drop: float) -> Tensor:
     return (sizes.double() * drop + 1e-9).floor().long()
 
 
-def _rounds(drop: float) -> int:
-    """Matchings a stage needs: k of them leave ceil(m / 2^k) of a window, whatever its size m."""
-    return math.ceil(-math.log2(1.0 - drop) - 1e-9)
+def spread_removals(windows: Windows, drop: float) -> Tensor:
+    """floor(drop · M) removals per item, spread over its windows like the tokens these can give, m - 1 each; int64.
+
+    Rounding down in each window instead would miss the budget where windows are small: a quarter of 2 tokens is 0.
+    """
+    count = int(windows.item.max()) + 1 if len(windows.item) else 0
+    spare = windows.sizes - 1
+    tokens, room = (spare.new_zeros(count).index_add(0, windows.item, part) for part in (windows.sizes, spare))
+    wanted = torch.minimum(removals(tokens, drop), room)
+    until = spare.cumsum(0) - (room.cumsum(0) - room)[windows.item]  # spare tokens of the item up to this window
+    share, room = wanted[windows.item], room[windows.item].clamp(min=1)
+    return share * until // room - share * (until - spare) // room

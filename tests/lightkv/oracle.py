@@ -49,6 +49,7 @@ def stage(
     windows: int,
     drop: float,
     frames: int | None = 1,
+    budget: str = "window",
 ) -> tuple[list[Vector], list[int], list[int]]:
     """→ (hidden of the survivors, their original indices, where each token ended up)."""
     x, weight = [list(vector) for vector in hidden], list(g)
@@ -59,9 +60,10 @@ def stage(
             _, h, w = grids[item]
             time = t // frames if frames else 0
             cells.setdefault((item, time, band(row, h, windows), band(column, w, windows)), []).append(index)
-    for members in cells.values():
+    shares = spread(cells, drop)
+    for cell, members in sorted(cells.items()):
         members.sort(key=lambda index: places[index][1:])
-        quota = math.floor(drop * len(members) + 1e-9)
+        quota = shares[cell] if budget == "item" else math.floor(drop * len(members) + 1e-9)
         while quota > 0:
             merged = match_once(x, weight, members, min(quota, len(members) // 2))
             quota -= len(merged)
@@ -70,6 +72,21 @@ def stage(
                 target = [b if end == a else end for end in target]
     kept = [index for index in range(len(x)) if target[index] == index]
     return [x[index] for index in kept], kept, target
+
+
+def spread(cells: dict[tuple[int, ...], list[int]], drop: float) -> dict[tuple[int, ...], int]:
+    """How many tokens each window gives when an item gives floor(drop · M) of its M, and no window its last one."""
+    shares = {}
+    for item in {cell[0] for cell in cells}:
+        own = sorted(cell for cell in cells if cell[0] == item)
+        room = sum(len(cells[cell]) - 1 for cell in own)
+        wanted = min(math.floor(drop * sum(len(cells[cell]) for cell in own) + 1e-9), room)
+        seen = given = 0
+        for cell in own:
+            seen += len(cells[cell]) - 1
+            shares[cell] = wanted * seen // max(room, 1) - given
+            given += shares[cell]
+    return shares
 
 
 def match_once(x: list[Vector], weight: Vector, members: list[int], count: int) -> dict[int, int]:

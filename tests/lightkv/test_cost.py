@@ -13,6 +13,7 @@ SCHEDULES = {
     "plain": LightKVConfig(()),
     "halves": LightKVConfig((Stage(0, 4, 0.5), Stage(1, 2, 0.5), Stage(3, 1, 0.5))),
     "steep": LightKVConfig((Stage(1, 1, 0.75), Stage(2, 1, 0.8)), guidance="uniform"),
+    "to the token": LightKVConfig((Stage(0, 4, 0.37), Stage(1, 2, 0.6), Stage(3, 1, 0.5)), budget="item"),
     "spatiotemporal": LightKVConfig((Stage(0, 4, 0.5), Stage(2, 2, 0.5)), windows="spatiotemporal", window_frames=2),
 }
 

@@ -50,13 +50,26 @@ def generator(seed):
     windows=st.integers(1, 5),
     drop=st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.6, 0.75, 0.9]),
     frames=st.sampled_from([1, 2, None]),
+    budget=st.sampled_from(["window", "item"]),
     seed=st.integers(0, 10**6),
 )
-def test_any_layout_is_compressed_as_the_loops_say(layout, windows, drop, frames, seed):
+def test_any_layout_is_compressed_as_the_loops_say(layout, windows, drop, frames, budget, seed):
     hidden = torch.randn(len(layout), 6, generator=generator(seed))
     guidance = torch.rand(len(layout), generator=generator(seed + 1))
-    result = compress_tokens(hidden, guidance, layout, windows=windows, drop=drop, frames=frames)
-    agrees(result, truth(hidden, guidance, layout, windows=windows, drop=drop, frames=frames))
+    options = {"windows": windows, "drop": drop, "frames": frames, "budget": budget}
+    agrees(compress_tokens(hidden, guidance, layout, **options), truth(hidden, guidance, layout, **options))
+
+
+@settings(max_examples=60)
+@given(layout=layouts(), windows=st.integers(1, 5), drop=st.sampled_from([0.1, 0.3, 0.5, 0.7]))
+def test_item_budget_is_met_to_the_token_unless_every_window_is_down_to_one(layout, windows, drop):
+    hidden = torch.randn(len(layout), 6, generator=generator(0))
+    result = compress_tokens(hidden, torch.ones(len(layout)), layout, windows=windows, drop=drop, budget="item")
+    cut, left = Windows.cut(layout, windows), layout.take(result.kept)
+    for item in layout.item[layout.mergeable].unique().tolist():
+        tokens = int((layout.item == item)[layout.mergeable].sum())
+        least = int((cut.item == item).sum())
+        assert int((left.item == item)[left.mergeable].sum()) == max(tokens - int(tokens * drop + 1e-9), least)
 
 
 @settings(max_examples=60)
