@@ -2,7 +2,9 @@
 
     pip install 'lightkv[lmms-eval]'
 
-registers it (entry point group `lmms_eval.models`). The paper's eight benchmarks, one command per model:
+registers it (entry point group `lmms_eval.models`); in an environment of its own, for lmms-eval 0.7.3 asks for av < 16.
+The data sets come from the hub (`hf auth login` once); the caption scores need Java. The paper's eight benchmarks, one
+command per model:
 
     TASKS=coco2017_cap_val,gqa,mme,nocaps_val,pope,seedbench,scienceqa_img,vizwiz_vqa_val
 

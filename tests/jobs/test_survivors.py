@@ -33,10 +33,14 @@ def test_survivors_are_as_many_as_the_report_says_and_each_stage_keeps_some_of_t
     assert float(seen.guidance.sum()) == pytest.approx(1)
 
 
-def test_the_first_stage_keeps_the_same_patches_whatever_is_asked_after_them(model, image):
-    """Vision comes before the question: up to the first stage causal attention hides the question from it."""
-    one = look(model, tokenizer(), image, "what color is the star?", CONFIG)
-    other = look(model, tokenizer(), image, "how many objects are there?", CONFIG)
+def test_the_first_stage_keeps_the_same_patches_whatever_is_asked_after_them(model):
+    """Vision comes before the question, and causal attention hides the question from it.
+
+    On noise: between the equal patches of a plain background rounding decides, and it depends on the prompt's length.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, (192, 192, 3), np.uint8)
+    one = look(model, tokenizer(), noise, "what color is the star?", CONFIG)
+    other = look(model, tokenizer(), noise, "how many objects are there?", CONFIG)
     assert torch.equal(one.alive[0], other.alive[0])
     assert not torch.equal(one.guidance, other.guidance)
 
