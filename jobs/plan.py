@@ -7,15 +7,15 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from jobs.cli import load, main_guard, parser
-from pipeline.captioner import lightkv_config
 from pipeline.config import JobConfig
-from pipeline.encode import encoder_for
 from pipeline.errors import ConfigError
-from pipeline.estimate import PlanSummary, Totals, estimate_plan
-from pipeline.models import describe
-from pipeline.plan import plan_units
+from pipeline.summary import format_bytes
+
+if TYPE_CHECKING:
+    from pipeline.estimate import PlanSummary, Totals
 
 _SHOWN_ERRORS = 10
 _PLAIN = "  uncompressed"
@@ -39,8 +39,14 @@ def main() -> int:
     return 0
 
 
-def summarise(config: JobConfig) -> tuple[PlanSummary, str | None]:
+def summarise(config: JobConfig) -> "tuple[PlanSummary, str | None]":
     """The plan's estimate, and why it lacks tokens where it does."""
+    from pipeline.captioner import lightkv_config  # torch takes seconds to import: help and refusals must not
+    from pipeline.encode import encoder_for
+    from pipeline.estimate import estimate_plan
+    from pipeline.models import describe
+    from pipeline.plan import plan_units
+
     table = plan_units(config)
     try:
         card = describe(config.model)
@@ -52,7 +58,7 @@ def summarise(config: JobConfig) -> tuple[PlanSummary, str | None]:
     return estimate_plan(table, config, model_config=card.config, encoder=encoder, compression=compression), None
 
 
-def text(summary: PlanSummary, config: JobConfig) -> str:
+def text(summary: "PlanSummary", config: JobConfig) -> str:
     """The plan as a table: one column per kind of unit, and the sum of several."""
     columns = dict(sorted(summary.by_kind.items()))
     if len(columns) > 1:
@@ -76,11 +82,11 @@ def text(summary: PlanSummary, config: JobConfig) -> str:
     return "\n".join(lines)
 
 
-def _rows(summary: PlanSummary, config: JobConfig) -> list[tuple[str, Callable[[Totals], str]]]:
+def _rows(summary: "PlanSummary", config: JobConfig) -> "list[tuple[str, Callable[[Totals], str]]]":
     rows: list[tuple[str, Callable[[Totals], str]]] = [
         ("units", lambda t: f"{t.units:,}"),
         ("files", lambda t: f"{t.videos:,}"),
-        ("size", lambda t: _binary(t.bytes)),
+        ("size", lambda t: format_bytes(t.bytes)),
         ("not probed", lambda t: f"{t.unprobed:,}"),
         ("hours of video", lambda t: f"{t.hours:,.2f}"),
         ("frames", lambda t: f"{t.frames:,}"),
@@ -91,22 +97,14 @@ def _rows(summary: PlanSummary, config: JobConfig) -> list[tuple[str, Callable[[
     rows += [
         ("vision tokens", lambda t: f"{t.vision_tokens:,}"),
         ("text tokens, about", lambda t: f"{t.text_tokens:,}"),
-        (f"KV cache per unit{share}", lambda t: _binary(t.kv_bytes / max(1, t.units - t.unprobed))),
-        (_PLAIN, lambda t: _binary(t.kv_bytes_uncompressed / max(1, t.units - t.unprobed))),
-        ("KV cache of the largest", lambda t: _binary(t.largest_kv_bytes)),
-        (_PLAIN, lambda t: _binary(t.largest_kv_bytes_uncompressed)),
+        (f"KV cache per unit{share}", lambda t: format_bytes(t.kv_bytes / max(1, t.units - t.unprobed))),
+        (_PLAIN, lambda t: format_bytes(t.kv_bytes_uncompressed / max(1, t.units - t.unprobed))),
+        ("KV cache of the largest", lambda t: format_bytes(t.largest_kv_bytes)),
+        (_PLAIN, lambda t: format_bytes(t.largest_kv_bytes_uncompressed)),
         ("prefill TFLOP", lambda t: f"{t.flops / 1e12:,.3g}"),
         (_PLAIN, lambda t: f"{t.flops_uncompressed / 1e12:,.3g}"),
     ]
     return rows if config.lightkv.enabled else [row for row in rows if row[0] != _PLAIN]
-
-
-def _binary(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.4g} {unit}"
-        count /= 1024
-    return f"{count:,.4g} TiB"
 
 
 if __name__ == "__main__":

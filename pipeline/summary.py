@@ -97,12 +97,12 @@ def clock(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in binary units, three digits."""
+    """Bytes in binary units, four digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+            return f"{count:.4g} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1024
-    return f"{count:.3g} TiB"
+    return f"{count:.4g} TiB"
 
 
 def _errors(rows: pa.Table) -> list[dict[str, Any]]:
