@@ -138,7 +138,7 @@ def _after_stage(vision: int, stage: Stage, config: LightKVConfig, frames: int, 
     budget = min(int(vision * stage.drop + 1e-9), room)
     left, flops = 0, 0
     for size, windows in ((vision // count + 1, vision % count), (vision // count, count - vision % count)):
-        quota, now = int(size * stage.drop + 1e-9), size
+        quota, now = min(int(size * stage.drop + 1e-9), max(0, size - 1)), size
         if config.budget == "item":
             quota = math.ceil(budget * max(0, size - 1) / max(1, room))
         while quota > 0:

@@ -79,8 +79,11 @@ def check_stage(windows: int, drop: float) -> None:
 
 
 def removals(sizes: Tensor, drop: float) -> Tensor:
-    """floor(drop · m) per window, int64; 0.29 · 100 counts as 29 although its product in binary is below."""
-    return (sizes.double() * drop + 1e-9).floor().long()
+    """floor(drop · m) per window, int64; 0.29 · 100 counts as 29 although its product in binary is below.
+
+    At most m - 1: a drop just below 1 must not ask for the last token, which no matching can remove.
+    """
+    return torch.minimum((sizes.double() * drop + 1e-9).floor().long(), (sizes - 1).clamp(min=0))
 
 
 def spread_removals(windows: Windows, drop: float) -> Tensor:

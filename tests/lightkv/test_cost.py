@@ -92,6 +92,12 @@ def test_the_command_prints_every_model(capsys):
     assert "0.35 → 0.23" in out
 
 
+def test_a_drop_just_below_one_leaves_a_token_per_window():
+    config = LightKVConfig((Stage(0, 2, 1 - 1e-12),))
+    cost = estimate(LlamaConfig(), vision_tokens=9, text_tokens=1, config=config)
+    assert cost.per_layer[-1].tokens == 1 + 4
+
+
 def test_bad_counts_and_configs_are_errors():
     with pytest.raises(ConfigError, match="vision_tokens=-1"):
         estimate(LlamaConfig(), vision_tokens=-1, text_tokens=0, config=None)

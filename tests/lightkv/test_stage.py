@@ -160,6 +160,13 @@ def test_a_drop_above_half_is_met(drop):
     assert len(result.kept) == 100 - round(100 * drop)
 
 
+@pytest.mark.parametrize("budget", ["window", "item"])
+def test_a_drop_just_below_one_leaves_a_token_per_window(budget):
+    layout = VisionLayout.grids([(0, 2, 3, 3)], 18)
+    result = compress_tokens(torch.randn(18, 4), torch.ones(18), layout, windows=2, drop=1 - 1e-12, budget=budget)
+    assert len(result.kept) == 2 * 4
+
+
 def test_removals_do_not_suffer_from_binary_fractions():
     layout = VisionLayout.grids([(0, 1, 10, 10)], 100)
     result = compress_tokens(torch.randn(100, 5), torch.ones(100), layout, windows=1, drop=0.29)
