@@ -56,6 +56,7 @@ def execute(job: JobConfig, work: Work, progress: ActorHandle) -> None:
     context = ray.data.DataContext.get_current()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context.enable_progress_bars = False  # the job has its own display
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would tell how to enable them
     context.max_consecutive_actor_init_deaths = 2
     context.execution_options.preserve_order = False
     if job.ray.actors.num_cpus > 0:  # decode tasks are not Ray Data's: keep it from taking their CPUs
