@@ -24,6 +24,7 @@ from pipeline.encode import Encoded, encoder_for
 from pipeline.errors import ConfigError, SkippedError, UnitError
 from pipeline.frames import Sizing
 from pipeline.models import ModelCard, describe, load_model, load_tokenizer
+from pipeline.prompts import ChatPrompts
 from pipeline.schema import ROW_SCHEMA
 from pipeline.version import code_version
 
@@ -69,6 +70,7 @@ class Captioner:
         self.encoder = encoder_for(self.card.config, self.card.preprocessor)
         self.lightkv = lightkv_config(job, self.card.config)
         self.tokenizer = load_tokenizer(self.card)
+        self.prompts = ChatPrompts(self.tokenizer, self.card)
         self.model = load_model(self.card, job.model)
         self._config_hash = job.hash()
 
@@ -134,8 +136,9 @@ class Captioner:
         }
 
     def _answer(self, unit: dict[str, Any], prompt: dict[str, str], encoded: Encoded, times_s: list[float]) -> Answer:
-        input_ids, spans = self._prompt_ids(prompt["prompt"], encoded)
+        input_ids, spans = self.prompts.tokens(prompt["prompt"], encoded)
         self._check_context(input_ids.shape[1], encoded)
+        input_ids = input_ids.to(self.model.device)
         interval_s = float(np.mean(np.diff(times_s))) if len(times_s) > 1 else None
         settings = self.job.model
         torch.manual_seed(_seed(settings.seed, unit["id"], prompt["prompt_id"]))
@@ -149,7 +152,7 @@ class Captioner:
             output = self.model.generate(
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                **self.encoder.inputs(encoded, input_ids == self._placeholder(encoded.modality), interval_s),
+                **self.encoder.inputs(encoded, input_ids == self.prompts.placeholder(encoded.modality), interval_s),
                 max_new_tokens=settings.max_new_tokens,
                 do_sample=settings.temperature > 0,
                 **({"temperature": settings.temperature} if settings.temperature > 0 else {}),
@@ -185,36 +188,6 @@ class Captioner:
             generate_s=ended - clock.at,
         )
 
-    def _prompt_ids(self, prompt: str, encoded: Encoded) -> tuple[torch.Tensor, list[tuple[int, int, int, int]]]:
-        """The chat prompt [1, S] with every item's placeholder repeated per token, and the items' spans."""
-        content = [{"type": encoded.modality}] * len(encoded.grids) + [{"type": "text", "text": prompt}]
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        ids = self.tokenizer(text, add_special_tokens=not text.startswith(self.tokenizer.bos_token or "\0"))[
-            "input_ids"
-        ]
-        placeholder = self._placeholder(encoded.modality)
-        found = ids.count(placeholder)
-        if found != len(encoded.grids):
-            raise UnitError(
-                "prepare",
-                "PromptTemplate",
-                f"expected {len(encoded.grids)} {encoded.modality} placeholder(s) in the chat prompt, got {found}; "
-                "a prompt must not hold special tokens",
-            )
-        expanded: list[int] = []
-        spans = []
-        grids = iter(encoded.grids)
-        for token in ids:
-            if token == placeholder:
-                t, y, x = next(grids)
-                spans.append((len(expanded), t, y, x))
-                expanded.extend([placeholder] * (t * y * x))
-            else:
-                expanded.append(token)
-        return torch.tensor([expanded], device=self.model.device), spans
-
     def _check_context(self, prompt_tokens: int, encoded: Encoded) -> None:
         limit = self.card.config.get_text_config().max_position_embeddings
         vision_tokens = sum(t * y * x for t, y, x in encoded.grids)
@@ -226,13 +199,6 @@ class Captioner:
                 f"expected at most {limit} positions (the model's context), got {needed}; lower frames.max_frames, "
                 "frames.max_px or model.max_new_tokens, or cut clips with clips.length_s",
             )
-
-    def _placeholder(self, modality: str) -> int:
-        config = self.card.config
-        for name in (f"{modality}_token_id", f"{modality}_token_index"):
-            if getattr(config, name, None) is not None:
-                return int(getattr(config, name))
-        raise ConfigError(f"model.name {self.card.name}: its configuration names no {modality} token")
 
     def _stop_ids(self) -> set[int]:
         stop = self.model.generation_config.eos_token_id
