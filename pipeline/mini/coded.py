@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from pipeline.mini.answer import answer, video_inputs
 from pipeline.mini.data import VIDEO_FAMILIES
-from pipeline.mini.world import render_demo
+from pipeline.mini.world import DemoStyle, render_demo
 
 
 def sampled_frames(path: Path, fps: float = 2.0) -> np.ndarray:
@@ -31,12 +31,13 @@ def coded_exact_match(
     tokenizer: PreTrainedTokenizerFast,
     count: int,
     seed: int,
+    style: DemoStyle,
     families: Collection[str] = ("caption", *VIDEO_FAMILIES),
 ) -> dict[str, tuple[int, int]]:
     """family → (right, asked) over `count` demo videos at 2 frames a second."""
     right, asked = Counter[str](), Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
-        for line in render_demo(Path(folder), count, seed).read_text().splitlines():
+        for line in render_demo(Path(folder), count, seed, style).read_text().splitlines():
             row = json.loads(line)
             inputs = video_inputs(sampled_frames(Path(folder) / row["file"]))
             for qa in row["answers"]:

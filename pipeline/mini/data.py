@@ -96,14 +96,14 @@ def curriculum(rng: np.random.Generator, progress: float, token_budget: int) -> 
         return Task("video", 1, 96, 96, token_budget // 36, 4, asks=False)
     if progress < 0.20:
         kind, sizes, times, things = "image", _SQUARE, (1,), 3
-    elif progress < 0.5:
+    elif progress < 0.55:
         kind, sizes, times, things = _draw(rng, ("image", "video"), (0.3, 0.7)), _SQUARE, (2, 3, 4), 4
-    elif progress < 0.72:
+    elif progress < 0.75:
         kind = _draw(rng, ("image", "video", "set"), (0.15, 0.8, 0.05))
-        sizes, times, things = _draw(rng, (_SQUARE, _MEDIUM), (0.7, 0.3)), (2, 4, 4, 6), 4
+        sizes, times, things = _draw(rng, (_SQUARE, _MEDIUM), (0.8, 0.2)), (2, 4, 4, 6), 4
     else:
         kind = _draw(rng, ("image", "video", "set"), (0.12, 0.8, 0.08))
-        sizes, times, things = _draw(rng, (_SQUARE, _MEDIUM, _LARGE), (0.4, 0.55, 0.05)), (1, 2, 4, 6, 8, 8), 4
+        sizes, times, things = _draw(rng, (_SQUARE, _MEDIUM, _LARGE), (0.55, 0.42, 0.03)), (1, 2, 4, 6, 8, 8), 4
     height, width = _draw(rng, sizes)
     pairs = 1 if kind == "image" else _draw(rng, times)
     if kind == "set":

@@ -91,13 +91,14 @@ def sample_scene(
     duration_s: float = 8.0,
     max_things: int = 4,
     max_clutter: int = 4,
+    sign_share: float = 0.4,
     sign_words: bool = False,
 ) -> Scene:
     """A random scene whose things never cover each other or the sign; fewer than `max_things` may fit.
 
-    The sign shows a number of one to three digits, or with `sign_words` sometimes a word.
+    A share of the scenes has a sign with a number of one to three digits, or with `sign_words` sometimes a word.
     """
-    sign = _sample_sign(rng, width_px, height_px, sign_words) if rng.random() < 0.4 else None
+    sign = _sample_sign(rng, width_px, height_px, sign_words) if rng.random() < sign_share else None
     wanted = int(rng.integers(0 if sign else 1, max_things + 1))
     names = rng.permutation(len(COLORS) * len(SHAPES))[:wanted]
     appear = _sample_appearances(rng, wanted, duration_s)

@@ -24,6 +24,7 @@ from pipeline.mini.muon import Muon
 
 VISION_LABELS = ("shape", "color", "size", "char_left", "char_right", "motion")  # read from the encoder's tokens
 MIDDLE_LABELS = ("shape", "color", "motion", "row", "column", "time")  # read halfway through the text model
+DIGIT_WEIGHT = 3.0  # reading takes longest to learn and few tokens ask for it
 EMPTY_CELL_WEIGHT = 0.1  # most tokens show background
 VALIDATION = (
     (Task("image", 1, 96, 96, 32, 4), 1),
@@ -88,6 +89,9 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.heads = DenseHeads(self.model.config.text_config.hidden_size).to(self.device)
+        self.token_weight = torch.ones(self.model.config.text_config.vocab_size, device=self.device)
+        digits = [f"{prefix}{digit}" for prefix in ("", "##") for digit in range(10)]
+        self.token_weight[self.tokenizer.convert_tokens_to_ids(digits)] = DIGIT_WEIGHT
         matrices, fused, rest = _split_parameters(self.model)
         self.optimizers: list[torch.optim.Optimizer] = [
             Muon(matrices, fused, lr=config.muon_lr),
@@ -172,7 +176,8 @@ class Trainer:
             return vision.new_zeros(()), self.heads.loss(vision, None, batch.dense)
         out = forward(self.model, batch.frames, batch.grid, batch.tail_ids, batch.tail_offset, batch.tail_slot)
         answered = batch.target >= 0
-        answer_loss = F.cross_entropy(logits(self.model, out.tail[answered]).float(), batch.target[answered])
+        scores = logits(self.model, out.tail[answered]).float()
+        answer_loss = F.cross_entropy(scores, batch.target[answered], weight=self.token_weight)
         return answer_loss, self.heads.loss(out.vision, out.middle, batch.dense)
 
     def _average_and_clip(self) -> None:

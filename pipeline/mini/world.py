@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -67,13 +68,26 @@ def write_video(path: Path, scenes: Scene | Sequence[Scene], fps: int = 12, crf:
         container.mux(stream.encode())
 
 
-def demo_scene(index: int, seed: int) -> tuple[Scene, np.random.Generator]:
-    """The demo's scene `index`: 8 s at 128×128 px, from seeds that training never sees."""
+@dataclass(frozen=True)
+class DemoStyle:
+    """What demo videos look like; the defaults are what the shipped weights do best."""
+
+    width_px: int = 96
+    height_px: int = 96
+    duration_s: float = 8.0
+    max_things: int = 3
+    sign_share: float = 0.0
+
+
+def demo_scene(index: int, seed: int, style: DemoStyle | None = None) -> tuple[Scene, np.random.Generator]:
+    """The demo's scene `index`, from seeds that training never sees, and the generator that goes on to ask about it."""
     rng = np.random.default_rng([scene_seed("demo", index), seed])
-    return sample_scene(rng, 128, 128, 8.0, max_things=4), rng
+    style = style or DemoStyle()
+    size = (style.width_px, style.height_px)
+    return sample_scene(rng, *size, style.duration_s, style.max_things, sign_share=style.sign_share), rng
 
 
-def render_demo(folder: Path, count: int, seed: int = 0) -> Path:
+def render_demo(folder: Path, count: int, seed: int = 0, style: DemoStyle | None = None) -> Path:
     """Write `count` videos `clip-000.mp4` … and `truth.jsonl`; return the path of the latter.
 
     One line per video: `file`, `duration_s`, `fps`, `caption`, `answers` (list of family, question, answer).
@@ -82,7 +96,7 @@ def render_demo(folder: Path, count: int, seed: int = 0) -> Path:
     truth = folder / "truth.jsonl"
     with truth.open("w", encoding="utf-8") as lines:
         for index in range(count):
-            scene, rng = demo_scene(index, seed)
+            scene, rng = demo_scene(index, seed, style)
             fps = (8, 12, 24)[index % 3]
             name = f"clip-{index:03d}.mp4"
             write_video(folder / name, scene, fps)
