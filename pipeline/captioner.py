@@ -51,12 +51,9 @@ def lightkv_config(job: JobConfig, model_config: Any) -> LightKVConfig | None:
     if not job.lightkv.enabled:
         return None
     try:
-        resolved = LightKVConfig.for_model(
-            model_config, retention=job.lightkv.retention, stages=job.lightkv.stages, positions=job.lightkv.positions
-        )
+        return LightKVConfig.for_model(model_config, **job.lightkv.model_dump(exclude={"enabled"}))
     except LightKVError as error:
         raise ConfigError(f"lightkv: {error}") from None
-    return resolved
 
 
 class Captioner:

@@ -140,7 +140,16 @@ class LightKV(_Section):
     enabled: bool = True
     retention: float = Field(0.55, ge=0.05, le=1.0, description="layer-averaged share of vision KV entries kept")
     stages: int = Field(3, ge=1, le=16)
-    positions: Literal["keep", "compact"] = "keep"
+    positions: Literal["keep", "compact"] = Field("keep", description="of survivors: their own, or closed up")
+    windows: Literal["frame", "spatiotemporal"] = Field("frame", description="tokens merge within these")
+    window_frames: int | None = Field(None, ge=1, description="frames of a spatiotemporal window; null: the whole unit")
+    guidance: Literal["prompt", "question", "uniform"] = Field("prompt", description="whose attention weighs merges")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.window_frames is not None and self.windows != "spatiotemporal":
+            raise ValueError("window_frames needs windows: spatiotemporal")
+        return self
 
 
 class Actors(_Section):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.captioner import Captioner
+from pipeline.captioner import Captioner, lightkv_config
 from pipeline.config import load_config
 from pipeline.decode import FrameBatch
 from pipeline.errors import ConfigError, SkippedError, UnitError
+from pipeline.models import describe
 from pipeline.schema import ROW_SCHEMA, rows_table
 from tests.models import save_tiny_llava
 
@@ -100,6 +101,24 @@ def test_row_says_what_compression_did(mini):
     assert row["decode_s"] == 0.5
     assert row["attempts"] == 1
     assert rows_table([row]).schema == ROW_SCHEMA
+
+
+def test_every_setting_of_the_job_reaches_the_compression():
+    job = _job("lightkv={retention: 0.4, stages: 2, positions: compact, windows: spatiotemporal, window_frames: 2}")
+    config = lightkv_config(job, describe(job.model).config)
+    assert (len(config.stages), config.positions, config.windows, config.window_frames) == (
+        2,
+        "compact",
+        "spatiotemporal",
+        2,
+    )
+    assert config.retention(6) == pytest.approx(0.4)
+
+
+def test_compression_a_model_cannot_have_is_refused_before_it_is_loaded():
+    job = _job("lightkv.stages=16")
+    with pytest.raises(ConfigError, match="lightkv: 16 stages do not fit"):
+        lightkv_config(job, describe(job.model).config)
 
 
 def test_retention_of_one_answers_as_without_compression(plain):
