@@ -12,8 +12,10 @@ import av
 import numpy as np
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
+from pipeline.mini.accuracy import row_of
 from pipeline.mini.answer import answer, video_inputs
 from pipeline.mini.data import VIDEO_FAMILIES
+from pipeline.mini.questions import QA
 from pipeline.mini.world import DemoStyle, render_demo
 
 
@@ -40,8 +42,8 @@ def coded_exact_match(
         for line in render_demo(Path(folder), count, seed, style).read_text().splitlines():
             row = json.loads(line)
             inputs = video_inputs(sampled_frames(Path(folder) / row["file"]))
-            for qa in row["answers"]:
-                if qa["family"] in families:
-                    asked[qa["family"]] += 1
-                    right[qa["family"]] += answer(model, tokenizer, inputs, qa["question"]) == qa["answer"]
+            for qa in (QA(**known) for known in row["answers"]):
+                if qa.family in families:
+                    asked[row_of(qa)] += 1
+                    right[row_of(qa)] += answer(model, tokenizer, inputs, qa.question) == qa.answer
     return {family: (right[family], asked[family]) for family in sorted(asked)}
