@@ -1,4 +1,4 @@
-"""The demo: render sample videos, caption them on a local Ray with the embedded model, and compare with the truth.
+"""Render sample videos, caption them on a local Ray with the embedded model, and compare with the truth.
 
 One of the files is no video, as in every real bucket: it becomes an error row.
 """

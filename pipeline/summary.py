@@ -136,10 +136,10 @@ def _bottleneck(seconds: dict[str, float]) -> str:
         return "nothing ran"
     name = max(busy, key=lambda key: busy[key])
     advice = {
-        "wait": "actors waited for decoding: add CPUs, or raise decode.prefetch_units",
-        "encode": "the vision tower: fewer or smaller frames (frames.fps, frames.max_px), or more actors",
-        "prefill": "prefill: lower lightkv.retention, fewer frames, or more actors",
-        "generate": "decoding of answers: lower model.max_new_tokens, or more actors",
+        "wait": "waited for frames: add CPUs, or raise decode.prefetch_units",
+        "encode": "fewer or smaller frames (frames.fps, frames.max_px), or more actors",
+        "prefill": "lower lightkv.retention, fewer frames, or more actors",
+        "generate": "lower model.max_new_tokens, or more actors",
     }
     return f"{name} ({busy[name] / total:.0%} of the actors' time): {advice[name]}"
 
