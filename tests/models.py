@@ -71,5 +71,13 @@ def save_tiny_llava(folder, *, context_tokens=512, seed=0):
         "do_convert_rgb": True,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": 8,
+        "num_additional_image_tokens": 1,  # CLIP's class token, which the default strategy drops again
+        "vision_feature_select_strategy": "default",
+        "image_token": "<image>",
+    }
+    (folder / "processor_config.json").write_text(json.dumps(processor))
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": _LLAVA_TEMPLATE}))
     return folder
