@@ -28,12 +28,15 @@ def _free_port():
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
     """A head node of its own, ended by its own process group: `ray stop` would end other clusters too."""
-    port, dashboard = _free_port(), _free_port()
+    port, dashboard, agent, client = (_free_port() for _ in range(4))
     log = (tmp_path_factory.mktemp("head") / "log").open("w+")
     # Loopback of its own: 127.0.0.1 would be rewritten to the host's outer address.
     options = ["--node-ip-address=127.0.0.2", f"--port={port}", "--num-cpus=2", "--object-store-memory=200000000"]
+    options += ["--dashboard-host=127.0.0.2", f"--dashboard-port={dashboard}"]
+    # These have fixed defaults, which another Ray on this machine may hold; without its agent a head takes no jobs.
+    options += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
     process = subprocess.Popen(
-        [RAY, "start", "--head", "--block", *options, "--dashboard-host=127.0.0.2", f"--dashboard-port={dashboard}"],
+        [RAY, "start", "--head", "--block", *options],
         env=environment(),
         stdout=log,
         stderr=subprocess.STDOUT,
