@@ -60,7 +60,6 @@ class Captioner:
     """Holds one model; `row` captions units one after the other."""
 
     def __init__(self, job: JobConfig, run_id: str) -> None:
-        torch.set_grad_enabled(False)
         self.job = job
         self.run_id = run_id
         self.card: ModelCard = describe(job.model)
@@ -76,6 +75,7 @@ class Captioner:
         """The sizes decoders must give frames."""
         return self.encoder.sizing(self.job.frames)
 
+    @torch.no_grad()
     def row(self, unit: dict[str, Any], batches: Iterable[FrameBatch]) -> dict[str, Any]:
         """The output row of a unit (`ROW_SCHEMA`) from its frame batches; failures of the unit are in the row."""
         if self.model.device.type == "cuda":

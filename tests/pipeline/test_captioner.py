@@ -128,6 +128,18 @@ def test_retention_of_one_answers_as_without_compression(plain):
     assert row["kv_bytes"] == row["kv_bytes_uncompressed"] == expected["kv_bytes"]
 
 
+def test_gradients_are_off_while_captioning_and_as_before_after_it(mini):
+    seen = []
+
+    def watched():
+        seen.append(torch.is_grad_enabled())
+        yield from _batches()
+
+    mini.row(_unit(), watched())
+    assert seen == [False]
+    assert torch.is_grad_enabled()
+
+
 def test_how_frames_are_batched_does_not_change_the_answer(mini):
     texts = {mini.row(_unit(), _batches(batch=n))["text"] for n in (1, 3, 8)}
     assert len(texts) == 1
