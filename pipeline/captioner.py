@@ -157,7 +157,7 @@ class Captioner:
             )
         ended = time.perf_counter()
         new_ids = output[0, input_ids.shape[1] :]
-        vision_tokens = sum(t * y * x for t, y, x in encoded.grids)
+        vision_tokens = encoded.vision_tokens
         if report is not None:
             kept, retention = report.kept_tokens, report.retention
             kv_bytes, kv_bytes_uncompressed = report.kv_bytes, report.kv_bytes_uncompressed
@@ -187,8 +187,12 @@ class Captioner:
 
     def _check_context(self, prompt_tokens: int, encoded: Encoded) -> None:
         limit = self.card.config.get_text_config().max_position_embeddings
-        vision_tokens = sum(t * y * x for t, y, x in encoded.grids)
-        needed = prompt_tokens - vision_tokens + self.encoder.positions(encoded.grids) + self.job.model.max_new_tokens
+        needed = (
+            prompt_tokens
+            - encoded.vision_tokens
+            + self.encoder.positions(encoded.grids)
+            + self.job.model.max_new_tokens
+        )
         if needed > limit:
             raise UnitError(
                 "prepare",

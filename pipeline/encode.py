@@ -26,6 +26,11 @@ class Encoded:
     features: list[Tensor] = field(default_factory=list)
     grids: list[tuple[int, int, int]] = field(default_factory=list)
 
+    @property
+    def vision_tokens(self) -> int:
+        """Tokens of all items together."""
+        return sum(t * y * x for t, y, x in self.grids)
+
 
 class FrameEncoder:
     """What a family does with frames; one subclass per way of making tokens."""

@@ -19,7 +19,7 @@ def open_retry(run: RunDirectory, main: Work) -> tuple[int, Work]:
     number = 1
     while run.has(f"retry-{number}/merged"):
         number += 1
-    work = run.retry(number)
+    work = run.retry(main, number)
     if not work.has_manifest():
         failed = main.rows(["id", "status", "attempts"])
         failed = failed.filter(pc.equal(failed["status"], "error"))
@@ -29,7 +29,7 @@ def open_retry(run: RunDirectory, main: Work) -> tuple[int, Work]:
 
 def merge_rows(run: RunDirectory, main: Work, number: int) -> int:
     """Replace repeated rows in the run's data files; returns how many. Doing it twice changes nothing."""
-    job, work = run.job, run.retry(number)
+    job, work = run.job, run.retry(main, number)
     repeated = work.rows()
     for uri in main.data_files():
         old = read_table(uri, job.storage)

@@ -128,11 +128,10 @@ class RunDirectory:
             raise RunError(f"{self.uri}: holds no run; expected one that `python -m jobs.caption` wrote")
         return self.open()
 
-    def retry(self, number: int) -> Work:
-        """The `number`-th repetition of this run's error rows."""
-        found = self._read_json("run.json")
+    def retry(self, main: Work, number: int) -> Work:
+        """The `number`-th repetition of the error rows of `main`, this run's work."""
         folder = f"{self.meta}/retry-{number}"
-        return Work(self.job.storage, found["run_id"] if found else "", folder, f"{folder}/data")
+        return Work(self.job.storage, main.run_id, folder, f"{folder}/data")
 
     def has(self, name: str) -> bool:
         """Whether `_run/name` exists."""
