@@ -21,9 +21,10 @@ from pipeline.mini.world import scene_seed
 
 # How often a family is asked beside the caption, which every scene gets. What is missing here is not trained.
 IMAGE_FAMILIES = {
-    "exist": 1.2, "count": 1.2, "color": 1.0, "shape": 1.0, "size": 0.6, "digits": 1.5, "unanswerable": 0.3,
+    "exist": 1.2, "count": 1.2, "color": 1.6, "shape": 1.0, "size": 0.6, "digits": 2.0, "unanswerable": 0.4,
+    "position": 0.8,
 }  # fmt: skip
-VIDEO_FAMILIES = {**IMAGE_FAMILIES, "motion": 2.0, "first": 1.0, "last": 1.0, "order": 1.5}
+VIDEO_FAMILIES = {**IMAGE_FAMILIES, "motion": 2.0, "first": 1.0, "last": 1.0, "order": 1.2, "when": 0.7, "later": 0.7}
 SET_FAMILIES = {"which_image": 1.5, "image_count": 0.2, "set_exist": 1.5}
 QUESTIONS_PER_SCENE = {"image": 3, "video": 7, "set": 3}  # beside the caption; more where the pictures cost more
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -38,6 +39,7 @@ DENSE_CLASSES = {
     "column": 12,
     "time": 8,
 }  # class 0 of the first six: nothing there
+IGNORED = -100  # a place beyond the last class; cross_entropy leaves it out
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Task:
 
 _SQUARE, _MEDIUM = ((96, 96),), ((96, 128), (128, 96), (112, 112), (128, 128))  # (height, width) in px
 _LARGE = ((128, 160), (160, 128), (144, 144), (96, 192), (160, 160), (192, 192))
+_HUGE = ((224, 224), (192, 256), (256, 192))
 
 
 def curriculum(rng: np.random.Generator, progress: float, token_budget: int) -> Task:
@@ -92,22 +95,24 @@ def curriculum(rng: np.random.Generator, progress: float, token_budget: int) -> 
     """
     times: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
-    if progress < 0.10:
+    if progress < 0.08:
         return Task("video", 1, 96, 96, token_budget // 36, 4, asks=False)
-    if progress < 0.20:
+    if progress < 0.17:
         kind, sizes, times, things = "image", _SQUARE, (1,), 3
-    elif progress < 0.55:
+    elif progress < 0.45:
         kind, sizes, times, things = _draw(rng, ("image", "video"), (0.3, 0.7)), _SQUARE, (2, 3, 4), 4
-    elif progress < 0.75:
-        kind = _draw(rng, ("image", "video", "set"), (0.15, 0.8, 0.05))
-        sizes, times, things = _draw(rng, (_SQUARE, _MEDIUM), (0.8, 0.2)), (2, 4, 4, 6), 4
+    elif progress < 0.70:
+        kind = _draw(rng, ("image", "video", "set"), (0.2, 0.65, 0.15))
+        sizes, times, things = _draw(rng, (_SQUARE, _MEDIUM), (0.75, 0.25)), (2, 4, 4, 6), 4
     else:
-        kind = _draw(rng, ("image", "video", "set"), (0.12, 0.8, 0.08))
-        sizes, times, things = _draw(rng, (_SQUARE, _MEDIUM, _LARGE), (0.55, 0.42, 0.03)), (1, 2, 4, 6, 8, 8), 4
+        kind = _draw(rng, ("image", "video", "set"), (0.2, 0.65, 0.15))
+        sizes = _draw(rng, (_SQUARE, _MEDIUM, _LARGE, _HUGE), (0.45, 0.35, 0.12, 0.08))
+        times, things = ((1, 2, 3) if sizes is _HUGE else (1, 2, 4, 6, 8, 8)), 4
     height, width = _draw(rng, sizes)
     pairs = 1 if kind == "image" else _draw(rng, times)
     if kind == "set":
         pairs, things = _draw(rng, (2, 3, 4)), 2
+        height, width = min(height, 160), min(width, 160)
     tokens = pairs * (height // TOKEN_PX) * (width // TOKEN_PX) + 60
     return Task(kind, pairs, height, width, max(token_budget // tokens, 2), things)
 
@@ -126,7 +131,7 @@ def build_batch(
     pictures, slots, labels, asked = [], [], [], []
     for index in range(first_index, first_index + task.scenes):
         rng = np.random.default_rng(scene_seed(split, index))
-        frames, scenes, times = _render(task, rng)
+        frames, scenes, times = _render(task, rng, split == "held_out")
         pictures.append(_degrade(frames, rng) if degrade else frames)
         labels.append(_dense_labels(task, scenes, times))
         asked.append(_questions(task, scenes, rng) if task.asks else [])
@@ -136,16 +141,19 @@ def build_batch(
     return Batch(task.grid, stacked, *_pack(slots), dense, asked)
 
 
-def _render(task: Task, rng: np.random.Generator) -> tuple[np.ndarray, list[Scene], np.ndarray]:
+def _render(task: Task, rng: np.random.Generator, held_out: bool) -> tuple[np.ndarray, list[Scene], np.ndarray]:
     """Frames [times, 2, H, W, 3], the scenes shown (one, or one per image of a set), the frames' times [times, 2]."""
     size = (task.width_px, task.height_px)
     if task.kind == "video":
         fps = float(rng.choice([1.0, 1.5, 2.0, 2.0, 2.0, 3.0, 4.0]))
         count = 2 * task.times
-        scene = sample_scene(rng, *size, duration_s=count / fps, max_things=task.max_things)
+        scene = sample_scene(rng, *size, duration_s=count / fps, max_things=task.max_things, held_out=held_out)
         times = (np.arange(count) + rng.random() * 0.9) / fps
         return render(scene, times).reshape(task.times, 2, *size[::-1], 3), [scene], times.reshape(task.times, 2)
-    scenes = [sample_scene(rng, *size, duration_s=0.0, max_things=task.max_things) for _ in range(task.times)]
+    scenes = [
+        sample_scene(rng, *size, duration_s=0.0, max_things=task.max_things, held_out=held_out)
+        for _ in range(task.times)
+    ]
     frames = np.stack([render(scene, [0.0, 0.0]) for scene in scenes])
     return frames, scenes, np.zeros((task.times, 2))
 
@@ -222,7 +230,9 @@ def _dense_labels(task: Task, scenes: Sequence[Scene], times: np.ndarray) -> dic
     shape = (grid.times, grid.rows, grid.columns)
     labels = {name: np.zeros(shape, np.int64) for name in DENSE_CLASSES}
     for axis, name in enumerate(("time", "row", "column")):
-        labels[name][...] = np.arange(shape[axis]).reshape([-1 if i == axis else 1 for i in range(3)])
+        places = np.arange(shape[axis])
+        places[places >= DENSE_CLASSES[name]] = IGNORED
+        labels[name][...] = places.reshape([-1 if i == axis else 1 for i in range(3)])
     y = (np.arange(grid.rows) + 0.5)[:, None] * TOKEN_PX
     x = (np.arange(grid.columns) + 0.5) * TOKEN_PX
     for index, scene in enumerate(scenes):

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from pipeline.mini.scene import Scene, Thing
+from pipeline.mini.scene import HELD_OUT, Scene, Thing
 from pipeline.mini.vocabulary import CHOICES, COLORS, NUMBERS, ORDINALS, PLURALS, SHAPES
 
 Option = TypeVar("Option")
@@ -79,7 +79,10 @@ def _caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _exist(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """Half yes; a no is often a near miss: a colour and a shape that are there, but not together."""
+    """Half yes; a no is often a near miss: a colour and a shape that are there, but not together.
+
+    Held-out combinations are named only where one is shown; else training would learn that they never exist.
+    """
     things, wanted = scene.things, rng.random() < 0.5
     kind = int(rng.integers(4))
     if wanted:
@@ -95,6 +98,8 @@ def _exist(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
             color = _pick(rng, things).color if rng.random() < 0.6 else color
             shape = _pick(rng, things).shape if rng.random() < 0.6 else shape
     name = (f"{color} object", shape, f"{color} {shape}", f"{color} {shape}")[kind]
+    if kind >= 2 and (color, shape) in HELD_OUT and not any((t.color, t.shape) in HELD_OUT for t in things):
+        return None
     truth = any((kind == 1 or t.color == color) and (kind == 0 or t.shape == shape) for t in things)
     if truth != wanted:
         return None

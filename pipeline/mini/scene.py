@@ -14,6 +14,18 @@ from pipeline.mini.vocabulary import COLORS, MOTIONS, SHAPES, SIGN_WORDS, SIZES
 
 HEADING = {"still": (0.0, 0.0), "left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 RADIUS_PX = {"small": (8.0, 10.0), "large": (13.5, 16.5)}  # in a frame of 96 px; grows with the root of the side
+# Colour–shape combinations that no scene shows unless asked to: they test what was never trained. Every colour and
+# every shape occurs in many others.
+HELD_OUT = frozenset(
+    (
+        ("red", "ring"),
+        ("green", "star"),
+        ("blue", "cross"),
+        ("yellow", "square"),
+        ("purple", "circle"),
+        ("cyan", "triangle"),
+    )
+)
 _PLACING_TRIES = 24
 _PATH_POINTS = 9
 
@@ -93,22 +105,33 @@ def sample_scene(
     max_clutter: int = 4,
     sign_share: float = 0.4,
     sign_words: bool = False,
+    held_out: bool = False,
 ) -> Scene:
     """A random scene whose things never cover each other or the sign; fewer than `max_things` may fit.
 
-    A share of the scenes has a sign with a number of one to three digits, or with `sign_words` sometimes a word.
+    A share of the scenes has a sign with a number of one to three digits, or with `sign_words` sometimes a word. With
+    `held_out` the first thing is a combination of `HELD_OUT`, else none is.
     """
     sign = _sample_sign(rng, width_px, height_px, sign_words) if rng.random() < sign_share else None
-    wanted = int(rng.integers(0 if sign else 1, max_things + 1))
-    names = rng.permutation(len(COLORS) * len(SHAPES))[:wanted]
+    wanted = int(rng.integers(0 if sign and not held_out else 1, max_things + 1))
+    names = _sample_names(rng, wanted, held_out)
     appear = _sample_appearances(rng, wanted, duration_s)
     things: list[Thing] = []
-    for name, appear_s in zip(names.tolist(), appear, strict=True):
-        color, shape = COLORS[name % len(COLORS)], SHAPES[name // len(COLORS)]
+    for (color, shape), appear_s in zip(names, appear, strict=True):
         thing = _place(rng, color, shape, appear_s, width_px, height_px, duration_s, things, sign)
         if thing is not None:
             things.append(thing)
     return Scene(width_px, height_px, duration_s, tuple(things), sign, _sample_background(rng, max_clutter))
+
+
+def _sample_names(rng: np.random.Generator, count: int, held_out: bool) -> list[tuple[str, str]]:
+    """Distinct colours and shapes of `count` things."""
+    order = rng.permutation(len(COLORS) * len(SHAPES)).tolist()
+    every = [(COLORS[name % len(COLORS)], SHAPES[name // len(COLORS)]) for name in order]
+    names = [name for name in every if name not in HELD_OUT][:count]
+    if held_out:
+        names[:1] = [name for name in every if name in HELD_OUT][:1]
+    return names
 
 
 def _sample_appearances(rng: np.random.Generator, count: int, duration_s: float) -> list[float]:

@@ -1,6 +1,7 @@
 """The rendered world: seeded scenes whose captions and answers are known exactly, as arrays or as real H.264 files.
 
-Training, validation and test scenes come from seed ranges that never meet (`scene_seed`).
+Training, validation and test scenes come from seed ranges that never meet (`scene_seed`). Scenes of the split
+"held_out" show at least one colour–shape combination that scenes of the other splits never show (`scene.HELD_OUT`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pipeline.mini.questions import FAMILIES, QA, ask, caption
 from pipeline.mini.render import render
 from pipeline.mini.scene import Scene, sample_scene
 
-SPLITS = ("train", "validation", "test", "demo")
+SPLITS = ("train", "validation", "test", "demo", "held_out")
 SPLIT_SIZE = 1 << 48
 
 
