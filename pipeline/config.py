@@ -131,6 +131,8 @@ class Model(_Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     max_new_tokens: int = Field(128, ge=1)
     temperature: float = Field(0.0, ge=0, description="0: greedy")
+    batch_prompts: int = Field(8, ge=1, description="prompts of a unit answered together; sampling takes them singly")
+    batch_tokens: int = Field(16384, ge=1, description="tokens answered together at most; a longer prompt goes alone")
     seed: int = 0
 
 
@@ -221,7 +223,13 @@ class JobConfig(_Section):
 
     def hash(self) -> str:
         """What the answers depend on, as 16 hex digits; where and how fast the job runs is left out."""
-        parts = self.model_dump(mode="json", exclude={"ray", "run", "storage", "decode", "sink"})
+        parts = self.model_dump(
+            mode="json",
+            exclude={
+                **dict.fromkeys(("ray", "run", "storage", "decode", "sink"), True),
+                "model": {"batch_prompts", "batch_tokens"},
+            },
+        )
         parts["source"] = {"uri": self.source.uri}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -4,7 +4,7 @@ Frames stay uint8 until they reach the device. A video is encoded batch by batch
 vision tokens accumulate, never frames. The arithmetic equals the families' own image processors.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ class Encoded:
     modality: str  # image | video: which placeholder stands for an item
     features: list[Tensor] = field(default_factory=list)
     grids: list[tuple[int, int, int]] = field(default_factory=list)
+    frame_interval_s: float | None = None  # of a video; None: positions count one per step in time
 
     @property
     def vision_tokens(self) -> int:
@@ -57,8 +58,11 @@ class FrameEncoder:
         """Vision tokens of a unit from its frames: (item, uint8 [T, H, W, 3]) in order, batch by batch."""
         raise NotImplementedError
 
-    def inputs(self, encoded: Encoded, is_vision: Tensor, frame_interval_s: float | None) -> dict[str, Any]:
-        """Keyword arguments of `generate` that stand for the pixels; `is_vision` [1, S] marks the placeholders."""
+    def inputs(self, rows: Sequence[Encoded], is_vision: Tensor) -> dict[str, Any]:
+        """Keyword arguments of `generate` that stand for the pixels of a batch, one `Encoded` of one modality per row.
+
+        `is_vision` bool [B, S] marks the placeholders. A unit that is asked several prompts stands in several rows.
+        """
         raise NotImplementedError
 
     def pixels(self, frames: np.ndarray, device: torch.device) -> Tensor:
@@ -129,17 +133,18 @@ class QwenEncoder(FrameEncoder):
         blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, y, x, y in window, x in window, channel, pt, p, p
         return blocks.reshape(t * h * w, channels * self.temporal_patch * p * p), (t, h, w)
 
-    def inputs(self, encoded: Encoded, is_vision: Tensor, frame_interval_s: float | None) -> dict[str, Any]:
-        device = encoded.features[0].device
-        output = BaseModelOutputWithPooling(pooler_output=tuple(encoded.features))
-        grids = torch.tensor([(t, y * self.merge, x * self.merge) for t, y, x in encoded.grids], device=device)
+    def inputs(self, rows: Sequence[Encoded], is_vision: Tensor) -> dict[str, Any]:
+        modality, device = rows[0].modality, is_vision.device
+        grids = [(t, y * self.merge, x * self.merge) for row in rows for t, y, x in row.grids]
         inputs: dict[str, Any] = {
-            "mm_encoder_outputs": {encoded.modality: output},
-            f"{encoded.modality}_grid_thw": grids,
-            "mm_token_type_ids": is_vision.int() * (2 if encoded.modality == "video" else 1),
+            "mm_encoder_outputs": {modality: _pooled(rows)},
+            f"{modality}_grid_thw": torch.tensor(grids, device=device),
+            "mm_token_type_ids": is_vision.int() * (2 if modality == "video" else 1),
         }
-        if encoded.modality == "video" and frame_interval_s is not None:
-            inputs["second_per_grid_ts"] = torch.tensor([frame_interval_s * self.temporal_patch], device=device)
+        intervals = [row.frame_interval_s for row in rows for _ in row.grids]
+        if modality == "video" and any(interval is not None for interval in intervals):
+            steps_s = [1.0 if interval is None else interval * self.temporal_patch for interval in intervals]
+            inputs["second_per_grid_ts"] = torch.tensor(steps_s, device=device)
         return inputs
 
 
@@ -170,8 +175,8 @@ class LlavaEncoder(FrameEncoder):
             encoded.grids.extend([(1, self.cells, self.cells)] * len(frames))
         return encoded
 
-    def inputs(self, encoded: Encoded, is_vision: Tensor, frame_interval_s: float | None) -> dict[str, Any]:
-        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tuple(encoded.features))}}
+    def inputs(self, rows: Sequence[Encoded], is_vision: Tensor) -> dict[str, Any]:
+        return {"mm_encoder_outputs": {"image": _pooled(rows)}}
 
 
 ENCODERS: dict[str, type[FrameEncoder]] = {
@@ -187,6 +192,11 @@ def encoder_for(config: Any, preprocessor: dict[str, Any]) -> FrameEncoder:
     if encoder is None:
         raise ConfigError(f"model type {config.model_type}: the pipeline feeds frames to {', '.join(ENCODERS)} only")
     return encoder(config, preprocessor)
+
+
+def _pooled(rows: Sequence[Encoded]) -> BaseModelOutputWithPooling:
+    """The items of all rows one after the other, as the model's own vision tower would give them."""
+    return BaseModelOutputWithPooling(pooler_output=tuple(item for row in rows for item in row.features))
 
 
 def _rechunk(batches: Iterable[np.ndarray], multiple: int) -> Iterator[np.ndarray]:

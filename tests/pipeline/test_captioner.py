@@ -65,6 +65,7 @@ def _batches(count=8, *, id_="u", seed=0, batch=4, side=96):
 def _stock_text(captioner, batches, prompt):
     """The answer by transformers alone: pixels in, stock positions, stock generate."""
     frames = np.concatenate([b.frames for b in batches])
+    captioner = captioner.answerer
     patches, grid = captioner.encoder.patchify(captioner.encoder.pixels(frames, torch.device("cpu")))
     tokens = grid[0] * grid[1] * grid[2] // 4
     config = captioner.card.config

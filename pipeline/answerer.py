@@ -1,0 +1,207 @@
+"""A resident vision-language model that answers prompts about encoded frames, several at a time, compressed or not.
+
+It knows neither units nor rows nor storage: `pipeline.captioner` and the evaluation ask it in the same way.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from lightkv import LightKVConfig, VisionLayout, compress, estimate
+from pipeline.config import Model
+from pipeline.encode import Encoded, FrameEncoder, encoder_for
+from pipeline.errors import UnitError
+from pipeline.models import ModelCard, describe, load_model, load_tokenizer
+from pipeline.prompts import ChatPrompts
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt about encoded frames; `seed` decides what is drawn at a temperature above 0."""
+
+    encoded: Encoded
+    prompt: str
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one prompt gave: text, token counts, and what its prefill cost.
+
+    Prompts of a batch share a prefill: `kept_tokens`, `retention`, `kv_bytes`, `prefill_s` and `generate_s` are the
+    batch's divided by its prompts. KV bytes count the padding to the batch's longest prompt, with and without
+    compression; `prompt_tokens` does not.
+    """
+
+    text: str
+    truncated: bool
+    prompt_tokens: int
+    output_tokens: int
+    vision_tokens: int
+    kept_tokens: int
+    retention: float
+    kv_bytes: int
+    kv_bytes_uncompressed: int
+    prefill_s: float
+    generate_s: float
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A question as token ids int64 [S], with the spans (start, t, y, x) of its items."""
+
+    question: Question
+    ids: torch.Tensor
+    spans: list[tuple[int, int, int, int]]
+
+
+class Answerer:
+    """Holds one model. `encode` turns frames into vision tokens once, `answers` asks about them as often as wanted."""
+
+    def __init__(self, settings: Model) -> None:
+        self.settings = settings
+        self.card: ModelCard = describe(settings)
+        self.encoder: FrameEncoder = encoder_for(self.card.config, self.card.preprocessor)
+        self.tokenizer = load_tokenizer(self.card)
+        self.prompts = ChatPrompts(self.tokenizer, self.card)
+        self.model = load_model(self.card, settings)
+
+    @torch.no_grad()
+    def encode(self, kind: str, items: Iterable[tuple[int, np.ndarray]]) -> Encoded:
+        """Vision tokens of a video or of images (kind video | images): (item, uint8 [T, H, W, 3]) in order."""
+        return self.encoder.encode(self.model, kind, items)
+
+    @torch.no_grad()
+    def answers(self, questions: Sequence[Question], lightkv: LightKVConfig | None) -> list[Answer]:
+        """Answers in the order of the questions, compressed as `lightkv` says; None: not compressed.
+
+        Up to `batch_prompts` neighbours of at most `batch_tokens` tokens together share a batch. Sampling takes them
+        one by one, so that an answer depends on its seed alone. Raises `UnitError` (prepare) for a prompt that does
+        not fit, before any is answered.
+        """
+        rows = []
+        for question in questions:
+            ids, spans = self.prompts.tokens(question.prompt, question.encoded)
+            self._check_context(ids.shape[1], question.encoded)
+            rows.append(_Row(question, ids[0], spans))
+        return [answer for batch in self._batches(rows) for answer in self._batch(batch, lightkv)]
+
+    def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+        most = self.settings.batch_prompts if self.settings.temperature == 0 else 1
+        batch: list[_Row] = []
+        for row in rows:
+            together = [*batch, row]
+            tokens = len(together) * max(len(member.ids) for member in together)
+            same = {member.question.encoded.modality for member in together}
+            if batch and (len(together) > most or tokens > self.settings.batch_tokens or len(same) > 1):
+                yield batch
+                together = [row]
+            batch = together
+        if batch:
+            yield batch
+
+    def _batch(self, rows: Sequence[_Row], lightkv: LightKVConfig | None) -> list[Answer]:
+        settings, device = self.settings, self.model.device
+        length = max(len(row.ids) for row in rows)
+        pad_id = self._pad_id()
+        ids = torch.full((len(rows), length), pad_id)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, length - len(row.ids) :] = row.ids
+            mask[number, length - len(row.ids) :] = 1
+        ids, mask = ids.to(device), mask.to(device)
+        encoded = [row.question.encoded for row in rows]
+        is_vision = (ids == self.prompts.placeholder(encoded[0].modality)) & mask.bool()
+        layouts = [VisionLayout.grids(row.spans, len(row.ids)) for row in rows]
+        torch.manual_seed(rows[0].question.seed)
+        clock = _FirstToken()
+        context = compress(self.model, lightkv, layouts=layouts) if lightkv is not None else nullcontext(None)
+        started = time.perf_counter()
+        with context as report:
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                **self.encoder.inputs(encoded, is_vision),
+                max_new_tokens=settings.max_new_tokens,
+                do_sample=settings.temperature > 0,
+                **({"temperature": settings.temperature} if settings.temperature > 0 else {}),
+                pad_token_id=pad_id,
+                stopping_criteria=transformers.StoppingCriteriaList([clock]),
+            )
+        ended = time.perf_counter()
+        count = len(rows)
+        if report is not None:
+            retention, kept = report.retention, report.kept_tokens
+            kv_bytes, kv_bytes_uncompressed = report.kv_bytes // count, report.kv_bytes_uncompressed // count
+        else:
+            retention, kept = 1.0, sum(one.vision_tokens for one in encoded)
+            plain = estimate(
+                self.card.config,
+                vision_tokens=0,
+                text_tokens=length,
+                config=None,
+                dtype_bytes=self.model.dtype.itemsize,
+            )
+            kv_bytes = kv_bytes_uncompressed = plain.kv_bytes
+        answers = []
+        for row, new_ids in zip(rows, output[:, length:].tolist(), strict=True):
+            said, stopped = self._until_stop(new_ids)
+            answers.append(
+                Answer(
+                    text=self.tokenizer.decode(said, skip_special_tokens=True).strip(),
+                    truncated=not stopped,
+                    prompt_tokens=len(row.ids),
+                    output_tokens=len(said),
+                    vision_tokens=row.question.encoded.vision_tokens,
+                    kept_tokens=round(kept / count),
+                    retention=retention,
+                    kv_bytes=kv_bytes,
+                    kv_bytes_uncompressed=kv_bytes_uncompressed,
+                    prefill_s=(clock.at - started) / count,
+                    generate_s=(ended - clock.at) / count,
+                )
+            )
+        return answers
+
+    def _check_context(self, prompt_tokens: int, encoded: Encoded) -> None:
+        limit = self.card.config.get_text_config().max_position_embeddings
+        needed = (
+            prompt_tokens - encoded.vision_tokens + self.encoder.positions(encoded.grids) + self.settings.max_new_tokens
+        )
+        if needed > limit:
+            raise UnitError(
+                "prepare",
+                "ContextTooLong",
+                f"expected at most {limit} positions (the model's context), got {needed}; lower frames.max_frames, "
+                "frames.max_px or model.max_new_tokens, or cut clips with clips.length_s",
+            )
+
+    def _until_stop(self, new_ids: list[int]) -> tuple[list[int], bool]:
+        """A row's tokens up to and including its first stop token, and whether it has one; padding comes after it."""
+        stop = self.model.generation_config.eos_token_id
+        stops = set(stop) if isinstance(stop, list) else {stop}
+        end = next((place for place, token in enumerate(new_ids) if token in stops), None)
+        return (new_ids, False) if end is None else (new_ids[: end + 1], True)
+
+    def _pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+
+class _FirstToken(transformers.StoppingCriteria):
+    """Notes when the first token is there, which ends prefill; never stops anything."""
+
+    at: float = float("nan")
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if self.at != self.at:
+            if input_ids.device.type == "cuda":
+                torch.cuda.synchronize(input_ids.device)
+            self.at = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
