@@ -93,7 +93,7 @@ def _exist(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
     else:
         absent_colors = [c for c in COLORS if c not in {t.color for t in things}]
         absent_shapes = [s for s in SHAPES if s not in {t.shape for t in things}]
-        color, shape = _pick(rng, absent_colors), _pick(rng, absent_shapes or SHAPES)
+        color, shape = _pick(rng, absent_colors or COLORS), _pick(rng, absent_shapes or SHAPES)
         if kind >= 2 and things and rng.random() < 0.7:
             color = _pick(rng, things).color if rng.random() < 0.6 else color
             shape = _pick(rng, things).shape if rng.random() < 0.6 else shape
@@ -201,8 +201,9 @@ def _unanswerable(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | N
         absent = [s for s in SHAPES if s not in {t.shape for t in scene.things}]
         shape = _pick(rng, absent or [""])
         return (f"what color is the {shape}?", f"there is no {shape}.") if shape else None
-    color = _pick(rng, [c for c in COLORS if c not in {t.color for t in scene.things}])
-    return f"what shape is the {color} object?", f"there is no {color} object."
+    missing = [c for c in COLORS if c not in {t.color for t in scene.things}]
+    color = _pick(rng, missing or [""])
+    return (f"what shape is the {color} object?", f"there is no {color} object.") if color else None
 
 
 def _motion(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:

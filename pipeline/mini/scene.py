@@ -6,7 +6,8 @@ is a scene with `duration_s` 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,9 @@ HELD_OUT = frozenset(
         ("cyan", "triangle"),
     )
 )
+MIN_SIDE_PX = 64  # the widest sign and the longest path fit
+MAX_THINGS = 10  # counts have words up to ten
+MAX_SET = 6  # images of a set have ordinals up to the sixth
 _PLACING_TRIES = 24
 _PATH_POINTS = 9
 
@@ -91,6 +95,11 @@ class Scene:
     def is_video(self) -> bool:
         return self.duration_s > 0
 
+    @property
+    def shows_held_out(self) -> bool:
+        """Whether one of the things is a combination of `HELD_OUT`."""
+        return any((thing.color, thing.shape) in HELD_OUT for thing in self.things)
+
     def in_telling_order(self) -> list[Thing]:
         """What is there from the start, by colour and shape, then what appears later, by time."""
         return sorted(self.things, key=lambda t: (t.appear_s, COLORS.index(t.color), SHAPES.index(t.shape)))
@@ -110,18 +119,48 @@ def sample_scene(
     """A random scene whose things never cover each other or the sign; fewer than `max_things` may fit.
 
     A share of the scenes has a sign with a number of one to three digits, or with `sign_words` sometimes a word. With
-    `held_out` the first thing is a combination of `HELD_OUT`, else none is.
+    `held_out` the first thing is a combination of `HELD_OUT`, else none is. Raises ValueError for sides under
+    `MIN_SIDE_PX` and for more than `MAX_THINGS` things.
     """
-    sign = _sample_sign(rng, width_px, height_px, sign_words) if rng.random() < sign_share else None
-    wanted = int(rng.integers(0 if sign and not held_out else 1, max_things + 1))
-    names = _sample_names(rng, wanted, held_out)
-    appear = _sample_appearances(rng, wanted, duration_s)
-    things: list[Thing] = []
-    for (color, shape), appear_s in zip(names, appear, strict=True):
-        thing = _place(rng, color, shape, appear_s, width_px, height_px, duration_s, things, sign)
-        if thing is not None:
-            things.append(thing)
-    return Scene(width_px, height_px, duration_s, tuple(things), sign, _sample_background(rng, max_clutter))
+    if min(width_px, height_px) < MIN_SIDE_PX or not 1 <= max_things <= MAX_THINGS or max_clutter < 0:
+        raise ValueError(
+            f"expected sides of at least {MIN_SIDE_PX} px, 1 to {MAX_THINGS} things and no negative clutter, "
+            f"got {width_px}×{height_px} px, {max_things} things, clutter {max_clutter}"
+        )
+    while True:
+        sign = _sample_sign(rng, width_px, height_px, sign_words) if rng.random() < sign_share else None
+        wanted = int(rng.integers(0 if sign and not held_out else 1, max_things + 1))
+        names = _sample_names(rng, wanted, held_out)
+        appear = _sample_appearances(rng, wanted, duration_s)
+        things: list[Thing] = []
+        for (color, shape), appear_s in zip(names, appear, strict=True):
+            thing = _place(rng, color, shape, appear_s, width_px, height_px, duration_s, things, sign)
+            if thing is not None:
+                things.append(thing)
+        scene = Scene(width_px, height_px, duration_s, tuple(things), sign, _sample_background(rng, max_clutter))
+        if not held_out or scene.shows_held_out:  # a sign may leave the first thing no room
+            return scene
+
+
+def sample_set(rng: np.random.Generator, count: int, **knobs: Any) -> tuple[Scene, ...]:
+    """`count` still scenes of one size, drawn one by one with the knobs of `sample_scene`."""
+    if not 2 <= count <= MAX_SET:
+        raise ValueError(f"expected a set of 2 to {MAX_SET} images, got {count}")
+    return tuple(sample_scene(rng, duration_s=0.0, **knobs) for _ in range(count))
+
+
+def sample_pair(rng: np.random.Generator, **knobs: Any) -> tuple[Scene, Scene]:
+    """Two still scenes that are the same but for one thing, which one of them lacks; knobs of `sample_scene`.
+
+    With `held_out` that thing is the held-out combination. A pair shares at least one thing where `max_things` allows.
+    """
+    held_out = knobs.get("held_out", False)
+    whole = sample_scene(rng, duration_s=0.0, **knobs)
+    while len(whole.things) < min(2, knobs.get("max_things", 2)):
+        whole = sample_scene(rng, duration_s=0.0, **knobs)
+    lacking = 0 if held_out else int(rng.integers(len(whole.things)))
+    less = replace(whole, things=whole.things[:lacking] + whole.things[lacking + 1 :])
+    return (whole, less) if rng.random() < 0.5 else (less, whole)
 
 
 def _sample_names(rng: np.random.Generator, count: int, held_out: bool) -> list[tuple[str, str]]:
@@ -134,10 +173,15 @@ def _sample_names(rng: np.random.Generator, count: int, held_out: bool) -> list[
     return names
 
 
+def appearance_gap_s(duration_s: float) -> float:
+    """Seconds between the start, later appearances and the end; shorter than two of them, nothing appears later."""
+    return max(1.2, duration_s / 6)
+
+
 def _sample_appearances(rng: np.random.Generator, count: int, duration_s: float) -> list[float]:
-    """Appearance times: mostly 0; up to two later ones, at least about `max(1.2 s, duration / 6)` apart."""
+    """Appearance times: mostly 0; up to two later ones, `appearance_gap_s` apart but for 30 % of it."""
     times = [0.0] * count
-    gap_s = max(1.2, duration_s / 6)
+    gap_s = appearance_gap_s(duration_s)
     slots = np.arange(gap_s, duration_s - gap_s + 1e-6, gap_s)
     if count == 0 or len(slots) == 0 or rng.random() < 0.35:
         return times
