@@ -39,8 +39,8 @@ class Look:
 class Sample:
     """What a model is shown and asked, and the right answers.
 
-    frames uint8 [T, H, W, 3]: of a video, or the images of a set, or one image; `times_s` of a video's frames, else zero;
-    `scenes` holds one scene, or one per image.
+    frames uint8 [T, H, W, 3]: of a video, or the images of a set, or one image; `times_s` [T] of a video's frames, else
+    zero; `scenes` holds one scene, or one per image.
     """
 
     kind: str  # image | set | video
