@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from lightkv.attention import TAPS, tapped
+from lightkv.attention import HOOKS, AttentionHook, hooked
 from lightkv.config import LightKVConfig
 from lightkv.errors import LightKVError, UnsupportedCallError, UnsupportedModelError
 from lightkv.families import FAMILIES, family_of, first_stage_layer
@@ -106,14 +106,14 @@ class _Session:
         ATTACHED.add(self.model)
         undo.callback(ATTACHED.discard, self.model)
         base = self.text_config._attn_implementation or "eager"
-        name = tapped(base)
+        name = hooked(base)
         undo.callback(setattr, self.text_config, "_attn_implementation", self.text_config._attn_implementation)
         self.text_config._attn_implementation = name
         layers = self.decoder.layers
         for stage in self.config.stages:
             attention = layers[stage.layer].self_attn
-            TAPS[attention] = self._listen
-            undo.callback(TAPS.pop, attention, None)
+            HOOKS[attention] = AttentionHook(tap=self._listen)
+            undo.callback(HOOKS.pop, attention, None)
         first = self.config.stages[0].layer + 1 if self.config.stages else len(layers)
         hooks = [
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),

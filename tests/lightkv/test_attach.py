@@ -16,7 +16,7 @@ from lightkv import (
     VisionLayout,
     compress,
 )
-from lightkv.attention import TAPS
+from lightkv.attention import HOOKS
 from tests.lightkv.tiny import LAYERS, text_config, tiny_batch, tiny_model, tiny_sample
 
 CONFIG = LightKVConfig((Stage(0, 2, 0.5), Stage(2, 1, 0.5)))
@@ -38,7 +38,7 @@ def state(model):
         if hasattr(module, "config"):
             found[name, "attention"] = module.config._attn_implementation
     found["generate"] = model.generate
-    found["taps"] = len(TAPS)
+    found["taps"] = len(HOOKS)
     found["config"] = model.config.to_dict()
     return found
 
