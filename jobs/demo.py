@@ -1,51 +1,125 @@
-"""Render sample videos, caption them on a local Ray with the embedded model, and compare with the truth.
+"""Render sample videos and have them captioned and questioned on a local Ray, with LightKV and without it.
 
-One of the files is no video, as in every real bucket: it becomes an error row.
+Every video brings questions of its own, whose answers are known from the rendering. One of the files is no video, as in
+every real bucket: it becomes an error row.
 """
 
 import argparse
 import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from jobs.cli import main_guard
 from pipeline.config import load_config
 from pipeline.job import caption
+from pipeline.mini.data import VIDEO_FAMILIES
 from pipeline.mini.world import render_demo
-from pipeline.run import Work
+from pipeline.summary import format_bytes
+from pipeline.version import code_version
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"
+RUNS = {"LightKV": "lightkv.enabled=true", "plain": "lightkv.enabled=false"}
+ASKED = ("caption", *VIDEO_FAMILIES)  # what the embedded model was trained on
 
 
 def main() -> int:
-    """Render, caption, compare; 0 when every file has its row."""
+    """Render, run twice, compare; 0 when every file has its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("demo-out"), help="default: demo-out")
     parser.add_argument("--videos", metavar="N", type=int, default=12, help="default: 12")
     arguments = parser.parse_args()
-    videos = arguments.out / "videos"
-    truth = render_demo(videos, arguments.videos)
-    (videos / "broken.mp4").write_text("this is no video\n")
-    job = load_config(CONFIG, [f"source.uri={videos}", f"sink.uri={arguments.out / 'rows'}"])
-    print_captions(caption(job), truth)
+    truth = prepare(arguments.out / "videos", arguments.videos)
+    rows = {name: answered(arguments.out, name, switch) for name, switch in RUNS.items()}
+    result = compare(truth, rows)
+    (arguments.out / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(report(truth, rows, result))
     return 0
 
 
-def print_captions(work: Work, truth: Path) -> None:
-    """Every file's caption beside what the renderer put into it."""
-    known = {row["file"]: row["caption"] for row in map(json.loads, truth.read_text().splitlines())}
-    rows = work.rows(["uri", "status", "text", "error_type", "error_message"]).sort_by("uri").to_pylist()
-    for row in rows:
-        name = Path(row["uri"]).name
-        if row["status"] == "error":
-            print(f"\n{name}  error: {row['error_type']}: {row['error_message']}")
+def prepare(folder: Path, videos: int) -> dict[str, dict[str, str]]:
+    """Write the videos, one broken file and their manifest; returns the right answers: file → task → answer."""
+    known = [json.loads(line) for line in render_demo(folder, videos).read_text(encoding="utf-8").splitlines()]
+    (folder / "broken.mp4").write_text("this is no video\n")
+    questions = {row["file"]: [qa for qa in row["answers"] if qa["family"] in ASKED] for row in known}
+    with (folder / "manifest.jsonl").open("w", encoding="utf-8") as lines:
+        for file, asked in {"broken.mp4": questions["clip-000.mp4"][:1], **questions}.items():
+            prompts = [{"prompt_id": qa["family"], "prompt": qa["question"]} for qa in asked]
+            lines.write(json.dumps({"uri": file, "prompts": prompts}) + "\n")
+    return {file: {qa["family"]: qa["answer"] for qa in asked} for file, asked in questions.items()}
+
+
+def answered(out: Path, name: str, switch: str) -> list[dict[str, Any]]:
+    """The rows of one run over the manifest, in the order of their files; a run of an earlier demo is replaced."""
+    print(f"\n{name}: {switch}", flush=True)
+    sink = out / "rows" / name.lower()
+    if (sink / "_run" / "run.json").exists():
+        shutil.rmtree(sink)
+    job = load_config(CONFIG, [f"source.uri={out / 'videos' / 'manifest.jsonl'}", f"sink.uri={sink}", switch])
+    rows: list[dict[str, Any]] = caption(job).rows().sort_by("uri").to_pylist()
+    return rows
+
+
+def compare(truth: dict[str, dict[str, str]], rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Right answers per task and run, how many answers agree word for word, and the KV caches of both runs."""
+    told = {name: _answers(of_run) for name, of_run in rows.items()}
+    every = [(file, task, answer) for file, answers in truth.items() for task, answer in answers.items()]
+    tasks = {
+        task: {"asked": sum(t == task for _, t, _ in every)}
+        | {
+            name: sum(t == task and words(answers.get((file, t))) == words(answer) for file, t, answer in every)
+            for name, answers in told.items()
+        }
+        for task in ASKED
+        if any(t == task for _, t, _ in every)
+    }
+    first, second = told.values()
+    return {
+        "code_version": code_version(),
+        "videos": len(truth),
+        "tasks": tasks,
+        "agree": sum(words(first.get(key)) == words(second.get(key)) for key in ((f, t) for f, t, _ in every)),
+        "kv_bytes": {name: sum(row["kv_bytes"] or 0 for row in of_run) for name, of_run in rows.items()},
+    }
+
+
+def report(truth: dict[str, dict[str, str]], rows: dict[str, list[dict[str, Any]]], result: dict[str, Any]) -> str:
+    """Every caption beside what was rendered, the table of tasks, and a sentence that sums them up."""
+    lines = []
+    for row in rows["LightKV"]:
+        file = Path(row["uri"]).name
+        if row["status"] in ("ok", "truncated"):
+            lines += [f"\n{file}  {row['text']}", f"{'truth':>{len(file)}}  {truth[file]['caption']}"]
         else:
-            print(f"\n{name}  {row['text']}\n{'truth':>{len(name)}}  {known[name]}")
-    right = sum(_words(row["text"]) == _words(known.get(Path(row["uri"]).name, "")) for row in rows if row["text"])
-    print(f"\n{right} of {len(known)} captions are word for word what was rendered")
+            lines.append(f"\n{file}  {row['status']}: {row['error_type']}: {row['error_message']}")
+    tasks = result["tasks"]
+    total = {key: sum(task[key] for task in tasks.values()) for key in ("plain", "LightKV", "asked")}
+    lines.append(f"\n{'task':<14}  right plain  right LightKV   of")
+    for task, counts in {**tasks, "together": total}.items():
+        lines.append(f"{task:<14}  {counts['plain']:11}  {counts['LightKV']:13}  {counts['asked']:3}")
+    captions, kv = tasks["caption"], result["kv_bytes"]
+    short = {key: total[key] - captions[key] for key in total}
+    lines += [
+        f"\n{result['agree']} of {total['asked']} answers are word for word the same with and without LightKV",
+        f"KV cache of the videos: {format_bytes(kv['plain'])} plain, {format_bytes(kv['LightKV'])} LightKV",
+        f"\nWith {100 * kv['LightKV'] / kv['plain']:.0f} % of the KV cache, LightKV gave {captions['LightKV']} of "
+        f"{captions['asked']} captions and {short['LightKV']} of {short['asked']} short answers right; without it "
+        f"{captions['plain']} and {short['plain']}.",
+    ]
+    return "\n".join(lines)
 
 
-def _words(text: str) -> list[str]:
-    return text.replace(".", " . ").split()
+def words(text: str | None) -> list[str] | None:
+    """What has to be the same in an answer that is right: its words and full stops."""
+    return None if text is None else text.replace(".", " . ").split()
+
+
+def _answers(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """(file, task) → answer."""
+    return {
+        (Path(row["uri"]).name, answer["prompt_id"]): answer["text"] for row in rows for answer in row["answers"] or ()
+    }
 
 
 if __name__ == "__main__":
