@@ -1,18 +1,20 @@
-"""LightKV: prompt-guided compression of vision tokens during prefill, for stock Hugging Face models.
+"""LightKV: compression of vision tokens during prefill, for stock Hugging Face models.
 
 with lightkv.compress(model, LightKVConfig.for_model(model.config, retention=0.55)) as report:
     model.generate(**inputs)
 """
 
 from lightkv.attach import compress
+from lightkv.baselines import baseline
 from lightkv.config import LightKVConfig, Stage
 from lightkv.cost import Cost, estimate
 from lightkv.errors import ConfigError, LightKVError, UnsupportedCallError, UnsupportedModelError
 from lightkv.families import family_of
 from lightkv.guidance import prompt_guidance
 from lightkv.layout import VisionLayout
-from lightkv.report import Report
-from lightkv.stage import Compressed, compress_tokens
+from lightkv.report import Report, Survivors
+from lightkv.stage import compress_tokens
+from lightkv.tokens import Compressed, Tokens
 
 __all__ = [
     "Compressed",
@@ -22,9 +24,12 @@ __all__ = [
     "LightKVError",
     "Report",
     "Stage",
+    "Survivors",
+    "Tokens",
     "UnsupportedCallError",
     "UnsupportedModelError",
     "VisionLayout",
+    "baseline",
     "compress",
     "compress_tokens",
     "estimate",

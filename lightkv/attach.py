@@ -5,8 +5,10 @@
 
 How it works. A stage "after layer l" runs in a pre-hook of layer l + 1, on what layer l handed over; the layer's
 queries and keys are seen through a registered attention implementation. From there on every layer gets the shorter
-states, their own RoPE positions and a causal mask sized by its own cache, in prefill and in decoding. Layers up to l
-keep the full cache, so `generate` goes on counting from the original length.
+states, their own RoPE positions and a causal mask sized by its own cache, in prefill and in decoding, and, for methods
+that want it, the log of the tokens' sizes on its scores. Layers up to l keep the full cache, so `generate` goes on
+counting from the original length. After a stage on the embeddings (layer -1) no layer holds it; then layer 0's cache
+says so (cache.py).
 
 Prompts given as embeddings (vision encoded elsewhere, say chunk by chunk). Qwen-VL needs `input_ids` with the
 placeholders beside the embeddings, because `generate` derives the 3-D positions from them (without, it silently counts
@@ -37,10 +39,12 @@ from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from lightkv.attention import HOOKS, AttentionHook, hooked
+from lightkv.cache import cache_holding, held_tokens, put_short_layer
 from lightkv.config import LightKVConfig
 from lightkv.errors import LightKVError, UnsupportedCallError, UnsupportedModelError
-from lightkv.families import FAMILIES, family_of, first_stage_layer
+from lightkv.families import EMBEDDINGS, FAMILIES, family_of, first_stage_layer
 from lightkv.layout import VisionLayout
+from lightkv.methods import METHODS
 from lightkv.prefill import Prefill, rows_for_batch
 from lightkv.refusals import refuse_cache, refuse_generation, refuse_reuse, seen_tokens
 from lightkv.report import Report
@@ -79,6 +83,8 @@ class _Session:
         self.prefill: Prefill | None = None  # of the forward in progress
         self.step: dict[str, Any] = {}  # what is known about that forward
         self.given: dict[int, dict[str, Any]] = {}  # arguments it gives to the layers after so many stages
+        self.biases: dict[int, Tensor | None] = {}  # what it adds to the scores in those layers
+        self.unheard: set[int] = set()  # layers whose attention has not asked for that yet
         self.known: WeakKeyDictionary[Cache, Prefill] = WeakKeyDictionary()
         self.text_config = self.decoder.config
         self.signature = inspect.signature(model.forward)
@@ -110,16 +116,19 @@ class _Session:
         undo.callback(setattr, self.text_config, "_attn_implementation", self.text_config._attn_implementation)
         self.text_config._attn_implementation = name
         layers = self.decoder.layers
-        for stage in self.config.stages:
-            attention = layers[stage.layer].self_attn
-            HOOKS[attention] = AttentionHook(tap=self._listen)
-            undo.callback(HOOKS.pop, attention, None)
+        method, listened = METHODS[self.config.method], {stage.layer for stage in self.config.stages}
         first = self.config.stages[0].layer + 1 if self.config.stages else len(layers)
         hooks = [
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self.decoder.register_forward_hook(self._after_decoder),
         ]
+        for index, layer in enumerate(layers):
+            tap = self._listen if index in listened and method.scorer(self.config) is not None else None
+            bias = partial(self._bias, index) if index >= first and method.proportional else None
+            if tap is not None or bias is not None:
+                HOOKS[layer.self_attn] = AttentionHook(tap, bias)
+                undo.callback(HOOKS.pop, layer.self_attn, None)
         for index in range(first, len(layers)):
             hook = partial(self._before_layer, index)
             hooks.append(layers[index].register_forward_pre_hook(hook, with_kwargs=True))
@@ -168,7 +177,8 @@ class _Session:
         inputs = {**inputs, **inputs.pop("kwargs", {})}
         if inputs.get("labels") is not None:
             raise UnsupportedCallError("labels cannot be used: the sequence gets shorter inside the model")
-        self.step, self.given = {}, {}
+        self.step, self.given, self.biases = {}, {}, {}
+        self.unheard.clear()
         if seen_tokens(inputs.get("past_key_values")) == 0:
             self.step["layouts"] = self.expected if self.expected is not None else self._layouts(inputs)
 
@@ -215,6 +225,10 @@ class _Session:
         if self.prefill is not None and self.prefill.running:
             self.prefill.listen(q, k, scale)
 
+    def _bias(self, index: int) -> Tensor | None:
+        self.unheard.discard(index)
+        return None if self.prefill is None else self.biases.get(self.prefill.group_of(index))
+
     def _before_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -224,9 +238,14 @@ class _Session:
         number = prefill.group_of(index)
         hidden = args[0]
         if prefill.running and len(prefill.groups) == number:
-            hidden = prefill.compress(hidden, self.config.stages[number - 1])
+            stage = self.config.stages[number - 1]
+            hidden = prefill.compress(hidden, stage)
+            if stage.layer == EMBEDDINGS:
+                put_short_layer(kwargs["past_key_values"], args[0].shape[1] - hidden.shape[1])
         if number not in self.given:
             self.given[number] = self._inputs_of_group(number, index, hidden, kwargs)
+        if self.biases[number] is not None:
+            self.unheard.add(index)
         return (hidden, *args[1:]), {**kwargs, **self.given[number]}
 
     def _inputs_of_group(self, number: int, index: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,14 +253,15 @@ class _Session:
         prefill, cache = self.prefill, kwargs["past_key_values"]
         assert prefill is not None
         group = prefill.groups[number]
-        held = cache.get_seq_length(index) + hidden.shape[1]
+        past = held_tokens(cache, index)
+        held = past + hidden.shape[1]
         mask = create_causal_mask(
             config=self.text_config,
             inputs_embeds=hidden,
             attention_mask=group.mask(held),
-            past_key_values=cache,
-            layer_idx=index,
+            past_key_values=cache_holding(past),
         )
+        self.biases[number] = group.bias(held) if prefill.method.proportional else None
         angles = kwargs["position_embeddings"]
         if group.positions is not None:
             positions = (
@@ -257,6 +277,10 @@ class _Session:
 
     def _after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         prefill, cache = self.prefill, output.past_key_values
+        if self.unheard:
+            raise LightKVError(
+                f"layers {sorted(self.unheard)} did not run their attention through transformers' AttentionInterface"
+            )
         if prefill is not None and prefill.running:
             prefill.running = False
             self.known[cache] = prefill

@@ -1,13 +1,14 @@
-"""LightKVConfig: which layers compress, how finely and how much; frozen, checked, and derivable from a target."""
+"""LightKVConfig: which method compresses where and how much; frozen, checked, and derivable from a target."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightkv.errors import ConfigError
-from lightkv.families import first_stage_layer
+from lightkv.families import EMBEDDINGS, first_stage_layer
 from lightkv.guidance import GUIDANCES
-from lightkv.schedule import USUAL_DROP, derive, kept_share
+from lightkv.methods import METHODS
+from lightkv.schedule import USUAL_DROP, kept_share
 from lightkv.stage import Budget, check_stage
 
 if TYPE_CHECKING:
@@ -19,15 +20,22 @@ WindowScope = Literal["frame", "spatiotemporal", "released"]
 POSITIONS = ("keep", "compact")
 WINDOW_SCOPES = ("frame", "spatiotemporal", "released")
 BUDGETS = ("window", "item")
+DEFAULT_METHOD = "published"
+OF_EVERY_METHOD = frozenset(
+    {"stages", "positions", "method"}
+)  # fields; the others belong to the methods that read them
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Compression after decoder layer `layer` (0-based): `windows` per side, share `drop` of each window removed."""
+    """Compression after decoder layer `layer` (0-based; -1: on the embeddings) that removes the share `drop`.
+
+    `windows` per side are for the published method, which works window by window.
+    """
 
     layer: int
-    windows: int
-    drop: float
+    windows: int = 1
+    drop: float = USUAL_DROP
 
     def __post_init__(self) -> None:
         for name in ("layer", "windows"):
@@ -35,8 +43,8 @@ class Stage:
                 raise ConfigError(f"Stage.{name} must be a whole number, got {getattr(self, name)!r}")
         if type(self.drop) not in (int, float):
             raise ConfigError(f"Stage.drop must be a number, got {self.drop!r}")
-        if self.layer < 0:
-            raise ConfigError(f"Stage.layer is the 0-based decoder layer it runs after, got {self.layer}")
+        if self.layer < EMBEDDINGS:
+            raise ConfigError(f"Stage.layer is the 0-based decoder layer it runs after, or -1, got {self.layer}")
         check_stage(self.windows, self.drop)
 
 
@@ -47,12 +55,19 @@ class LightKVConfig:
     stages        in ascending layer order; none leaves the model as it is
     positions     "keep": every survivor keeps its RoPE position and decoding continues from the original length;
                   "compact": vanished positions close up per stage and decoding continues from the compacted length
-    windows       "frame": windows lie on each frame; "spatiotemporal": they span consecutive frames of an item;
-                  "released": the published code's fictional square grid, laid anew before each stage
-    window_frames frames a spatiotemporal window spans; None: the whole item
-    budget        "window": every window gives floor(drop · m) of its m tokens, as published; "item": an image or
-                  video gives floor(drop · M) in all, spread over its windows, which small windows need
-    guidance      "prompt" (all text votes), "question" (text after the vision tokens), "uniform" (equal weights)
+    method        a name in METHODS (methods.py): "published", the paper's; "lightkv", ours in space and time; or a
+                  baseline (baselines.py). The fields below belong to the methods named; elsewhere they stay as they are
+
+    windows       (published) "frame": windows lie on each frame; "spatiotemporal": they span consecutive frames of an
+                  item; "released": the published code's fictional square grid, laid anew before each stage
+    window_frames (published) frames a spatiotemporal window spans; None: the whole item
+    budget        (published) "window": every window gives floor(drop · m) of its m tokens, as published; "item": an
+                  image or video gives floor(drop · M) in all, spread over its windows, which small windows need
+    guidance      (published) "prompt" (all text votes), "question" (text after the vision tokens), "uniform" (equal
+                  weights, which alone need no layer before the stage)
+    rounds        (lightkv) rounds of merging per stage
+    distance      (lightkv) what a grid step between two tokens takes off their cosine
+    seed          (random) of the draw
     """
 
     stages: tuple[Stage, ...]
@@ -61,6 +76,10 @@ class LightKVConfig:
     window_frames: int | None = None
     guidance: str = "prompt"
     budget: Budget = "window"
+    method: str = DEFAULT_METHOD
+    rounds: int = 4
+    distance: float = 0.03
+    seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -71,12 +90,32 @@ class LightKVConfig:
         _one_of("windows", self.windows, WINDOW_SCOPES)
         _one_of("guidance", self.guidance, GUIDANCES)
         _one_of("budget", self.budget, BUDGETS)
+        _one_of("method", self.method, METHODS)
+        self._check_method()
         frames = self.window_frames
         if frames is not None and (type(frames) is not int or frames < 1 or self.windows != "spatiotemporal"):
             raise ConfigError(
                 f'window_frames must be a whole number from 1 and needs windows="spatiotemporal", '
                 f"got {self.window_frames} with windows={self.windows!r}"
             )
+
+    def _check_method(self) -> None:
+        method = METHODS[self.method]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in OF_EVERY_METHOD | method.reads and value != field.default:
+                raise ConfigError(f"method={self.method!r} does not read {field.name}: leave it out, got {value!r}")
+        if "windows" not in method.reads and any(stage.windows != 1 for stage in self.stages):
+            raise ConfigError(f"method={self.method!r} has no windows: leave Stage.windows at 1")
+        if type(self.rounds) is not int or self.rounds < 1:
+            raise ConfigError(f"rounds must be a whole number from 1, got {self.rounds!r}")
+        if type(self.distance) not in (int, float) or not 0.0 <= self.distance < float("inf"):
+            raise ConfigError(f"distance must be a number of at least 0, got {self.distance!r}")
+        if type(self.seed) is not int:
+            raise ConfigError(f"seed must be a whole number, got {self.seed!r}")
+        if method.scorer(self) is not None and any(stage.layer == EMBEDDINGS for stage in self.stages):
+            what = f"guidance={self.guidance!r}" if "guidance" in method.reads else f"method={self.method!r}"
+            raise ConfigError(f"{what} needs a layer before it, for its queries and keys: no stage at layer -1")
 
     @property
     def frames_per_window(self) -> int | None:
@@ -88,13 +127,15 @@ class LightKVConfig:
         self.check_depth(num_layers)
         return kept_share([(stage.layer, stage.drop) for stage in self.stages], num_layers)
 
-    def check_depth(self, num_layers: int, first_layer: int = 0) -> None:
+    def check_depth(self, num_layers: int, first_layer: int = EMBEDDINGS) -> None:
         """Raises ConfigError unless every stage lies after `first_layer` or later and before the last layer."""
         for stage in self.stages:
             if not first_layer <= stage.layer <= num_layers - 2:
+                where = "on the embeddings" if stage.layer == EMBEDDINGS else f"after layer {stage.layer}"
+                why = " (vision features still enter in the layers before)" if stage.layer < first_layer else ""
                 raise ConfigError(
-                    f"a stage after layer {stage.layer} is not possible: this decoder of {num_layers} layers "
-                    f"takes stages after layers {first_layer} to {num_layers - 2}"
+                    f"a stage {where} is not possible: this decoder of {num_layers} layers takes stages after layers "
+                    f"{first_layer} to {num_layers - 2}{why}"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -107,36 +148,48 @@ class LightKVConfig:
         _known(cls, values)
         stages = []
         for stage in values["stages"]:
-            _known(Stage, stage, required=("layer", "windows", "drop"))
+            _known(Stage, stage, required=("layer", "drop"))
             stages.append(Stage(**stage))
         return cls(**{**values, "stages": tuple(stages)})
 
     @classmethod
     def for_model(
-        cls, model_config: "PreTrainedConfig", retention: float = 0.55, stages: int = 3, **options: Any
+        cls,
+        model_config: "PreTrainedConfig",
+        retention: float = 0.55,
+        stages: int | None = None,
+        method: str = DEFAULT_METHOD,
+        **options: Any,
     ) -> "LightKVConfig":
-        """The schedule that keeps `retention` (0.05 to 1) of the vision KV of this model, with `stages` stages.
+        """The schedule by which `method` keeps `retention` (0.05 to 1) of the vision KV of this model.
 
-        Stages drop half from about the paper's layers on; for less they move towards the input, then drop more
-        (schedule.py). Windows per side are 2^(stages - 1), …, 2, 1, and the budget is the item's. `options` are
-        further fields, e.g. positions="compact". Raises ConfigError when the depth cannot reach the target.
+        "published" and "lightkv" have three stages unless told otherwise, which drop half from about the paper's
+        layers on; for less, "published" moves them towards the input, then drops more, and "lightkv" puts one on the
+        embeddings (schedule.py). For "published", windows per side are 2^(stages - 1), …, 2, 1, and the budget is the
+        item's. `options` are further fields, e.g. positions="compact".
+        Raises ConfigError when the depth cannot reach the target, naming the least that it can.
         """
+        _one_of("method", method, METHODS)
         if not 0.05 <= retention <= 1.0:
             raise ConfigError(f"retention must be between 0.05 and 1.0, got {retention}")
-        if stages < 1:
+        if stages is not None and stages < 1:
             raise ConfigError(f"stages must be at least 1, got {stages}")
         depth = model_config.get_text_config().num_hidden_layers
-        plan = derive(depth, first_stage_layer(model_config), stages, retention)
-        sides = [2 ** (stages - 1 - number) for number in range(stages)]
+        plan = METHODS[method].plan(depth, first_stage_layer(model_config), stages, retention)
+        sides = [1] * len(plan)
+        if "windows" in METHODS[method].reads:
+            sides = [2 ** (len(plan) - 1 - number) for number in range(len(plan))]
+            options = {"budget": "item", **options}
         derived = tuple(Stage(layer, side, drop) for (layer, drop), side in zip(plan, sides, strict=True))
-        return cls(derived, **{"budget": "item", **options})
+        return cls(derived, method=method, **options)
 
     @classmethod
     def published(cls, model: str, **options: Any) -> "LightKVConfig":
         """The paper's schedule for one of its models, e.g. "llava-1.5-7b". Raises ConfigError with the names."""
         _one_of("model", model, PUBLISHED)
         layers, sides = PUBLISHED[model]
-        return cls(tuple(Stage(*stage, USUAL_DROP) for stage in zip(layers, sides, strict=True)), **options)
+        stages = tuple(Stage(*stage, USUAL_DROP) for stage in zip(layers, sides, strict=True))
+        return cls(stages, method="published", **options)
 
 
 # Layers after which a model is compressed and windows per side, as the release runs it; every stage drops half.

@@ -1,11 +1,13 @@
 """What a prefill costs, from a model's configuration alone: FLOPs and KV bytes, with and without compression."""
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightkv.config import LightKVConfig, Stage
+from lightkv.attention import EXTRA_DIMS
+from lightkv.config import LightKVConfig
 from lightkv.errors import ConfigError
+from lightkv.families import EMBEDDINGS
+from lightkv.methods import METHODS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -42,12 +44,14 @@ class Shape:
             vocabulary,
         )
 
-    def layer_flops(self, tokens: int) -> int:
-        """Projections, MLP and attention (all query–key pairs, as kernels are usually counted) of one layer."""
-        attention = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
-        return (
-            2 * tokens * (attention + 3 * self.hidden * self.intermediate) + 4 * tokens**2 * self.heads * self.head_dim
-        )
+    def layer_flops(self, tokens: int, extra_dims: int = 0) -> int:
+        """Projections, MLP and attention (all query–key pairs, as kernels are usually counted) of one layer.
+
+        `extra_dims` of the heads carry the sizes of merged tokens (attention.py).
+        """
+        projections = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
+        products = self.heads * (self.head_dim + extra_dims)
+        return 2 * tokens * (projections + 3 * self.hidden * self.intermediate) + 4 * tokens**2 * products
 
     def kv_bytes(self, tokens: int, dtype_bytes: int) -> int:
         """Keys and values of one layer."""
@@ -56,7 +60,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One decoder layer in prefill, with the stage that follows it."""
+    """One decoder layer in prefill, with the stage that follows it; the first with one on the embeddings too."""
 
     tokens: int
     flops: int
@@ -89,7 +93,8 @@ def estimate(
 ) -> Cost:
     """Cost of prefilling `vision_tokens` (in `frames` equal grids) and `text_tokens`, compressed by `config` or not.
 
-    Windows are taken as near-equal, which is exact where they divide the grids. Raises ConfigError for bad counts.
+    The vision tokens count as one item and windows as near-equal, which is exact where they divide the grids.
+    Raises ConfigError for bad counts.
     """
     return prefill_cost(Shape.of(model_config), vision_tokens, text_tokens, config, dtype_bytes, frames)
 
@@ -105,18 +110,16 @@ def prefill_cost(
         )
     if config is not None:
         config.check_depth(shape.layers)
-    stages = {stage.layer: stage for stage in config.stages} if config is not None else {}
+    proportional = config is not None and METHODS[config.method].proportional
+    vision, flops = _stage_after(EMBEDDINGS, shape, config, vision_tokens, text_tokens, frames)
     layers: list[LayerCost] = []
-    vision, held = vision_tokens, 0
+    held = 0
     for layer in range(shape.layers):
         tokens, held = vision + text_tokens, held + vision
-        flops = shape.layer_flops(tokens)
-        if config is not None and layer in stages and vision:
-            if config.guidance != "uniform":
-                flops += 2 * tokens * text_tokens * shape.heads * shape.head_dim  # votes: text keys × all queries
-            vision, matching = _after_stage(vision, stages[layer], config, frames, shape.hidden)
-            flops += matching
-        layers.append(LayerCost(tokens, flops, shape.kv_bytes(tokens, dtype_bytes)))
+        flops += shape.layer_flops(tokens, EXTRA_DIMS if proportional and vision < vision_tokens else 0)
+        vision, matching = _stage_after(layer, shape, config, vision, text_tokens, frames)
+        layers.append(LayerCost(tokens, flops + matching, shape.kv_bytes(tokens, dtype_bytes)))
+        flops = 0
     return Cost(
         flops=sum(layer.flops for layer in layers) + 2 * shape.hidden * shape.vocabulary,
         kv_bytes=sum(layer.kv_bytes for layer in layers),
@@ -125,25 +128,15 @@ def prefill_cost(
     )
 
 
-def _frame_groups(config: LightKVConfig, frames: int) -> int:
-    """Sets of frames that share windows: the release takes a whole video for one image."""
-    span = config.frames_per_window if config.windows != "released" else None
-    return math.ceil(frames / span) if span else 1
-
-
-def _after_stage(vision: int, stage: Stage, config: LightKVConfig, frames: int, width: int) -> tuple[int, int]:
-    """Vision tokens that are left, and FLOPs of the similarities, with windows as equal as the count allows."""
-    count = _frame_groups(config, frames) * stage.windows**2
-    room = max(0, vision - count)  # every window keeps a token
-    budget = min(int(vision * stage.drop + 1e-9), room)
-    left, flops = 0, 0
-    for size, windows in ((vision // count + 1, vision % count), (vision // count, count - vision % count)):
-        quota, now = min(int(size * stage.drop + 1e-9), max(0, size - 1)), size
-        if config.budget == "item":
-            quota = math.ceil(budget * max(0, size - 1) / max(1, room))
-        while quota > 0:
-            flops += windows * 2 * ((now + 1) // 2) * (now // 2) * width
-            step = min(quota, now // 2)
-            quota, now = quota - step, now - step
-        left += windows * now
-    return (vision - budget if config.budget == "item" else left), flops
+def _stage_after(
+    layer: int, shape: Shape, config: LightKVConfig | None, vision: int, text: int, frames: int
+) -> tuple[int, int]:
+    """Vision tokens that are left after the stage behind `layer`, if there is one, and its FLOPs."""
+    stage = next((stage for stage in config.stages if stage.layer == layer), None) if config is not None else None
+    if config is None or stage is None or not vision:
+        return vision, 0
+    method = METHODS[config.method]
+    scorer = method.scorer(config)
+    left, matching = method.cost(vision, stage, config, frames, shape.hidden)
+    pairs = scorer.pairs(vision + text, text) if scorer is not None else 0
+    return left, matching + 2 * pairs * shape.heads * shape.head_dim

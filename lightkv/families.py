@@ -29,6 +29,8 @@ from lightkv.layout import VisionLayout
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+EMBEDDINGS = -1  # the "layer" that a stage on the embeddings follows
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -50,7 +52,7 @@ class Family:
 
     model_type: str
     streams: tuple[Stream, ...]
-    first_layer: Callable[["PreTrainedConfig"], int] = lambda config: 0
+    first_layer: Callable[["PreTrainedConfig"], int] = lambda config: EMBEDDINGS
 
     def layouts(self, config: "PreTrainedConfig", input_ids: Tensor, inputs: Inputs) -> list[VisionLayout]:
         """One VisionLayout per row of input_ids [B, S], padding included as text.
@@ -93,14 +95,17 @@ def family_of(model_config: "PreTrainedConfig") -> Family:
 
 
 def first_stage_layer(model_config: "PreTrainedConfig") -> int:
-    """The first decoder layer a stage may follow; 0 for models that are not in the table."""
+    """The first decoder layer a stage may follow; EMBEDDINGS (-1) where it may come before all of them.
+
+    Models that are not in the table are taken to get all of their vision through the embeddings.
+    """
     family = FAMILIES.get(model_config.model_type)
-    return family.first_layer(model_config) if family else 0
+    return family.first_layer(model_config) if family else EMBEDDINGS
 
 
 def _last_deepstack_layer(config: "PreTrainedConfig") -> int:
     """Qwen3-VL adds vision features at full length after each of its first layers; a stage may follow the last."""
-    return max(0, len(config.vision_config.deepstack_visual_indexes) - 1)
+    return len(config.vision_config.deepstack_visual_indexes) - 1
 
 
 QWEN_VL = (

@@ -1,4 +1,4 @@
-"""Prompt guidance: how much of the prompt's attention each vision token answers (method step 1)."""
+"""Scores of vision tokens from a layer's queries and keys; above all prompt guidance (method step 1)."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -66,3 +66,39 @@ GUIDANCES: dict[str, Guidance] = {
     "question": QuestionGuidance(),
     "uniform": UniformGuidance(),
 }
+
+
+class Scorer(Protocol):
+    """What a stage wants to know of the layer before it, for one sequence."""
+
+    def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, scale: float) -> Tensor:
+        """q [Hq, S, d] and k [Hkv, S, d] after RoPE → fp32 [S]."""
+
+    def pairs(self, tokens: int, text_tokens: int) -> int:
+        """Query–key products per head in a sequence of `tokens`, for cost estimates."""
+
+
+@dataclass(frozen=True)
+class Votes:
+    """Prompt guidance with the voters of one of GUIDANCES; nobody votes: all weigh the same."""
+
+    rule: Guidance
+
+    def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, scale: float) -> Tensor:
+        voters = self.rule.voters(layout)
+        return torch.ones(len(layout), device=q.device) if voters is None else prompt_guidance(q, k, voters, scale)
+
+    def pairs(self, tokens: int, text_tokens: int) -> int:
+        return tokens * text_tokens
+
+
+@dataclass(frozen=True)
+class LastQuery:
+    """The attention that the last prompt token pays to every token, mean over heads."""
+
+    def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, scale: float) -> Tensor:
+        queries = q[:, -1].float().unflatten(0, (k.shape[0], -1))  # [Hkv, Hq / Hkv, d]
+        return torch.softmax(queries @ k.float().transpose(1, 2) * scale, dim=-1).mean(dim=(0, 1))
+
+    def pairs(self, tokens: int, text_tokens: int) -> int:
+        return tokens

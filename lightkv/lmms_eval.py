@@ -66,7 +66,7 @@ LMMS_EVAL_MODELS: dict[str, str] = {
 
 PUBLISHED_BY_DEPTH = {28: "qwen2.5-vl-7b", 32: "llava-1.5-7b", 40: "llava-1.5-13b"}
 METHODS = ("default", "published", "none")
-LIGHTKV_OPTIONS = frozenset(field.name for field in fields(LightKVConfig)) - {"stages"}
+LIGHTKV_OPTIONS = frozenset(field.name for field in fields(LightKVConfig)) - {"stages", "method"}
 
 
 def manifest() -> Any:

@@ -42,8 +42,8 @@ class Windows:
         _, height, width = layout.grid[tokens.item].unbind(-1)
         time = tokens.t // frames if frames else torch.zeros_like(tokens.t)
         cell = (bands(tokens.y, height, count), bands(tokens.x, width, count))
-        window = _mixed_radix(tokens.item, time, *cell)
-        by_place = torch.argsort(_mixed_radix(tokens.t, tokens.y, tokens.x), stable=True)
+        window = mixed_radix(tokens.item, time, *cell)
+        by_place = torch.argsort(mixed_radix(tokens.t, tokens.y, tokens.x), stable=True)
         by_window = by_place[torch.argsort(window[by_place], stable=True)]
         sizes = torch.unique_consecutive(window[by_window], return_counts=True)[1]
         return cls(index[by_window], sizes, tokens.item[by_window][sizes.cumsum(0) - sizes])
@@ -55,7 +55,7 @@ class Windows:
         return Windows(self.order[stays], torch.bincount(window[stays], minlength=len(self.sizes)), self.item)
 
 
-def _mixed_radix(*digits: Tensor) -> Tensor:
+def mixed_radix(*digits: Tensor) -> Tensor:
     """One int64 that sorts like the tuple of non-negative digits."""
     value = torch.zeros_like(digits[0])
     for digit in digits:

@@ -3,17 +3,19 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightkv.config import LightKVConfig, Stage
 from lightkv.errors import LightKVError, UnsupportedCallError
-from lightkv.guidance import GUIDANCES, prompt_guidance
 from lightkv.layout import VisionLayout
-from lightkv.report import StageReport
-from lightkv.stage import compress_tokens
+from lightkv.methods import METHODS
+from lightkv.report import StageReport, Survivors
+from lightkv.tokens import Compressed, Tokens
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,14 @@ class Group:
 
     layouts    per row, without padding
     origin     int64 [B, length] position of each token in the prompt; 0 for padding
+    size       fp32 [B, length] how many tokens of the prompt each stands for; 1 for padding
     positions  int64 [..., B, length] RoPE positions, or None where positions are kept
     closed     int64 [B] positions that have closed up before the next token
     """
 
     layouts: Sequence[VisionLayout]
     origin: Tensor
+    size: Tensor
     positions: Tensor | None
     closed: Tensor
 
@@ -47,6 +51,15 @@ class Group:
         column = torch.arange(length, device=self.origin.device)
         return column >= torch.tensor(pads, device=self.origin.device)[:, None]
 
+    @cached_property
+    def log_size(self) -> Tensor | None:
+        """fp32 [B, length] log of the sizes; None where every token stands for itself alone."""
+        return self.size.log() if bool((self.size != 1).any()) else None
+
+    def bias(self, length: int) -> Tensor | None:
+        """fp32 [B, length] to add to the scores of the group's keys (log of their sizes) and of later ones (0)."""
+        return None if self.log_size is None else F.pad(self.log_size, (0, length - self.length))
+
     def vision_tokens(self) -> int:
         return sum(int(layout.is_vision.sum()) for layout in self.layouts)
 
@@ -59,12 +72,16 @@ class Prefill:
     ) -> None:
         self.config = config
         self.running = True
-        self.guidance: list[Tensor] = []
+        self.method = METHODS[config.method]
+        self.scorer = self.method.scorer(config)
+        self.scores: list[Tensor] = []
         self.notes: list[str] = []
         device = layouts[0].item.device
         origin = torch.arange(length, device=device).expand(len(layouts), -1)
         closed = torch.zeros(len(layouts), dtype=torch.int64, device=device)
-        self.groups = [Group(layouts, origin, positions, closed)]
+        size = torch.ones(len(layouts), length, device=device)
+        self.groups = [Group(layouts, origin, size, positions, closed)]
+        self.survivors: list[list[Survivors]] = [[] for _ in layouts]
         self._after = [stage.layer for stage in config.stages]
 
     def group_of(self, layer: int) -> int:
@@ -72,51 +89,56 @@ class Prefill:
         return bisect_left(self._after, layer)
 
     def listen(self, q: Tensor, k: Tensor, scale: float) -> None:
-        """Take the guidance of the coming stage from its layer's q [B, Hq, S, d] and k [B, Hkv, S, d]."""
-        rule, group = GUIDANCES[self.config.guidance], self.groups[-1]
-        self.guidance = []
-        for row, (layout, pad) in enumerate(zip(group.layouts, group.pads, strict=True)):
-            voters = rule.voters(layout.to(q.device))
-            self.guidance.append(
-                torch.ones(len(layout), device=q.device)
-                if voters is None
-                else prompt_guidance(q[row, :, pad:], k[row, :, pad:], voters, scale)
-            )
+        """Take the scores of the coming stage from its layer's q [B, Hq, S, d] and k [B, Hkv, S, d]."""
+        assert self.scorer is not None
+        group = self.groups[-1]
+        self.scores = [
+            self.scorer(q[row, :, pad:], k[row, :, pad:], layout.to(q.device), scale)
+            for row, (layout, pad) in enumerate(zip(group.layouts, group.pads, strict=True))
+        ]
 
     def compress(self, hidden: Tensor, stage: Stage) -> Tensor:
         """Run `stage` on every row of hidden [B, S, D] and open the next group; rows are padded left to the longest."""
         group = self.groups[-1]
-        if len(self.guidance) != len(group.layouts):
+        if self.scorer is not None and len(self.scores) != len(group.layouts):
             raise LightKVError(
                 f"layer {stage.layer} did not run its attention through transformers' AttentionInterface"
             )
-        results, layouts = [], []
+        results: list[Compressed] = []
+        layouts = []
         for row, (layout, pad) in enumerate(zip(group.layouts, group.pads, strict=True)):
             layout = layout.to(hidden.device)  # the layers may be spread over several
             layout = layout.squared() if self.config.windows == "released" else layout
             self._note_small_grids(layout, stage)
-            result = compress_tokens(
-                hidden[row, pad:],
-                self.guidance[row].to(hidden.device),
-                layout,
-                windows=stage.windows,
-                drop=stage.drop,
-                frames=self.config.frames_per_window,
-                budget=self.config.budget,
-            )
-            results.append(result)
-            layouts.append(layout.take(result.kept))
-        self.guidance = []
+            score = self.scores[row].to(hidden.device) if self.scores else None
+            tokens = Tokens(hidden[row, pad:], layout, group.size[row, pad:].to(hidden.device), score)
+            results.append(self.method.compress(tokens, stage, self.config))
+            layouts.append(layout.take(results[-1].kept))
+        self.scores = []
         length = max(len(layout) for layout in layouts)
         origin = torch.zeros(len(layouts), length, dtype=torch.int64, device=hidden.device)
+        size = torch.ones(len(layouts), length, device=hidden.device)
         packed = hidden.new_zeros(len(layouts), length, hidden.shape[-1])
         for row, (result, pad) in enumerate(zip(results, group.pads, strict=True)):
-            origin[row, length - len(result.kept) :] = group.origin[row, pad:].to(hidden.device)[result.kept]
-            packed[row, length - len(result.kept) :] = result.hidden
+            before, after = group.origin[row, pad:].to(hidden.device), slice(length - len(result.kept), None)
+            origin[row, after] = before[result.kept]
+            size[row, after] = result.size
+            packed[row, after] = result.hidden
+            self._note_survivors(row, before, result)
         kept = [result.kept for result in results]
         positions, closed = _close_up(group, kept, length) if group.positions is not None else (None, group.closed)
-        self.groups.append(Group(layouts, origin, positions, closed))
+        self.groups.append(Group(layouts, origin, size, positions, closed))
         return packed
+
+    def _note_survivors(self, row: int, origin: Tensor, result: Compressed) -> None:
+        """Follow the tokens of a row's prompt through one more stage; origin [S] of what was there before it."""
+        origin = origin - self.groups[0].pads[row]
+        target = torch.where(result.target < 0, -1, origin[result.target])  # by the tokens of this stage
+        if self.survivors[row]:
+            earlier = self.survivors[row][-1].target.to(origin.device)
+            place = torch.zeros_like(earlier).index_copy(0, origin, torch.arange(len(origin), device=origin.device))
+            target = torch.where(earlier < 0, -1, target[place[earlier]])
+        self.survivors[row].append(Survivors(origin[result.kept], target))
 
     def retention(self, num_layers: int) -> float:
         """Layer-averaged share of vision KV entries kept, as reached over all rows."""

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from lightkv.cache import ShortLayer
 from lightkv.errors import UnsupportedCallError
 
 # Options of generate, the values that are fine, and why others are not.
@@ -36,7 +37,9 @@ def refuse_cache(cache: Cache | None, use_cache: bool | None) -> None:
     if cache is None:
         if use_cache is False:
             raise UnsupportedCallError("what is compressed is the KV cache: call with use_cache=True")
-    elif type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+    elif type(cache) is not DynamicCache or any(
+        type(layer) not in (DynamicLayer, ShortLayer) for layer in cache.layers
+    ):
         raise UnsupportedCallError(
             f"layers of different length need a DynamicCache of full-attention layers, got {cache}"
         )

@@ -1,9 +1,10 @@
 """What a compressed prefill really reached: tokens, retention, bytes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import Cache
 
     from lightkv.prefill import Prefill
@@ -13,11 +14,23 @@ RETENTION_SLACK = 0.02  # above this, what was reached is no longer a matter of 
 
 @dataclass(frozen=True)
 class StageReport:
-    """Vision tokens of the whole batch before and after the stage that follows `layer`."""
+    """Vision tokens of the whole batch before and after the stage that follows `layer` (-1: the embeddings)."""
 
     layer: int
     tokens_before: int
     tokens_after: int
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """What one stage has left of a prompt of S tokens, in positions of the prompt, its padding not counted.
+
+    kept   int64 [S']  ascending; text included
+    target int64 [S]   the survivor that each token of the prompt is part of by now; -1 if it was dropped
+    """
+
+    kept: "Tensor"
+    target: "Tensor"
 
 
 @dataclass
@@ -31,6 +44,7 @@ class Report:
     kept_tokens            of these, in the last layers
     stages                 one entry per stage
     notes                  what could not be done as asked
+    survivors              for each row of the batch, a Survivors per stage; on the model's device
     prefills               prefills seen since the scope was entered
     """
 
@@ -42,6 +56,7 @@ class Report:
     stages: tuple[StageReport, ...] = ()
     notes: tuple[str, ...] = ()
     prefills: int = 0
+    survivors: tuple[tuple[Survivors, ...], ...] = field(default=(), repr=False, compare=False)
 
     def record(self, prefill: "Prefill", cache: "Cache", num_layers: int) -> None:
         """Take over the figures of a compressed prefill that has just filled `cache`."""
@@ -53,6 +68,7 @@ class Report:
         self.kv_bytes_uncompressed = cache_bytes(cache, prefill.groups[0].length)
         self.stages = prefill.stage_reports()
         self.notes = tuple(dict.fromkeys(prefill.notes))
+        self.survivors = tuple(tuple(row) for row in prefill.survivors)
         if self.retention > asked + RETENTION_SLACK:
             self.notes += (
                 f"retention {self.retention:.3f} was reached, {asked:.3f} was asked: whole tokens cannot leave small "

@@ -42,24 +42,62 @@ def derive(depth: int, first: int, stages: int, target: float) -> Plan:
     return _solve(lambda drop: [(layer, drop) for layer in layers], depth, target)
 
 
+def derive_early(depth: int, first: int, stages: int, target: float) -> Plan:
+    """A plan of `stages` stages that keeps exactly `target`, down to any target where first is -1 (the embeddings).
+
+    What an even spread of halving stages reaches is left to `derive`. For less, the first stage moves to the
+    embeddings, the others stay spread, and all drop the same share.
+    """
+    if first >= 0:
+        return derive(depth, first, stages, target)
+    if depth < stages:
+        raise ConfigError(f"{stages} stages do not fit: a decoder of {depth} layers takes at most {depth}")
+    if stages < depth and kept_share(_halving(_rounded(_spread(depth, stages), 0, depth)), depth) <= target:
+        return derive(depth, 0, stages, target)
+    layers = [-1, *_rounded(_spread(depth, stages)[1:], 0, depth)]
+    return _solve(lambda drop: [(layer, drop) for layer in layers], depth, target)
+
+
+def derive_single(layer: int, depth: int, first: int, stages: int | None, target: float) -> Plan:
+    """One stage after `layer`, or after the first layer that the model allows, dropping what `target` needs."""
+    if stages not in (None, 1):
+        raise ConfigError(
+            f"this method is published with 1 stage, got stages={stages}: for more, give LightKVConfig the stages"
+        )
+    at = max(first, layer)
+    if at > depth - 2:
+        raise ConfigError(f"a stage after layer {at} does not fit a decoder of {depth} layers")
+    return _solve(lambda drop: [(at, drop)], depth, target)
+
+
 def _halving(layers: Sequence[int]) -> Plan:
     return [(layer, USUAL_DROP) for layer in layers]
 
 
-def _placements(depth: int, first: int, stages: int) -> Iterator[list[int]]:
-    """Stage layers from the latest possible ones, over an even spread like the paper's, down to the earliest."""
+def _spread(depth: int, stages: int) -> list[float]:
+    """An even spread like the paper's that ends after layer depth - 2."""
     low, high = FRACTIONS
     even = [low + (high - low) * number / max(1, stages - 1) for number in range(stages)]
+    return [place * (depth - 2) / even[-1] for place in even]
+
+
+def _rounded(places: Sequence[float], first: int, depth: int) -> list[int]:
+    """Distinct layers near `places`, from `first` on, that leave room for those after them."""
+    layers: list[int] = []
+    for number, place in enumerate(places):
+        least = layers[-1] + 1 if layers else first
+        layers.append(min(max(round(place), least), depth - len(places) - 1 + number))
+    return layers
+
+
+def _placements(depth: int, first: int, stages: int) -> Iterator[list[int]]:
+    """Stage layers from the latest possible ones, over an even spread like the paper's, down to the earliest."""
     latest = [float(depth - stages - 1 + number) for number in range(stages)]
-    spread = [place * (depth - 2) / even[-1] for place in even]
+    spread = _spread(depth, stages)
     for start, end in ((latest, spread), (spread, [0.0] * stages)):
         for step in range(4 * depth + 1):
-            layers: list[int] = []
-            for number, (a, b) in enumerate(zip(start, end, strict=True)):
-                least = layers[-1] + 1 if layers else first
-                place = round(a + (b - a) * step / (4 * depth))
-                layers.append(min(max(place, least), int(latest[number])))
-            yield layers
+            share = step / (4 * depth)
+            yield _rounded([a + (b - a) * share for a, b in zip(start, end, strict=True)], first, depth)
 
 
 def _as_late_as(target: float, layers: list[int], depth: int) -> list[int]:

@@ -1,7 +1,8 @@
-"""One compression stage on one sequence: windows, matching and merging put together."""
+"""The published method's stage on one sequence: windows, matching and merging put together."""
 
-from dataclasses import dataclass
-from typing import Literal
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -10,22 +11,32 @@ from lightkv.errors import ConfigError
 from lightkv.layout import VisionLayout
 from lightkv.matching import Windows, match
 from lightkv.merging import merge
+from lightkv.tokens import Compressed, Tokens, removals
+
+if TYPE_CHECKING:
+    from lightkv.config import LightKVConfig, Stage
 
 Budget = Literal["window", "item"]
 
 
-@dataclass(frozen=True)
-class Compressed:
-    """What a stage leaves of a sequence of S tokens.
+def published(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """The method "published": one stage of the paper, its guidance being the merge weight (equal weights without)."""
+    weight = torch.ones_like(tokens.size) if tokens.score is None else tokens.score
+    result = compress_tokens(
+        tokens.hidden,
+        weight,
+        tokens.layout,
+        windows=stage.windows,
+        drop=stage.drop,
+        frames=config.frames_per_window,
+        budget=config.budget,
+    )
+    return replace(result, size=gathered(tokens.size, result))
 
-    hidden [S', D]  the survivors in their original order
-    kept   [S']     original index of each survivor, ascending
-    target [S]      original index of the token each position ended up in (itself if it survived)
-    """
 
-    hidden: Tensor
-    kept: Tensor
-    target: Tensor
+def gathered(size: Tensor, result: Compressed) -> Tensor:
+    """The sizes of the survivors when each token of `size` [S] has merged into its target."""
+    return torch.zeros_like(size).index_add(0, result.target, size)[result.kept]
 
 
 def compress_tokens(
@@ -45,6 +56,7 @@ def compress_tokens(
     With budget="item" it is floor(drop · M) of an item's M tokens, spread over its windows (`spread_removals`).
 
     hidden [S, D], guidance fp32 [S] of weights ≥ 0 (only vision entries count), layout of the same S positions.
+    The sizes count this call's tokens.
     Raises ConfigError when shapes disagree or windows < 1 or drop is outside [0, 1).
     """
     length = len(layout)
@@ -67,7 +79,7 @@ def compress_tokens(
         quota = quota - torch.minimum(quota, cut.sizes // 2)
         cut = cut.without(removed)
     kept = torch.nonzero(~removed).flatten()
-    return Compressed(hidden[kept], kept, target)
+    return Compressed(hidden[kept], kept, target, torch.bincount(target, minlength=length)[kept].float())
 
 
 def check_stage(windows: int, drop: float) -> None:
@@ -76,14 +88,6 @@ def check_stage(windows: int, drop: float) -> None:
         raise ConfigError(f"windows per side must be at least 1, got {windows}")
     if not 0.0 <= drop < 1.0:
         raise ConfigError(f"drop must be at least 0 and below 1, got {drop}")
-
-
-def removals(sizes: Tensor, drop: float) -> Tensor:
-    """floor(drop · m) per window, int64; 0.29 · 100 counts as 29 although its product in binary is below.
-
-    At most m - 1: a drop just below 1 must not ask for the last token, which no matching can remove.
-    """
-    return torch.minimum((sizes.double() * drop + 1e-9).floor().long(), (sizes - 1).clamp(min=0))
 
 
 def spread_removals(windows: Windows, drop: float) -> Tensor:
@@ -98,3 +102,25 @@ def spread_removals(windows: Windows, drop: float) -> Tensor:
     until = spare.cumsum(0) - (room.cumsum(0) - room)[windows.item]  # spare tokens of the item up to this window
     share, room = wanted[windows.item], room[windows.item].clamp(min=1)
     return share * until // room - share * (until - spare) // room
+
+
+def published_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
+    """Of `vision` tokens in `frames` equal grids: how many are left, and FLOPs of the similarities.
+
+    Windows are taken as equal as the count allows. The release takes a whole video for one image.
+    """
+    span = config.frames_per_window if config.windows != "released" else None
+    count = (math.ceil(frames / span) if span else 1) * stage.windows**2
+    room = max(0, vision - count)  # every window keeps a token
+    budget = min(int(vision * stage.drop + 1e-9), room)
+    left, flops = 0, 0
+    for size, windows in ((vision // count + 1, vision % count), (vision // count, count - vision % count)):
+        quota, now = min(int(size * stage.drop + 1e-9), max(0, size - 1)), size
+        if config.budget == "item":
+            quota = math.ceil(budget * max(0, size - 1) / max(1, room))
+        while quota > 0:
+            flops += windows * 2 * ((now + 1) // 2) * (now // 2) * width
+            step = min(quota, now // 2)
+            quota, now = quota - step, now - step
+        left += windows * now
+    return (vision - budget if config.budget == "item" else left), flops

@@ -110,7 +110,7 @@ def test_unknown_keys_and_values_fail(values, message):
         LightKVConfig.from_dict(values)
 
 
-@pytest.mark.parametrize("stage", [(-1, 1, 0.5), (0, 0, 0.5), (0, 1, 1.0), (0, 1, -0.1)])
+@pytest.mark.parametrize("stage", [(-2, 1, 0.5), (0, 0, 0.5), (0, 1, 1.0), (0, 1, -0.1)])
 def test_a_stage_out_of_range_fails(stage):
     with pytest.raises(ConfigError):
         Stage(*stage)
@@ -121,7 +121,7 @@ def test_stages_are_ordered_and_lie_inside_the_decoder():
         schedule(3, 1)
     with pytest.raises(ConfigError, match="ascending"):
         schedule(3, 3)
-    with pytest.raises(ConfigError, match=r"after layer 7 is not possible: this decoder of 8 layers takes .* 0 to 6"):
+    with pytest.raises(ConfigError, match=r"after layer 7 is not possible: this decoder of 8 layers takes .* -1 to 6"):
         schedule(7).retention(8)
 
 

@@ -101,7 +101,7 @@ def test_a_drop_just_below_one_leaves_a_token_per_window():
 def test_bad_counts_and_configs_are_errors():
     with pytest.raises(ConfigError, match="vision_tokens=-1"):
         estimate(LlamaConfig(), vision_tokens=-1, text_tokens=0, config=None)
-    with pytest.raises(ConfigError, match="takes stages after layers 0 to 30"):
+    with pytest.raises(ConfigError, match="takes stages after layers -1 to 30"):
         estimate(LlamaConfig(), vision_tokens=1, text_tokens=0, config=LightKVConfig((Stage(31, 1, 0.5),)))
     with pytest.raises(ConfigError, match="lacks"):
         estimate(GPT2Config(), vision_tokens=1, text_tokens=1, config=None)

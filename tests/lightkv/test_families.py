@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaConfig
 
 from lightkv import LightKVConfig, Stage, UnsupportedCallError, UnsupportedModelError, VisionLayout, compress, family_of
-from lightkv.families import FAMILIES
+from lightkv.families import FAMILIES, first_stage_layer
 from lightkv.layout import FIXED
 from tests.lightkv.tiny import ANYRES_SIZES, IMAGE, TINY, VIDEO, anyres_image, tiny_batch, tiny_model, tiny_sample
 
@@ -24,11 +24,12 @@ def test_every_family_has_a_tiny_model_to_be_tested_with():
     assert set(FAMILIES) == set(TINY)
 
 
+@pytest.mark.parametrize("method", ["published", "lightkv"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_decoder_is_found_and_compressed_as_far_as_asked(family):
+def test_the_decoder_is_found_and_compressed_as_far_as_asked(family, method):
     model = tiny_model(family)
-    first = family_of(model.config).first_layer(model.config)
-    config = LightKVConfig((Stage(first, 1, 0.5), Stage(first + 1, 1, 0.75)))
+    first = max(0 if method == "published" else -1, first_stage_layer(model.config))
+    config = LightKVConfig((Stage(first, drop=0.5), Stage(first + 1, drop=0.75)), method=method)
     for sample in samples_of(family):
         with compress(model, config) as report:
             model.generate(**sample, **GREEDY)
@@ -41,9 +42,13 @@ def test_the_decoder_is_found_and_compressed_as_far_as_asked(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropping_nothing_is_the_plain_model_bit_for_bit(family):
     model = tiny_model(family)
-    first = family_of(model.config).first_layer(model.config)
-    config = LightKVConfig((Stage(first, 2, 0.0), Stage(first + 1, 1, 0.0)))
-    for sample in samples_of(family):
+    first = max(0, first_stage_layer(model.config))
+    earliest = first_stage_layer(model.config)
+    configs = [
+        LightKVConfig((Stage(first, 2, 0.0), Stage(first + 1, 1, 0.0))),
+        LightKVConfig((Stage(earliest, drop=0.0), Stage(first + 1, drop=0.0)), method="lightkv"),
+    ]
+    for sample, config in zip(samples_of(family), configs * 2, strict=False):
         plain = model.generate(**sample, **GREEDY)
         with compress(model, config) as report:
             out = model.generate(**sample, **GREEDY)
@@ -54,7 +59,7 @@ def test_dropping_nothing_is_the_plain_model_bit_for_bit(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_text_only_prompt_is_untouched_bit_for_bit(family):
     model = tiny_model(family)
-    first = family_of(model.config).first_layer(model.config)
+    first = max(0, first_stage_layer(model.config))
     sample = tiny_sample(family, question=[5, 6, 7, 8])
     plain = model.generate(**sample, **GREEDY)
     with compress(model, LightKVConfig((Stage(first, 1, 0.5),))) as report:

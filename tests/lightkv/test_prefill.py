@@ -9,7 +9,7 @@ def run(positions, layout, drop=0.5):
     """One stage over hidden states that make every a merge into the b after it; → the group after the stage."""
     length = len(layout)
     prefill = Prefill(LightKVConfig((Stage(0, 1, drop),)), [layout], length, positions)
-    prefill.guidance = [torch.ones(length)]
+    prefill.scores = [torch.ones(length)]
     hidden = torch.eye(length)[torch.arange(length) // 2][None]
     prefill.compress(hidden, prefill.config.stages[0])
     return prefill.groups[-1]

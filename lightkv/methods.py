@@ -1,0 +1,84 @@
+"""The table of methods: what each does in a stage, what it needs for that, and the schedule it is used with.
+
+A method is one row of METHODS. Hooks, positions, masks, sizes and the accounting are the same for all of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lightkv.families import EMBEDDINGS
+from lightkv.guidance import GUIDANCES, LastQuery, Scorer, UniformGuidance, Votes
+from lightkv.pruning import evs, fastv, random, stride
+from lightkv.schedule import Plan, derive, derive_early, derive_single
+from lightkv.spacetime import spacetime, spacetime_cost
+from lightkv.stage import published, published_cost
+from lightkv.tokens import Compressed, Tokens
+from lightkv.tome import tome, tome_cost
+
+if TYPE_CHECKING:
+    from lightkv.config import LightKVConfig, Stage
+
+USUAL_STAGES = 3
+SHALLOW = 16  # decoders of fewer layers are pruned by fastv after layer 1, others after layer 2
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compress.
+
+    compress      what a stage does to one sequence
+    plan          (depth, first layer allowed, stages or None for its own number, retention) → its usual schedule
+    cost          (vision tokens of one item, stage, config, frames, width) → tokens left, FLOPs of the stage
+    scorer        what it asks of the layer before a stage, if anything; such a stage cannot run on the embeddings
+    proportional  later layers attend to a token by its size
+    reads         fields of LightKVConfig that matter to it; the others must be left alone
+    """
+
+    compress: Callable[[Tokens, "Stage", "LightKVConfig"], Compressed]
+    plan: Callable[[int, int, int | None, float], Plan]
+    cost: Callable[[int, "Stage", "LightKVConfig", int, int], tuple[int, int]]
+    scorer: Callable[["LightKVConfig"], Scorer | None] = lambda config: None
+    proportional: bool = False
+    reads: frozenset[str] = frozenset()
+
+
+def _votes(config: "LightKVConfig") -> Scorer | None:
+    rule = GUIDANCES[config.guidance]
+    return None if isinstance(rule, UniformGuidance) else Votes(rule)
+
+
+def _late(depth: int, first: int, stages: int | None, target: float) -> Plan:
+    return derive(depth, max(first, 0), stages or USUAL_STAGES, target)
+
+
+def _early(depth: int, first: int, stages: int | None, target: float) -> Plan:
+    return derive_early(depth, first, stages or USUAL_STAGES, target)
+
+
+def _fastv_plan(depth: int, first: int, stages: int | None, target: float) -> Plan:
+    return derive_single(1 if depth < SHALLOW else 2, depth, first, stages, target)
+
+
+def _pruning_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
+    return vision - min(int(vision * stage.drop + 1e-9), max(0, vision - 1)), 0
+
+
+_at_once = partial(derive_single, EMBEDDINGS)
+
+METHODS: dict[str, Method] = {
+    "published": Method(
+        published,
+        _late,
+        published_cost,
+        scorer=_votes,
+        reads=frozenset({"windows", "window_frames", "guidance", "budget"}),
+    ),
+    "lightkv": Method(spacetime, _early, spacetime_cost, proportional=True, reads=frozenset({"rounds", "distance"})),
+    "random": Method(random, _at_once, _pruning_cost, reads=frozenset({"seed"})),
+    "stride": Method(stride, _at_once, _pruning_cost),
+    "tome": Method(tome, _at_once, tome_cost, proportional=True),
+    "fastv": Method(fastv, _fastv_plan, _pruning_cost, scorer=lambda config: LastQuery()),
+    "evs": Method(evs, _at_once, _pruning_cost),
+}

@@ -1,0 +1,97 @@
+"""Methods that drop tokens instead of merging them: random, stride, fastv and evs.
+
+Each gives every vision token a value; an item of M tokens keeps the M - floor(drop · M) of largest value. Survivors are
+what they were, and stand for themselves alone.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightkv.errors import UnsupportedCallError
+from lightkv.layout import VisionLayout
+from lightkv.matching import FEATURES_AT_ONCE
+from lightkv.tokens import Compressed, Tokens, removals
+
+if TYPE_CHECKING:
+    from lightkv.config import LightKVConfig, Stage
+
+
+def random(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """A draw of an item's tokens, all alike; the same for the same config.seed, layer and layout."""
+    draw = torch.Generator().manual_seed(config.seed * 1_000_003 + stage.layer + 1)
+    value = torch.rand(len(tokens.layout), generator=draw, dtype=torch.float64)
+    return prune(tokens, value.to(tokens.hidden.device), stage.drop)
+
+
+def stride(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """Every k-th token of an item in raster order, k = M / kept; where that is no whole number, evenly spread."""
+    layout = tokens.layout
+    order = torch.argsort(_key(layout, layout.t), stable=True)
+    order = order[layout.mergeable[order]]
+    item = layout.item[order]
+    sizes = torch.bincount(item, minlength=len(layout.grid))
+    kept, size = (sizes - removals(sizes, stage.drop))[item], sizes[item]
+    rank = torch.arange(len(item), device=item.device) - (sizes.cumsum(0) - sizes)[item]
+    value = torch.zeros(len(layout), device=item.device)
+    value[order] = (((rank + 1) * kept + size // 2) // size - (rank * kept + size // 2) // size).float()
+    return prune(tokens, value, stage.drop)
+
+
+def fastv(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """FastV: the tokens that the last prompt token attends to most, in the layer before."""
+    assert tokens.score is not None
+    return prune(tokens, tokens.score, stage.drop)
+
+
+def evs(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """Efficient video sampling: the tokens that differ most, 1 - cos, from the one at their place a frame earlier.
+
+    Tokens without one (the first frame's) are dropped when nothing else is left. Raises UnsupportedCallError for an
+    item of one frame, about which the method says nothing.
+    """
+    layout = tokens.layout
+    index = torch.nonzero(layout.mergeable).flatten()
+    still = layout.item[index[layout.grid[layout.item[index], 0] == 1]]
+    if len(still):
+        raise UnsupportedCallError(
+            f"evs drops what repeats the frame before, but item {int(still[0])} has one frame: "
+            "give it videos, or compress images by another method"
+        )
+    key, before = _key(layout, layout.t + 1)[index], _key(layout, layout.t)[index]
+    known, order = torch.sort(key)  # key: where a token's successor lies
+    at = torch.searchsorted(known, before).clamp(max=max(0, len(known) - 1))
+    has = known[at] == before
+    value = torch.full((len(layout),), torch.inf, device=index.device)
+    for part in torch.nonzero(has).flatten().split(max(1, FEATURES_AT_ONCE // tokens.hidden.shape[1])):
+        here, there = tokens.hidden[index[part]].float(), tokens.hidden[index[order[at[part]]]].float()
+        value[index[part]] = 1 - F.cosine_similarity(here, there, dim=-1)
+    return prune(tokens, value, stage.drop)
+
+
+def prune(tokens: Tokens, value: Tensor, drop: float) -> Compressed:
+    """Keep of every item what is left by floor(drop · M) removals: the largest of value [S]; ties keep the lower index.
+
+    Text and row ends stay.
+    """
+    layout = tokens.layout
+    order = torch.nonzero(layout.mergeable).flatten()
+    order = order[torch.argsort(value[order], descending=True, stable=True)]
+    order = order[torch.argsort(layout.item[order], stable=True)]
+    item = layout.item[order]
+    sizes = torch.bincount(item, minlength=len(layout.grid))
+    rank = torch.arange(len(item), device=item.device) - (sizes.cumsum(0) - sizes)[item]
+    dropped = order[rank >= (sizes - removals(sizes, drop))[item]]
+    target = torch.arange(len(layout), device=order.device).index_fill(0, dropped, -1)
+    kept = torch.nonzero(target >= 0).flatten()
+    return Compressed(tokens.hidden[kept], kept, target, tokens.size[kept])
+
+
+def _key(layout: VisionLayout, t: Tensor) -> Tensor:
+    """One int64 per position that sorts by (item, t, y, x); comparable between any `t` up to the grid's extent."""
+    if not len(layout.grid):
+        return torch.zeros_like(t)
+    frames, height, width = (int(extent) + 1 for extent in layout.grid.amax(dim=0))
+    return (((layout.item + 2) * (frames + 1) + t) * height + layout.y) * width + layout.x

@@ -1,0 +1,48 @@
+"""What a stage gets of one sequence and what it leaves: the two ends of every method."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightkv.layout import VisionLayout
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One sequence of S tokens before a stage, without padding.
+
+    hidden [S, D]  the hidden states
+    layout         the place of each token
+    size [S]       fp32: how many tokens of the prompt each stands for
+    score [S]      fp32, from the layer before; None for a method that does not ask for one
+    """
+
+    hidden: Tensor
+    layout: VisionLayout
+    size: Tensor
+    score: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a stage leaves of a sequence of S tokens.
+
+    hidden [S', D]  the survivors in their original order
+    kept   [S']     original index of each survivor, ascending
+    target [S]      original index of the token each position ended up in: itself if it survived, -1 if it was dropped
+    size   [S']     fp32: how many tokens each survivor stands for
+    """
+
+    hidden: Tensor
+    kept: Tensor
+    target: Tensor
+    size: Tensor
+
+
+def removals(sizes: Tensor, drop: float) -> Tensor:
+    """floor(drop · m) for each count m in `sizes`, int64; 0.29 · 100 counts as 29 although it is below in binary.
+
+    At most m - 1: a drop just below 1 must not ask for the last token, which nothing can be merged into.
+    """
+    return torch.minimum((sizes.double() * drop + 1e-9).floor().long(), (sizes - 1).clamp(min=0))

@@ -1,0 +1,30 @@
+"""Token merging (ToMe): bipartite soft matching over an item's tokens, by content alone."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lightkv.stage import compress_tokens, gathered
+from lightkv.tokens import Compressed, Tokens
+
+if TYPE_CHECKING:
+    from lightkv.config import LightKVConfig, Stage
+
+
+def tome(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """Every second token of an item in raster order merges into the most similar of the others, the best first.
+
+    Similarity is the cosine of hidden states, the mean is weighted by size. Beyond half of the tokens, what is left is
+    matched again.
+    """
+    result = compress_tokens(tokens.hidden, tokens.size, tokens.layout, windows=1, drop=stage.drop, frames=None)
+    return replace(result, size=gathered(tokens.size, result))
+
+
+def tome_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
+    """Of one item's `vision` tokens: how many are left, and FLOPs of the similarities."""
+    wanted, flops = min(int(vision * stage.drop + 1e-9), max(0, vision - 1)), 0
+    now = vision
+    while now > vision - wanted:
+        flops += 2 * ((now + 1) // 2) * (now // 2) * width
+        now -= min(now // 2, now - (vision - wanted))
+    return now, flops
