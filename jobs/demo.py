@@ -30,6 +30,8 @@ def main() -> int:
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("demo-out"), help="default: demo-out")
     parser.add_argument("--videos", metavar="N", type=int, default=12, help="default: 12")
     arguments = parser.parse_args()
+    if arguments.videos < 1:
+        parser.error(f"--videos: expected at least 1, got {arguments.videos}")
     truth = prepare(arguments.out / "videos", arguments.videos)
     rows = {name: answered(arguments.out, name, switch) for name, switch in RUNS.items()}
     result = compare(truth, rows)
@@ -44,7 +46,7 @@ def prepare(folder: Path, videos: int) -> dict[str, dict[str, str]]:
     (folder / "broken.mp4").write_text("this is no video\n")
     questions = {row["file"]: [qa for qa in row["answers"] if qa["family"] in ASKED] for row in known}
     with (folder / "manifest.jsonl").open("w", encoding="utf-8") as lines:
-        for file, asked in {"broken.mp4": questions["clip-000.mp4"][:1], **questions}.items():
+        for file, asked in {"broken.mp4": known[0]["answers"][:1], **questions}.items():
             prompts = [{"prompt_id": qa["family"], "prompt": qa["question"]} for qa in asked]
             lines.write(json.dumps({"uri": file, "prompts": prompts}) + "\n")
     return {file: {qa["family"]: qa["answer"] for qa in asked} for file, asked in questions.items()}
@@ -98,16 +100,22 @@ def report(truth: dict[str, dict[str, str]], rows: dict[str, list[dict[str, Any]
     lines.append(f"\n{'task':<14}  right plain  right LightKV   of")
     for task, counts in {**tasks, "together": total}.items():
         lines.append(f"{task:<14}  {counts['plain']:11}  {counts['LightKV']:13}  {counts['asked']:3}")
-    captions, kv = tasks["caption"], result["kv_bytes"]
+    lines.append(
+        f"\n{result['agree']} of {total['asked']} answers are word for word the same with and without LightKV\n"
+    )
+    return "\n".join([*lines, _in_one_sentence(tasks["caption"], total, result["kv_bytes"])])
+
+
+def _in_one_sentence(captions: dict[str, int], total: dict[str, int], kv: dict[str, int]) -> str:
+    if not kv["plain"]:
+        return "No video was answered: the rows above say why."
+    share, of = kv["LightKV"] / kv["plain"], f"{format_bytes(kv['LightKV'])} of {format_bytes(kv['plain'])}"
     short = {key: total[key] - captions[key] for key in total}
-    lines += [
-        f"\n{result['agree']} of {total['asked']} answers are word for word the same with and without LightKV",
-        f"KV cache of the videos: {format_bytes(kv['plain'])} plain, {format_bytes(kv['LightKV'])} LightKV",
-        f"\nWith {100 * kv['LightKV'] / kv['plain']:.0f} % of the KV cache, LightKV gave {captions['LightKV']} of "
-        f"{captions['asked']} captions and {short['LightKV']} of {short['asked']} short answers right; without it "
-        f"{captions['plain']} and {short['plain']}.",
-    ]
-    return "\n".join(lines)
+    return (
+        f"With {100 * share:.0f} % of the KV cache ({of}), LightKV gave {captions['LightKV']} of {captions['asked']} "
+        f"captions and {short['LightKV']} of {short['asked']} short answers right; without it {captions['plain']} and "
+        f"{short['plain']}."
+    )
 
 
 def words(text: str | None) -> list[str] | None:

@@ -2,7 +2,8 @@
 
     python -m jobs.train_mini --out DIR --minutes 60 --procs 2 --export WEIGHTS   # train or resume, then export
     python -m jobs.train_mini --out DIR --minutes 0 --export WEIGHTS              # export the last checkpoint
-    python -m jobs.train_mini --measure WEIGHTS --split test                      # exact match per task
+    python -m jobs.train_mini --measure WEIGHTS --split test --json RESULT        # exact match per task
+    python -m jobs.train_mini --card WEIGHTS --json RESULT                        # its tables into the card
 
 Weights are the exponential moving average in bf16, as a Hugging Face folder.
 """
@@ -10,6 +11,7 @@ Weights are the exponential moving average in bf16, as a Hugging Face folder.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,29 +19,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from pipeline.mini.accuracy import as_table, exact_match
-from pipeline.mini.coded import coded_exact_match
-from pipeline.mini.data import Task
+from pipeline.mini.card import write_accuracy
+from pipeline.mini.measure import CARD, measure
 from pipeline.mini.model import export
 from pipeline.mini.train import TrainConfig, Trainer
-from pipeline.mini.world import DemoStyle
-
-CODED = {
-    "96×96, up to 3 objects": DemoStyle(),
-    "128×128, up to 4 objects, signs": DemoStyle(128, 128, max_things=4, sign_share=0.4),
-}
-MEASURED = {
-    "images 96×96, up to 3 objects": ((Task("image", 1, 96, 96, 50, 3), 6),),
-    "images 128×128, up to 4 objects": ((Task("image", 1, 128, 128, 50, 4), 4),),
-    "videos 96×96, 8 frames, up to 3 objects": ((Task("video", 4, 96, 96, 25, 3), 12),),
-    "videos 96×96, 16 frames, up to 3 objects": ((Task("video", 8, 96, 96, 20, 3), 10),),
-    "videos 128×128, 16 frames, up to 4 objects": ((Task("video", 8, 128, 128, 10, 4), 15),),
-    "videos 128×160, 16 frames, up to 4 objects": ((Task("video", 8, 128, 160, 10, 4), 6),),
-    "videos 192×192, 8 frames, up to 4 objects": ((Task("video", 4, 192, 192, 10, 4), 6),),
-    "sets of 3 images 96×96, up to 2 objects each": ((Task("set", 3, 96, 96, 20, 2), 8),),
-}
 
 
 def _worker(rank: int, config: TrainConfig, rendezvous: str) -> None:
@@ -70,18 +54,6 @@ def train(config: TrainConfig) -> None:
         meeting.unlink(missing_ok=True)
 
 
-def measure(weights: Path, split: str, videos: int) -> None:
-    """Print a Markdown table of exact match per task; `videos` H.264 demo videos are answered by `generate` as well."""
-    tokenizer = AutoTokenizer.from_pretrained(weights)
-    model = AutoModelForImageTextToText.from_pretrained(weights, dtype=torch.float32).eval()
-    for title, tasks in MEASURED.items():
-        print(as_table(f"{title}, {split} seeds", exact_match(model, tokenizer, split, tasks)), flush=True)
-    if videos:
-        for title, style in CODED.items():
-            scores = coded_exact_match(model, tokenizer, videos, 1, style)
-            print(as_table(f"{videos} H.264 demo videos, {title}, generate()", scores), flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="checkpoint folder; an interrupted run resumes from it")
@@ -92,10 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--export", type=Path, help="folder to write the weights to")
     parser.add_argument("--measure", type=Path, help="weights folder to measure; nothing is trained")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--videos", type=int, default=60, help="with --measure: H.264 videos to answer")
+    parser.add_argument("--json", type=Path, help="with --measure: file to write; with --card: file to read")
+    parser.add_argument("--card", type=Path, help="weights folder whose README.md gets the tables of --json")
     args = parser.parse_args(arguments)
     if args.measure:
-        measure(args.measure, args.split, args.videos)
+        text = json.dumps(measure(args.measure, args.split, CARD), indent=1)
+        if args.json:
+            args.json.write_text(text + "\n", encoding="utf-8")
+    if args.card:
+        if args.json is None:
+            parser.error("--card needs the result of a measurement: pass --json")
+        write_accuracy(args.card / "README.md", json.loads(args.json.read_text(encoding="utf-8")))
+    if args.measure or args.card:
         return
     if args.out is None:
         parser.error("--out is needed to train or export: pass the checkpoint folder")

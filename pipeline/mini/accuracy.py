@@ -56,14 +56,12 @@ def row_of(qa: QA) -> str:
     return f"{qa.family} with sign" if qa.family == "caption" and "the sign reads" in qa.answer else qa.family
 
 
-def as_table(title: str, scores: dict[str, tuple[int, int]]) -> str:
-    """A Markdown table with the share of right answers, its standard error and the number of questions."""
-    rows = [f"\n**{title}**\n", "| task | exact match | questions |", "|---|---|---|"]
-    for family, (right, asked) in scores.items():
-        share = right / asked
-        rows.append(f"| {family} | {share:.3f} ± {(share * (1 - share) / asked) ** 0.5:.3f} | {asked} |")
-    return "\n".join(rows)
+def standard_error(right: int, asked: int) -> float:
+    """Of the share of right answers, after Wilson: not zero where all or none are right."""
+    share = (right + 0.5) / (asked + 1)
+    return (share * (1 - share) / (asked + 1)) ** 0.5
 
 
 def as_line(scores: dict[str, tuple[int, int]]) -> str:
+    """Shares in one line, as progress is told."""
     return " ".join(f"{family} {right / asked:.2f}" for family, (right, asked) in scores.items())

@@ -77,8 +77,20 @@ def test_the_report_shows_captions_beside_the_truth_and_ends_with_one_sentence()
     assert "b.mp4  error: NotAVideo: not a video" in text
     assert [line.split() for line in text.splitlines() if line.startswith("count")] == [["count", "1", "0", "1"]]
     assert text.splitlines()[-1] == (
-        "With 30 % of the KV cache, LightKV gave 1 of 2 captions and 0 of 1 short answers right; without it 1 and 1."
+        "With 30 % of the KV cache (60 B of 200 B), LightKV gave 1 of 2 captions and 0 of 1 short answers right; "
+        "without it 1 and 1."
     )
+
+
+def test_where_no_video_was_answered_the_last_line_says_so():
+    rows = {name: [broken("a.mp4"), broken("b.mp4")] for name in demo.RUNS}
+    assert demo.report(TRUTH, rows, demo.compare(TRUTH, rows)).splitlines()[-1].startswith("No video was answered")
+
+
+def test_a_demo_without_videos_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path), "--videos", "0"])
+    with pytest.raises(SystemExit):
+        demo.main()
 
 
 def test_every_video_has_its_own_questions_and_the_broken_file_one(tmp_path):

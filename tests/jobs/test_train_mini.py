@@ -1,3 +1,4 @@
+import json
 from functools import partial
 
 import pytest
@@ -5,8 +6,11 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from jobs import train_mini
+from pipeline.mini.card import BEGIN, END, accuracy
 from pipeline.mini.data import Task
+from pipeline.mini.measure import Plan, weights_sha256
 from pipeline.mini.train import TrainConfig, Trainer
+from pipeline.mini.world import DemoStyle
 
 TINY_VALIDATION = ((Task("image", 1, 96, 96, 2, 2), 1),)
 
@@ -47,15 +51,32 @@ def test_two_processes_average_their_gradients_and_save_once(tmp_path):
 
 
 @pytest.mark.usefixtures("tiny")
-def test_measuring_prints_a_table_per_kind_of_input(tmp_path, capsys, monkeypatch):
-    weights = tmp_path / "weights"
+def test_measuring_writes_a_result_and_the_card_takes_its_tables(tmp_path, capsys, monkeypatch):
+    weights, result = tmp_path / "weights", tmp_path / "mini.json"
     train_mini.main(["--out", str(tmp_path), "--minutes", "0.01", "--export", str(weights)])
-    monkeypatch.setattr(train_mini, "MEASURED", {"small images": ((Task("image", 1, 96, 96, 2, 2), 1),)})
-    train_mini.main(["--measure", str(weights), "--split", "test", "--videos", "0"])
-    assert "**small images, test seeds**" in capsys.readouterr().out
+    image, pair = Task("image", 1, 96, 96, 2, 2), Task("set", 2, 96, 96, 2, 1)
+    plan = Plan(known=((image, 2), (pair, 1)), held_out=((image, 1),), coded=(DemoStyle(),), videos=1)
+    monkeypatch.setattr(train_mini, "CARD", plan)
+    train_mini.main(["--measure", str(weights), "--split", "test", "--json", str(result)])
+    assert "test image 96×96" in capsys.readouterr().out
+    found = json.loads(result.read_text())
+    assert found["weights_sha256"] == weights_sha256(weights)
+    assert [(i["split"], i["kind"], i["scenes"]) for i in found["inputs"]] == [
+        ("test", "image", 4), ("test", "set", 2), ("held_out", "image", 2),
+    ]  # fmt: skip
+    assert set(found["inputs"][1]["tasks"]) >= {"set_caption"}
+    assert found["coded"][0]["videos"] == 1
+    assert {"code", "python", "torch", "transformers", "numpy"} == set(found["versions"])
+
+    card = weights / "README.md"
+    card.write_text(f"# card\n{BEGIN}\n{END}\n")
+    train_mini.main(["--card", str(weights), "--json", str(result)])
+    assert card.read_text() == f"# card\n{BEGIN}\n{accuracy(found)}\n{END}\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--minutes", "0", "--export", "x", "--out", "/nonexistent"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--minutes", "0", "--export", "x", "--out", "/nonexistent"], ["--card", "x"]]
+)
 def test_what_cannot_be_done_is_refused(arguments):
     with pytest.raises(SystemExit):
         train_mini.main(arguments)

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.mini.accuracy import as_line, as_table, exact_match
+from pipeline.mini.accuracy import as_line, exact_match, standard_error
 from pipeline.mini.data import Task
 from pipeline.mini.train import TrainConfig, Trainer
 
@@ -105,10 +105,13 @@ def test_validation_counts_right_answers_per_family(tmp_path):
     assert scores == exact_match(trainer.ema, trainer.tokenizer, "validation", tasks)
 
 
-def test_scores_are_told_with_their_standard_error_and_number():
-    scores = {"caption": (3, 4), "shape": (0, 5)}
-    assert as_line(scores) == "caption 0.75 shape 0.00"
-    assert "| caption | 0.750 ± 0.217 | 4 |" in as_table("t", scores)
+def test_scores_are_told_as_shares():
+    assert as_line({"caption": (3, 4), "shape": (0, 5)}) == "caption 0.75 shape 0.00"
+
+
+def test_standard_error_is_the_binomial_one_for_many_and_not_zero_at_the_ends():
+    assert standard_error(750, 1000) == pytest.approx((0.75 * 0.25 / 1000) ** 0.5, rel=0.01)
+    assert [standard_error(right, 20) for right in (0, 20)] == pytest.approx([0.0333, 0.0333], abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["muon_lr", "adam_lr"])
