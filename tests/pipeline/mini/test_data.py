@@ -73,7 +73,9 @@ def test_the_curriculum_goes_from_perceiving_over_small_images_to_everything():
     end = [curriculum(rng, 0.9, 2200) for _ in range(600)]
     assert {(task.kind, task.height_px, task.width_px) for task in start} == {("image", 96, 96)}
     assert {task.kind for task in end} == {"image", "video", "set"}
-    assert {task.times for task in end if task.kind == "video"} == {1, 2, 4, 6, MAX_FRAMES // 2}
+    assert {task.times for task in end if task.kind == "video"} == {1, 2, 3, 4, 6, MAX_FRAMES // 2}
+    assert {task.times for task in end if task.kind == "set"} == {2, 3, 4}
     assert {MIN_SIDE_PX, 128, MAX_SIDE_PX} <= {task.height_px for task in end}
+    assert max(task.height_px for task in end) == 256
     assert any(task.height_px != task.width_px for task in end)
     assert all(task.scenes * (task.grid.tokens + 60) <= 2200 or task.scenes == 2 for task in end)
