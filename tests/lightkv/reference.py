@@ -1,12 +1,14 @@
-"""A whole compressed generation by hand: dense masks, no cache, no hooks; layers of the model called one by one."""
+"""By hand: a whole compressed generation (dense masks, no cache, no hooks), and the loops of spacetime merging."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightkv import compress_tokens, prompt_guidance
+from lightkv import Tokens, prompt_guidance
 from lightkv.guidance import GUIDANCES
+from lightkv.methods import METHODS
 
 
 @dataclass
@@ -42,28 +44,23 @@ def logits(model, prompt, config, generated):
     later = prompt.positions[..., -1:] + 1 + torch.arange(count)
     positions = torch.cat([prompt.positions, later], dim=-1)
     layout, drops = prompt.layout, {stage.layer: stage for stage in config.stages}
-    for index, layer in enumerate(decoder.layers):
-        before, angles = x, decoder.rotary_emb(x, positions)
-        total = x.shape[1]
-        mask = torch.full((total, total), torch.finfo(x.dtype).min).triu(1)[None, None]
-        x = layer(x, attention_mask=mask, position_embeddings=angles)
+    size, proportional = torch.ones(length), METHODS[config.method].proportional
+    for index, layer in enumerate([None, *decoder.layers], start=-1):
+        score, total = None, x.shape[1]
+        if layer is not None:
+            before, angles = x, decoder.rotary_emb(x, positions)
+            mask = torch.full((total, total), torch.finfo(x.dtype).min).triu(1)[None, None]
+            if proportional:
+                mask = mask + torch.cat([size, torch.ones(count)]).log()
+            x = layer(x, attention_mask=mask, position_embeddings=angles)
         if index not in drops:
             continue
         stage = drops[index]
-        q, k, scale = queries_and_keys(layer, before, angles)
-        voters = GUIDANCES[config.guidance].voters(layout)
+        if layer is not None:
+            score = score_of(config, layer, before[:, :length], [angle[..., :length, :] for angle in angles], layout)
         head = layout.squared() if config.windows == "released" else layout
-        guidance = (
-            torch.ones(length) if voters is None else prompt_guidance(q[:, :length], k[:, :length], voters, scale)
-        )
-        result = compress_tokens(
-            x[0, :length],
-            guidance,
-            head,
-            windows=stage.windows,
-            drop=stage.drop,
-            frames=config.frames_per_window,
-        )
+        result = METHODS[config.method].compress(Tokens(x[0, :length], head, size, score), stage, config)
+        size = result.size
         x = torch.cat([result.hidden[None], x[:, length:]], dim=1)
         stay = torch.cat([result.kept, torch.arange(length, total)])
         kept_positions = positions[..., stay]
@@ -76,6 +73,22 @@ def logits(model, prompt, config, generated):
             ).reshape(kept_positions.shape)
         positions, layout, length = kept_positions, head.take(result.kept), len(result.kept)
     return model.lm_head(decoder.norm(x))[0, length - 1 :]
+
+
+def score_of(config, layer, hidden, angles, layout):
+    """What the stage after `layer` is told, fp32 [S] or None: votes of the prompt, or the last token's attention."""
+    q, k, scale = queries_and_keys(layer, hidden, angles)
+    if config.method == "fastv":
+        scores = q @ k.repeat_interleave(len(q) // len(k), 0).transpose(1, 2) * scale
+        return (
+            scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -torch.inf)
+            .softmax(-1)[:, -1]
+            .mean(0)
+        )
+    if config.method != "published":
+        return None
+    voters = GUIDANCES[config.guidance].voters(layout)
+    return torch.ones(len(layout)) if voters is None else prompt_guidance(q, k, voters, scale)
 
 
 def queries_and_keys(layer, hidden, angles):
@@ -94,3 +107,59 @@ def queries_and_keys(layer, hidden, angles):
 def half_turned(x):
     first, second = x.chunk(2, dim=-1)
     return torch.cat([-second, first], dim=-1)
+
+
+def spacetime(hidden, size, layout, drop, rounds, distance, limit):
+    """Spacetime merging, token by token in fp64 → (hidden, kept, target, size) of the survivors as lists."""
+    x, n, target = [row.double() for row in hidden], size.tolist(), list(range(len(layout)))
+    place = list(zip(*(getattr(layout, name).tolist() for name in "tyx"), strict=True))
+
+    def apart(a, b):
+        (ta, ya, xa), (tb, yb, xb) = place[a], place[b]
+        return math.sqrt((ta - tb) ** 2 / 4 + (ya - yb) ** 2 + (xa - xb) ** 2)
+
+    for item in sorted(set(layout.item[layout.mergeable].tolist())):
+        alive = [i for i in range(len(layout)) if layout.item[i] == item]
+        wanted = min(math.floor(len(alive) * drop + 1e-9), len(alive) - 1)
+        done, turn = 0, 0
+        while done < wanted:
+            share = wanted * min(turn + 1, rounds) // rounds - done
+            found = []
+            for block in halved(alive, place, limit):
+                a_set = [i for i in block if (sum(place[i]) + turn) % 2 == 0]
+                b_set = [i for i in block if i not in a_set]
+                if not a_set or not b_set:
+                    a_set, b_set = block[turn % 2 :: 2], block[1 - turn % 2 :: 2]
+                if not b_set:
+                    continue
+                unit = torch.nn.functional.normalize(torch.stack([x[i] for i in block]), dim=-1)
+                cosine = dict(zip(block, (unit @ unit.T).tolist(), strict=True))
+                of = {b: number for number, b in enumerate(block)}
+                for a in a_set:
+                    best = max((cosine[a][of[b]] - distance * apart(a, b), -b) for b in b_set)
+                    found.append((-best[0], a, -best[1]))
+            merges = sorted(found)[:share]
+            for b in {b for _, _, b in merges}:
+                members = [a for _, a, into in merges if into == b]
+                total = n[b] + sum(n[a] for a in members)
+                x[b] = (n[b] * x[b] + sum(n[a] * x[a] for a in members)) / total
+                n[b] = total
+                target = [b if now in members else now for now in target]
+                alive = [i for i in alive if i not in members]
+            done, turn = done + len(merges), turn + 1
+    kept = [i for i in range(len(layout)) if target[i] == i]
+    return [x[i].tolist() for i in kept], kept, target, [n[i] for i in kept]
+
+
+def halved(tokens, place, limit):
+    """Blocks of at most `limit` tokens: the longest axis is cut at the middle token, a frame being half a step long."""
+    if len(tokens) <= limit:
+        return [tokens]
+    extents = [
+        weight * (max(place[i][axis] for i in tokens) - min(place[i][axis] for i in tokens))
+        for axis, weight in enumerate((1, 2, 2))
+    ]
+    axis = extents.index(max(extents))
+    along = sorted(tokens, key=lambda i: (place[i][axis], i))
+    middle = len(tokens) // 2
+    return [*halved(sorted(along[:middle]), place, limit), *halved(sorted(along[middle:]), place, limit)]

@@ -14,6 +14,10 @@ SCHEDULES = {
     "halves": LightKVConfig((Stage(0, 4, 0.5), Stage(1, 2, 0.5), Stage(3, 1, 0.5))),
     "steep": LightKVConfig((Stage(1, 1, 0.75), Stage(2, 1, 0.8)), guidance="uniform"),
     "to the token": LightKVConfig((Stage(0, 4, 0.37), Stage(1, 2, 0.6), Stage(3, 1, 0.5)), budget="item"),
+    "in space and time": LightKVConfig((Stage(-1, drop=0.6), Stage(1, drop=0.5), Stage(3, drop=0.9)), method="lightkv"),
+    "all by one matching": LightKVConfig((Stage(-1, drop=0.8),), method="tome"),
+    "by the last query": LightKVConfig((Stage(1, drop=0.8),), method="fastv"),
+    "by a draw": LightKVConfig((Stage(-1, drop=0.8),), method="random"),
     "spatiotemporal": LightKVConfig((Stage(0, 4, 0.5), Stage(2, 2, 0.5)), windows="spatiotemporal", window_frames=2),
 }
 
@@ -44,7 +48,8 @@ def test_flops_and_bytes_are_those_of_a_real_prefill(decoder, schedule):
     assert cost.retention == pytest.approx(report.retention)
     plain = estimate(decoder.config, vision_tokens=256, text_tokens=text, config=None, dtype_bytes=4)
     assert plain.kv_bytes == report.kv_bytes_uncompressed
-    assert cost.per_layer[0].tokens == 296
+    on_embeddings = [stage for stage in report.stages if stage.layer == -1]
+    assert cost.per_layer[0].tokens == text + (on_embeddings[0].tokens_after if on_embeddings else 256)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl"])

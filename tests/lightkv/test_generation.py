@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lightkv import LightKVConfig, Stage, VisionLayout, compress, family_of
+from lightkv import LightKVConfig, Stage, UnsupportedCallError, VisionLayout, compress, family_of
 from tests.lightkv import reference
 from tests.lightkv.tiny import IMAGE, text_config, tiny_batch, tiny_model, tiny_sample
 
@@ -20,6 +20,18 @@ VARIANTS = {
     "released": dataclasses.replace(CONFIG, windows="released"),
     "uniform": dataclasses.replace(CONFIG, guidance="uniform"),
     "question, compact": dataclasses.replace(CONFIG, guidance="question", positions="compact"),
+}
+IN_SPACE_AND_TIME = LightKVConfig((Stage(-1, drop=0.5), Stage(0, drop=0.4), Stage(2, drop=0.5)), method="lightkv")
+METHODS = {
+    "lightkv": IN_SPACE_AND_TIME,
+    "lightkv, compact": dataclasses.replace(IN_SPACE_AND_TIME, positions="compact"),
+    "lightkv, later": LightKVConfig((Stage(1, drop=0.5), Stage(2, drop=0.8)), method="lightkv"),
+    "random": LightKVConfig((Stage(-1, drop=0.6),), method="random", seed=3),
+    "stride": LightKVConfig((Stage(-1, drop=0.6), Stage(1, drop=0.3)), method="stride", positions="compact"),
+    "tome": LightKVConfig((Stage(-1, drop=0.7),), method="tome"),
+    "fastv": LightKVConfig((Stage(1, drop=0.7),), method="fastv"),
+    "evs": LightKVConfig((Stage(-1, drop=0.6),), method="evs"),
+    "published": LightKVConfig((Stage(-1, 2, 0.5), Stage(1, 1, 0.5)), guidance="uniform", positions="compact"),
 }
 GREEDY = dict(do_sample=False, max_new_tokens=6, return_dict_in_generate=True, output_logits=True)
 
@@ -50,6 +62,47 @@ def test_prefill_and_decoding_are_what_they_are_by_hand(family, variant):
     expected = by_hand(model, sample, config, tokens)
     torch.testing.assert_close(torch.cat(out.logits), expected[:-1], atol=2e-4, rtol=2e-4)
     assert torch.equal(expected[:-1].argmax(-1), tokens)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_every_method_runs_as_it_does_by_hand(family, method):
+    model, config = tiny_model(family), METHODS[method]
+    sample = tiny_sample(family, 0, 2) if family == "llava" else tiny_sample(family, video=0)
+    if (family, method) == ("llava", "evs"):
+        with pytest.raises(UnsupportedCallError, match="item 0 has one frame"):
+            generate(model, sample, config)
+        return
+    out, report = generate(model, sample, config)
+    tokens = new_tokens(out, sample)[0]
+    expected = by_hand(model, sample, config, tokens)
+    torch.testing.assert_close(torch.cat(out.logits), expected[:-1], atol=2e-4, rtol=2e-4)
+    assert torch.equal(expected[:-1].argmax(-1), tokens)
+    assert report.retention == pytest.approx(config.retention(5), abs=0.02)
+    assert report.notes == ()
+
+
+@pytest.mark.parametrize("method", ["lightkv", "lightkv, compact", "tome", "random", "fastv", "evs"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_batch_of_n_is_n_batches_of_one_by_every_method(method, attention, monkeypatch):
+    model, config = tiny_model("qwen2_5_vl"), METHODS[method]
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", attention)
+    images = [] if method == "evs" else [tiny_sample("qwen2_5_vl", 1, 2, question=[40, 41, 42, 43, 44])]
+    samples = [
+        tiny_sample("qwen2_5_vl", video=0),
+        *images,
+        tiny_sample("qwen2_5_vl", question=[3, 4, 5]),
+        tiny_sample("qwen2_5_vl", video=1, question=[50]),
+    ]
+    together, report = generate(model, tiny_batch("qwen2_5_vl", samples, pad=2), config)
+    lengths = [sample["input_ids"].shape[1] for sample in samples]
+    for row, sample in enumerate(samples):
+        alone, own = generate(model, sample, config)
+        torch.testing.assert_close(torch.stack(together.logits)[:, row], torch.cat(alone.logits), atol=2e-4, rtol=2e-4)
+        for stage, mine in zip(report.survivors[row], own.survivors[0] if own.survivors else (), strict=False):
+            assert torch.equal(stage.kept, mine.kept)
+            assert torch.equal(stage.target, mine.target)
+    assert [len(row[0].target) for row in report.survivors] == lengths
 
 
 def test_eager_attention_does_the_same(monkeypatch):
@@ -117,8 +170,9 @@ def test_beams_score_what_their_sequences_score_by_hand(family, images):
         pytest.skip("this transformers cannot repeat these images for beams")
     if not beams_are_scored_by_hand(model, samples, plain, LightKVConfig(())):
         pytest.skip("this transformers mixes up these images when it repeats them for beams")
-    out, _ = generate(model, batch, CONFIG, **beams)
-    assert beams_are_scored_by_hand(model, samples, out, CONFIG)
+    for config in (CONFIG, IN_SPACE_AND_TIME):
+        out, _ = generate(model, batch, config, **beams)
+        assert beams_are_scored_by_hand(model, samples, out, config)
 
 
 def test_sampling_draws_from_the_compressed_models_distribution():
@@ -165,10 +219,11 @@ def test_half_precision_models_stay_in_their_dtype(dtype):
     model = copy.deepcopy(tiny_model("qwen2_5_vl")).to(dtype)
     samples = [tiny_sample("qwen2_5_vl", 0, 1), tiny_sample("qwen2_5_vl", 2, question=[5])]
     batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in tiny_batch("qwen2_5_vl", samples).items()}
-    out, report = generate(model, batch, CONFIG)
-    assert torch.stack(out.logits).isfinite().all()
-    assert {layer.keys.dtype for layer in out.past_key_values.layers} == {dtype}
-    assert report.kv_bytes_uncompressed == 5 * 2 * batch["input_ids"].numel() * 2 * 8 * 2
+    for config in (CONFIG, IN_SPACE_AND_TIME):
+        out, report = generate(model, batch, config)
+        assert torch.stack(out.logits).isfinite().all()
+        assert {layer.keys.dtype for layer in out.past_key_values.layers} == {dtype}
+        assert report.kv_bytes_uncompressed == 5 * 2 * batch["input_ids"].numel() * 2 * 8 * 2
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])

@@ -7,6 +7,7 @@ from lightkv import ConfigError, VisionLayout, compress_tokens
 from lightkv.matching import Windows
 from lightkv.merging import merge
 from tests.lightkv import oracle
+from tests.lightkv.strategies import generator, layouts
 
 
 def places(layout):
@@ -24,24 +25,6 @@ def agrees(result, expected, tolerance=1e-5):
     assert result.target.tolist() == target
     wanted = torch.tensor(hidden, dtype=torch.float64).reshape(result.hidden.shape)
     torch.testing.assert_close(result.hidden.double(), wanted, atol=tolerance, rtol=tolerance)
-
-
-@st.composite
-def layouts(draw):
-    """Several items of any size, text before, between and after them, sometimes thinned by an earlier stage."""
-    spans, length = [], draw(st.integers(0, 3))
-    for _ in range(draw(st.integers(0, 3))):
-        t, h, w = draw(st.integers(1, 3)), draw(st.integers(1, 7)), draw(st.integers(1, 7))
-        spans.append((length, t, h, w))
-        length += t * h * w + draw(st.integers(0, 2))
-    layout = VisionLayout.grids(spans, max(length, 1))
-    if draw(st.booleans()):
-        layout = layout.take(torch.rand(len(layout), generator=generator(draw(st.integers(0, 99)))) < 0.7)
-    return layout
-
-
-def generator(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 @settings(max_examples=150)
