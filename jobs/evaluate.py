@@ -45,8 +45,8 @@ def evaluate(config: EvaluateConfig, out: Path, procs: int, command: str) -> Non
     card = describe(config.model)
     weights = weights_id(card)
     cells = {cell: part_path(out, cell, cell_key(config, cell, weights)) for cell in cells_of(config)}
-    for cell in cells:
-        _check(config, cell, card.config)
+    for line in dict.fromkeys(_unreachable(config, cell, card.config) for cell in cells):
+        print(line, end="", file=sys.stderr)
     open_cells = [cell for cell, path in cells.items() if not path.exists()]
     print(f"{len(cells)} cells, {len(cells) - len(open_cells)} of them finished", flush=True)
     if open_cells:
@@ -95,14 +95,18 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def _check(config: EvaluateConfig, cell: Cell, model_config: Any) -> None:
-    """Raises `ConfigError` for a wrong method before anything is asked; tells of what cannot be reached."""
+def _unreachable(config: EvaluateConfig, cell: Cell, model_config: Any) -> str:
+    """A line that says why a cell cannot be, as far as that is known beforehand; empty if it can.
+
+    Raises `ConfigError` for a method that is configured wrong.
+    """
     if cell.method == PLAIN:
-        return
+        return ""
     try:
         treatment(config, cell.method, config.suites[cell.suite], cell.retention, model_config)
     except LightKVError as error:
-        print(f"{cell.suite} {cell.method} {cell.retention:.0%}: – ({error})", file=sys.stderr)
+        return f"{cell.method} {cell.retention:.0%}: – ({error})\n"
+    return ""
 
 
 def report(config: EvaluateConfig, out: Path) -> None:

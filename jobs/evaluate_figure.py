@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from jobs.evaluate_config import PLAIN
-from jobs.evaluate_summary import EVERY, Figures
+from jobs.evaluate_summary import Figures
 
 PANEL_W, PANEL_H, LEFT, TOP, GAP, FOOT, COLUMNS = 460, 380, 66, 44, 34, 54, 3
 WHITE, INK, GREY, GRID = (255, 255, 255), (25, 25, 30), (110, 110, 118), (225, 225, 230)
@@ -22,7 +22,7 @@ Point = tuple[float, float]
 
 def draw(figures: Sequence[Figures], title: str) -> Image.Image:
     """One PNG-ready picture. Error bars are the intervals of `Figures.kept_interval`; lines join the retentions."""
-    suites = sorted(dict.fromkeys(line.suite for line in figures), key=lambda name: name != EVERY)
+    suites = list(dict.fromkeys(line.suite for line in figures))
     methods = [name for name in dict.fromkeys(line.method for line in figures) if name != PLAIN]
     shown = [line for line in figures if line.method != PLAIN and not line.error and not math.isnan(line.kept)]
     floor = _floor([line.kept_interval[0] for line in shown] + [line.kept for line in shown])

@@ -18,6 +18,7 @@ from PIL import Image
 from jobs.evaluate_config import EvaluateConfig, Suite
 from lightkv import ConfigError as Unreachable
 from lightkv import LightKVConfig
+from lightkv.baselines import BASELINES, baseline
 from pipeline.errors import ConfigError
 from pipeline.mini.model import TEMPORAL_PATCH, TOKEN_PX
 
@@ -47,8 +48,12 @@ def treatment(config: EvaluateConfig, method: str, suite: Suite, retention: floa
         raise ConfigError(f"methods.{method}.options: {error}") from None
 
 
-def _lightkv(suite: Suite, retention: float, model_config: Any, **options: Any) -> Treatment:
-    return Treatment(LightKVConfig.for_model(model_config, retention, **options))
+def _method(name: str, suite: Suite, retention: float, model_config: Any, **options: Any) -> Treatment:
+    return Treatment(LightKVConfig.for_model(model_config, retention, method=name, **options))
+
+
+def _baseline(name: str, suite: Suite, retention: float, model_config: Any, **options: Any) -> Treatment:
+    return Treatment(baseline(name, model_config, retention, **options))
 
 
 def _downsample(suite: Suite, retention: float, model_config: Any) -> Treatment:
@@ -93,7 +98,9 @@ def _check_share(share: float, retention: float, of: str) -> None:
 
 
 PRESETS: dict[str, Callable[..., Treatment]] = {
-    "lightkv": _lightkv,
+    "lightkv": partial(_method, "lightkv"),
+    "published": partial(_method, "published"),
+    **{name: partial(_baseline, name) for name in BASELINES},
     "downsample": _downsample,
     "fewer_frames": _fewer_frames,
 }

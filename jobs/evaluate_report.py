@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from jobs.evaluate_config import CAPTIONS, PLAIN, Cell, EvaluateConfig
-from jobs.evaluate_summary import EVERY, Figures, Summary
+from jobs.evaluate_summary import Figures, Summary
 
 HEAD = (
     "| method | asked | kept KV | short answers [95 %] | of plain [95 %] | captions [95 %] | same as plain "
@@ -26,10 +26,10 @@ LEGEND = (
 
 
 def markdown(summary: Summary, config: EvaluateConfig, run: dict[str, Any]) -> str:
-    """The tables: all suites together, suite by suite, then every task. `run` is `summary.json`'s account of it."""
+    """The tables: suites together, suite by suite, then every task. `run` is `summary.json`'s account of it."""
     suites = list(dict.fromkeys(figures.suite for figures in summary.figures))
     lines = ["# What survives compression", "", _origin(run), "", LEGEND.format(counts_from=config.counts_from)]
-    for suite in sorted(suites, key=lambda name: name != EVERY):
+    for suite in suites:
         figures = [line for line in summary.figures if line.suite == suite]
         lines += ["", f"## {suite}", "", *_suite_lines(suite, figures, summary, config)]
     lines += ["", "## Task by task", "", "Exact match; tasks in brackets do not count as short answers."]

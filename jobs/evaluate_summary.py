@@ -75,9 +75,9 @@ class Figures:
 
 @dataclass(frozen=True)
 class Summary:
-    """figures      suite by suite, then all suites together, in the order of the configuration
-    tasks        (suite, method, retention) → family → (right, asked), of everything asked
-    counting     suite → families that count as short answers
+    """figures   pools of suites (`pools_of`), then suite by suite, in the order of the configuration
+    tasks     (suite, method, retention) → family → (right, asked), of everything asked
+    counting  suite → families that count as short answers
     """
 
     figures: list[Figures]
@@ -97,15 +97,24 @@ def summarise(table: pa.Table, config: EvaluateConfig) -> Summary:
     counting = {suite: _counting(tasks[_plain(suite)], config.counts_from) for suite in suites}
     compare = _Comparison(config, answered, counting)
     figures = []
+    for name, members in pools_of({suite: config.suites[suite].kind for suite in suites}).items():
+        for cell in (cell for cell in cells if cell.suite == members[0]):
+            figures += compare.pooled(name, members, cell, errors)
     for cell in cells:
         if cell in answered:
             figures.append(compare.figures(cell.suite, [cell.suite], cell.method, cell.retention))
         elif cell in errors:
             figures.append(Figures(cell.suite, cell.method, cell.retention, errors[cell]))
-    if len(suites) > 1:
-        for cell in (cell for cell in cells if cell.suite == suites[0]):
-            figures += compare.pooled(suites, cell, errors)
     return Summary(figures, tasks, counting)
+
+
+def pools_of(kinds: dict[str, str]) -> dict[str, list[str]]:
+    """Which suites are also shown together, by suite → kind: all of them, and all of a kind, where that is several."""
+    pools = {EVERY: list(kinds)}
+    for kind in dict.fromkeys(kinds.values()):
+        pools[f"all {kind} suites"] = [suite for suite, its in kinds.items() if its == kind]
+    several = {name: members for name, members in pools.items() if len(members) > 1}
+    return {name: members for name, members in several.items() if name == EVERY or len(members) < len(kinds)}
 
 
 class _Comparison:
@@ -121,15 +130,15 @@ class _Comparison:
             for suite, scenes in self.scenes.items()
         }
 
-    def pooled(self, suites: list[str], cell: Cell, errors: dict[Cell, str]) -> list[Figures]:
-        """The line over all suites; an error where a suite lacks it for good, nothing where it is not yet answered."""
+    def pooled(self, name: str, suites: list[str], cell: Cell, errors: dict[Cell, str]) -> list[Figures]:
+        """The line over several suites; an error where one lacks it for good, nothing where it is not yet answered."""
         parts = [Cell(suite, cell.method, cell.retention) for suite in suites]
         if all(part in self.answered for part in parts):
-            return [self.figures(EVERY, suites, cell.method, cell.retention)]
+            return [self.figures(name, suites, cell.method, cell.retention)]
         lacking = [part.suite for part in parts if part in errors]
         if not lacking:
             return []
-        return [Figures(EVERY, cell.method, cell.retention, f"not reached in {', '.join(lacking)}")]
+        return [Figures(name, cell.method, cell.retention, f"not reached in {', '.join(lacking)}")]
 
     def figures(self, name: str, suites: list[str], method: str, retention: float) -> Figures:
         cells = [self.answered[Cell(suite, method, retention)] for suite in suites]
