@@ -163,8 +163,8 @@ class LightKVConfig:
     ) -> "LightKVConfig":
         """The schedule by which `method` keeps `retention` (0.05 to 1) of the vision KV of this model.
 
-        "published" and "lightkv" have three stages unless told otherwise, which drop half from about the paper's
-        layers on; for less, "published" moves them towards the input, then drops more, and "lightkv" puts one on the
+        "published" and "lightkv" have three stages unless told otherwise, at about the paper's layers; for less,
+        "published" moves them towards the input, then drops more, and "lightkv" drops more, then moves one to the
         embeddings (schedule.py). For "published", windows per side are 2^(stages - 1), …, 2, 1, and the budget is the
         item's. `options` are further fields, e.g. positions="compact".
         Raises ConfigError when the depth cannot reach the target, naming the least that it can.

@@ -7,6 +7,7 @@ from lightkv.errors import ConfigError
 Plan = list[tuple[int, float]]  # (layer a stage follows, share it drops), in ascending layer order
 
 USUAL_DROP = 0.5  # what one matching removes at most, and the drop that rounding in small windows hurts least
+LATE_DROP = 0.75  # what stages in the middle of the depth drop at most before one moves to the embeddings
 FRACTIONS = (12 / 32, 24 / 32)  # the paper's first and last stage as a share of the depth
 
 
@@ -45,16 +46,17 @@ def derive(depth: int, first: int, stages: int, target: float) -> Plan:
 def derive_early(depth: int, first: int, stages: int, target: float) -> Plan:
     """A plan of `stages` stages that keeps exactly `target`, down to any target where first is -1 (the embeddings).
 
-    What an even spread of halving stages reaches is left to `derive`. For less, the first stage moves to the
-    embeddings, the others stay spread, and all drop the same share.
+    Stages lie where the paper's do and all drop the same. Where they would have to drop more than LATE_DROP each, the
+    first moves to the embeddings. A model that first >= 0 keeps from that is left to `derive`.
     """
     if first >= 0:
         return derive(depth, first, stages, target)
     if depth < stages:
         raise ConfigError(f"{stages} stages do not fit: a decoder of {depth} layers takes at most {depth}")
-    if stages < depth and kept_share(_halving(_rounded(_spread(depth, stages), 0, depth)), depth) <= target:
-        return derive(depth, 0, stages, target)
-    layers = [-1, *_rounded(_spread(depth, stages)[1:], 0, depth)]
+    places = [place * depth for place in _fractions(stages)]
+    layers = _rounded(places, 0, depth) if stages < depth else []
+    if not layers or kept_share([(layer, LATE_DROP) for layer in layers], depth) > target:
+        layers = [-1, *_rounded(places[1:], 0, depth)]
     return _solve(lambda drop: [(layer, drop) for layer in layers], depth, target)
 
 
@@ -74,11 +76,10 @@ def _halving(layers: Sequence[int]) -> Plan:
     return [(layer, USUAL_DROP) for layer in layers]
 
 
-def _spread(depth: int, stages: int) -> list[float]:
-    """An even spread like the paper's that ends after layer depth - 2."""
+def _fractions(stages: int) -> list[float]:
+    """Where the paper's stages lie in the depth, for any number of them."""
     low, high = FRACTIONS
-    even = [low + (high - low) * number / max(1, stages - 1) for number in range(stages)]
-    return [place * (depth - 2) / even[-1] for place in even]
+    return [low + (high - low) * number / max(1, stages - 1) for number in range(stages)]
 
 
 def _rounded(places: Sequence[float], first: int, depth: int) -> list[int]:
@@ -93,7 +94,8 @@ def _rounded(places: Sequence[float], first: int, depth: int) -> list[int]:
 def _placements(depth: int, first: int, stages: int) -> Iterator[list[int]]:
     """Stage layers from the latest possible ones, over an even spread like the paper's, down to the earliest."""
     latest = [float(depth - stages - 1 + number) for number in range(stages)]
-    spread = _spread(depth, stages)
+    even = _fractions(stages)
+    spread = [place * (depth - 2) / even[-1] for place in even]
     for start, end in ((latest, spread), (spread, [0.0] * stages)):
         for step in range(4 * depth + 1):
             share = step / (4 * depth)

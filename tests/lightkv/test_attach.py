@@ -1,6 +1,7 @@
 """The scope: what it changes, that it changes it back, what it refuses, what it reports."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from lightkv import (
+    ConfigError,
     LightKVConfig,
     LightKVError,
     Stage,
@@ -20,6 +22,7 @@ from lightkv.attention import HOOKS
 from tests.lightkv.tiny import LAYERS, text_config, tiny_batch, tiny_model, tiny_sample
 
 CONFIG = LightKVConfig((Stage(0, 2, 0.5), Stage(2, 1, 0.5)))
+EARLY = LightKVConfig((Stage(-1, drop=0.5), Stage(1, drop=0.5)), method="lightkv")
 
 
 def state(model):
@@ -43,12 +46,13 @@ def state(model):
     return found
 
 
+@pytest.mark.parametrize("config", [CONFIG, EARLY], ids=["published", "lightkv"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
-def test_the_model_is_as_before_after_leaving(family):
+def test_the_model_is_as_before_after_leaving(family, config):
     model = tiny_model(family)
     model.generate(**tiny_sample(family, 0), max_new_tokens=1)  # transformers leaves hooks of its own at the first call
     before = state(model)
-    with compress(model, CONFIG):
+    with compress(model, config):
         assert state(model) != before
         model.generate(**tiny_sample(family, 0), max_new_tokens=2, do_sample=False)
     assert state(model) == before
@@ -122,6 +126,70 @@ def test_the_report_counts_the_real_cache():
     assert (report.vision_tokens, report.kept_tokens, report.notes) == (64, 16, ())
 
 
+def test_after_a_stage_on_the_embeddings_layer_0_is_short_and_counts_what_it_never_saw():
+    model, sample = tiny_model("llava"), tiny_sample("llava", 0)
+    length = sample["input_ids"].shape[1]
+    text = length - 64
+    with compress(model, EARLY) as report, torch.no_grad():
+        cache = model(**sample).past_key_values
+        assert cache.get_seq_length() == length
+        model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+    assert cache.get_seq_length() == length + 1
+    lengths = [32 + text, 32 + text, 16 + text, 16 + text, 16 + text]
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [held + 1 for held in lengths]
+    per_token = 2 * 2 * 8 * 4
+    assert report.kv_bytes == sum(lengths) * per_token
+    assert report.kv_bytes_uncompressed == LAYERS * length * per_token
+    assert report.retention == EARLY.retention(LAYERS) == pytest.approx((2 * 32 + 3 * 16) / (5 * 64))
+    assert [(stage.layer, stage.tokens_before, stage.tokens_after) for stage in report.stages] == [
+        (-1, 64, 32),
+        (1, 32, 16),
+    ]
+    with torch.no_grad(), compress(model, EARLY):
+        with pytest.raises(UnsupportedCallError, match="another scope"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+        model(**sample, past_key_values=cache)
+    assert cache.get_seq_length() == length
+
+
+def test_the_report_follows_every_token_to_its_survivor():
+    model, sample = tiny_model("llava"), tiny_sample("llava", 0)
+    for method, stages in (("lightkv", EARLY.stages), ("random", EARLY.stages), ("published", CONFIG.stages)):
+        with compress(model, LightKVConfig(stages, method=method)) as report, torch.no_grad():
+            model(**sample)
+        (row,) = report.survivors
+        everyone = torch.arange(sample["input_ids"].shape[1])
+        for stage, vision in zip(row, (32, 16), strict=True):
+            assert len(stage.kept) == len(everyone) - 64 + vision
+            assert torch.equal(stage.kept, everyone[stage.target == everyone])
+            gone = stage.target == -1
+            assert int(gone.sum()) == (64 - vision if method == "random" else 0)
+            assert torch.isin(stage.target[~gone], stage.kept).all()
+        merged = row[0].target[row[0].target >= 0]
+        assert torch.equal(row[1].target[row[0].target >= 0], row[1].target[merged])  # who merged once stays together
+    with compress(model, EARLY) as report, torch.no_grad():
+        model(**sample)
+        model(input_ids=sample["input_ids"][:, -3:])
+    assert report.survivors == ()
+
+
+def test_attention_that_does_not_hear_the_sizes_is_an_error(monkeypatch):
+    model, sample = tiny_model("llava"), tiny_sample("llava", 0)
+    attention = model.get_decoder().layers[2].self_attn
+    monkeypatch.setattr(attention, "config", copy.copy(attention.config))
+    with compress(model, EARLY), torch.no_grad():
+        attention.config._attn_implementation = "sdpa"
+        with pytest.raises(LightKVError, match=r"layers \[2\] did not run their attention through"):
+            model(**sample)
+
+
+def test_a_stage_on_the_embeddings_is_refused_where_vision_enters_later_too():
+    with pytest.raises(ConfigError, match="on the embeddings is not possible"), compress(tiny_model("qwen3_vl"), EARLY):
+        pass
+
+
 def test_what_could_not_be_done_as_asked_is_noted():
     model = tiny_model("qwen2_5_vl")
     config = LightKVConfig((Stage(0, 5, 0.5), Stage(1, 5, 0.5)))
@@ -189,10 +257,12 @@ def test_a_compressed_cache_takes_one_token_at_a_time():
 
 
 def test_an_empty_cache_of_the_callers_is_filled():
-    model, cache = tiny_model("llava"), DynamicCache(config=tiny_model("llava").config.text_config)
-    with compress(model, CONFIG) as report:
-        model.generate(**tiny_sample("llava", 0), max_new_tokens=1, past_key_values=cache)
-    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == report.kv_bytes
+    model = tiny_model("llava")
+    for config in (CONFIG, EARLY):
+        for cache in (DynamicCache(config=model.config.text_config), DynamicCache()):
+            with compress(model, config) as report:
+                model.generate(**tiny_sample("llava", 0), max_new_tokens=1, past_key_values=cache)
+            assert sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) == report.kv_bytes
 
 
 def test_padding_on_the_right_is_refused():

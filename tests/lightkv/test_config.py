@@ -83,10 +83,77 @@ def test_published_schedules_halve_three_times(name):
     assert config.positions == "compact"
 
 
+@settings(max_examples=60)
+@given(depth=st.integers(6, 80), retention=st.floats(0.05, 1.0), stages=st.integers(1, 5))
+def test_lightkv_meets_any_target_at_any_depth(depth, retention, stages):
+    config = LightKVConfig.for_model(LlamaConfig(num_hidden_layers=depth), retention, stages, method="lightkv")
+    assert config.retention(depth) == pytest.approx(retention, abs=1e-6)
+    assert len(config.stages) == stages
+    assert {stage.windows for stage in config.stages} == {1}
+
+
+def test_lightkv_starts_on_the_embeddings_where_the_papers_layers_come_too_late():
+    plans = [LightKVConfig.for_model(LlamaConfig(), r, method="lightkv").stages for r in (0.7, 0.55, 0.4, 0.2, 0.05)]
+    assert [stages[0].layer for stages in plans] == [12, 12, -1, -1, -1]
+    for stages in plans:
+        assert [stage.layer for stage in stages[1:]] == [18, 24]
+        assert len({stage.drop for stage in stages}) == 1
+
+
+def test_lightkv_falls_back_to_later_stages_where_the_embeddings_are_not_all():
+    config = LightKVConfig.for_model(TINY["qwen3_vl"].config(), 0.6, stages=2, method="lightkv")
+    assert config.stages[0].layer >= 1
+    with pytest.raises(ConfigError, match="cannot be met"):
+        LightKVConfig.for_model(TINY["qwen3_vl"].config(), 0.1, stages=2, method="lightkv")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("lightkv", {"windows": "spatiotemporal"}, "method='lightkv' does not read windows: leave it out"),
+        ("lightkv", {"guidance": "uniform"}, "does not read guidance"),
+        ("tome", {"rounds": 2}, "method='tome' does not read rounds"),
+        ("published", {"seed": 1}, "method='published' does not read seed"),
+        ("random", {"budget": "item"}, "does not read budget"),
+        ("pitome", {}, "method must be one of"),
+        ("lightkv", {"rounds": 0}, "rounds must be a whole number from 1"),
+        ("lightkv", {"distance": -0.1}, "distance must be a number of at least 0"),
+        ("lightkv", {"distance": float("nan")}, "distance must be a number of at least 0"),
+        ("random", {"seed": 0.5}, "seed must be a whole number"),
+    ],
+)
+def test_a_method_takes_its_own_fields_alone(method, options, message):
+    with pytest.raises(ConfigError, match=message):
+        LightKVConfig((Stage(1),), method=method, **options)
+
+
+def test_windows_belong_to_the_method_that_has_them():
+    with pytest.raises(ConfigError, match=r"method='lightkv' has no windows: leave Stage\.windows at 1"):
+        LightKVConfig((Stage(1, 2, 0.5),), method="lightkv")
+
+
+def test_what_asks_the_layer_before_cannot_run_on_the_embeddings():
+    stages = (Stage(-1, 2, 0.5),)
+    with pytest.raises(ConfigError, match="guidance='prompt' needs a layer before it"):
+        LightKVConfig(stages)
+    with pytest.raises(ConfigError, match="method='fastv' needs a layer before it"):
+        LightKVConfig((Stage(-1),), method="fastv")
+    assert LightKVConfig(stages, guidance="uniform").retention(4) == 0.5
+
+
+def test_a_stage_on_the_embeddings_counts_for_every_layer():
+    config = LightKVConfig((Stage(-1, drop=0.5), Stage(1, drop=0.5)), method="lightkv")
+    assert config.retention(4) == pytest.approx((2 * 0.5 + 2 * 0.25) / 4)
+    with pytest.raises(ConfigError, match=r"on the embeddings is not possible: .*vision features still enter"):
+        config.check_depth(4, first_layer=1)
+
+
 def test_dictionaries_round_trip():
     config = schedule(1, 4, positions="compact", windows="spatiotemporal", window_frames=8, guidance="question")
     assert LightKVConfig.from_dict(config.to_dict()) == config
     assert config.to_dict()["stages"][1] == {"layer": 4, "windows": 1, "drop": 0.5}
+    ours = LightKVConfig((Stage(-1, drop=0.9),), method="lightkv", rounds=2, distance=0.05)
+    assert LightKVConfig.from_dict(ours.to_dict()) == ours
 
 
 @pytest.mark.parametrize(

@@ -253,12 +253,14 @@ def embedded(model, sample):
 def test_embeddings_with_layouts_do_what_pixels_do():
     model = tiny_model("llava")
     sample = tiny_sample("llava", 0, 1)
-    out, _ = generate(model, sample, CONFIG)
     layout = VisionLayout.grids([(2, 1, 8, 8), (67, 1, 8, 8)], sample["input_ids"].shape[1])
-    with compress(model, CONFIG, layouts=[layout]):
-        again = model.generate(inputs_embeds=embedded(model, sample), attention_mask=sample["attention_mask"], **GREEDY)
-    assert torch.equal(torch.cat(out.logits), torch.cat(again.logits))
-    assert torch.equal(again.sequences, new_tokens(out, sample))
+    given = dict(inputs_embeds=embedded(model, sample), attention_mask=sample["attention_mask"])
+    for config in (CONFIG, IN_SPACE_AND_TIME):
+        out, _ = generate(model, sample, config)
+        with compress(model, config, layouts=[layout]):
+            again = model.generate(**given, **GREEDY)
+        assert torch.equal(torch.cat(out.logits), torch.cat(again.logits))
+        assert torch.equal(again.sequences, new_tokens(out, sample))
 
 
 def test_embedded_prompts_of_different_length_with_a_layout_each():
@@ -275,11 +277,11 @@ def test_embedded_prompts_of_different_length_with_a_layout_each():
         assert torch.equal(out.sequences[row], alone.sequences[0, -6:])
 
 
-@pytest.mark.parametrize("variant", ["keep", "compact"])
+@pytest.mark.parametrize("variant", ["keep", "compact", "lightkv", "lightkv, compact"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
 def test_qwen_embeddings_beside_placeholders_keep_three_axes(family, variant):
     model = tiny_model(family)
-    config = VARIANTS[variant]
+    config = {**VARIANTS, **METHODS}[variant]
     sample = tiny_sample(family, 1, video=0)
     out, report = generate(model, sample, config)
     given = {name: value for name, value in sample.items() if not name.startswith("pixel")}
