@@ -121,7 +121,7 @@ def report(config: EvaluateConfig, out: Path) -> None:
         raise ConfigError(f"{path} holds none of the suites {', '.join(config.suites)}; run without --report-only")
     (out / "summary.json").write_text(json.dumps(as_json(summary, run), indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(markdown(summary, config, run), encoding="utf-8")
-    title = f"Accuracy of short answers kept, {run['model']}, split {run['split']}"
+    title = f"Accuracy of short answers kept, with 95 % intervals: {run['model']}, split {run['split']}"
     draw(summary.figures, title).save(out / "figure.png", optimize=True)
 
 

@@ -51,8 +51,7 @@ def draw(figures: Sequence[Figures], title: str) -> Image.Image:
 
 def _floor(values: Sequence[float]) -> float:
     """Where the vertical axis begins: a multiple of 10 % under everything shown."""
-    known = [value for value in values if not math.isnan(value)]
-    return max(0.0, math.floor(10 * min(known, default=0.0)) / 10) if known else 0.0
+    return max(0.0, math.floor(10 * min((value for value in values if not math.isnan(value)), default=0.0)) / 10)
 
 
 def _axes(
