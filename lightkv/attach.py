@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from lightkv.attention import HOOKS, AttentionHook, hooked
+from lightkv.attention import EXTRA_DIMS, FLASH_DIMS, HOOKS, AttentionHook, hooked
 from lightkv.cache import cache_holding, held_tokens, put_short_layer
 from lightkv.config import LightKVConfig
 from lightkv.errors import LightKVError, UnsupportedCallError, UnsupportedModelError
@@ -107,11 +107,22 @@ class _Session:
                 f'positions="compact" cannot be used with {rope["rope_type"]} RoPE, whose angles depend on the length'
             )
 
+    def _check_attention(self, base: str) -> None:
+        """Raises UnsupportedModelError where a flash kernel has no room for the dimensions that carry the sizes."""
+        heads = self.text_config.num_attention_heads
+        width = getattr(self.text_config, "head_dim", None) or self.text_config.hidden_size // heads
+        if METHODS[self.config.method].proportional and "flash" in base and width + EXTRA_DIMS > FLASH_DIMS:
+            raise UnsupportedModelError(
+                f"method={self.config.method!r} needs heads of {width} + {EXTRA_DIMS} dimensions, {base} has at most "
+                f'{FLASH_DIMS}: use model.set_attn_implementation("sdpa")'
+            )
+
     def attach(self, undo: ExitStack) -> None:
         """Switch on; `undo` switches everything off again in reverse order."""
         ATTACHED.add(self.model)
         undo.callback(ATTACHED.discard, self.model)
         base = self.text_config._attn_implementation or "eager"
+        self._check_attention(base)
         name = hooked(base)
         undo.callback(setattr, self.text_config, "_attn_implementation", self.text_config._attn_implementation)
         self.text_config._attn_implementation = name

@@ -30,6 +30,7 @@ Tap = Callable[[Tensor, Tensor, float], None]  # q [B, Hq, S, d], k [B, Hkv, S, 
 Bias = Callable[[], Tensor | None]  # fp32 [B, keys], or None where nothing is to be added
 
 ROW_MASKS = ("sdpa", "eager")  # bases that take a mask [B, 1, queries, keys]
+FLASH_DIMS = 256  # what FlashAttention's kernels take at most
 EXTRA_DIMS = 8  # two are used; kernels want a head dimension that is a multiple of 8
 
 

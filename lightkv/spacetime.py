@@ -100,7 +100,8 @@ def sides(tokens: VisionLayout, block: Tensor, turn: int) -> Tensor:
     In a block of one colour, which an earlier stage may leave, every second token is.
     """
     odd = (tokens.t + tokens.y + tokens.x + turn) % 2
-    sizes, odds = torch.bincount(block), torch.bincount(block, odd.double()).long()
+    sizes = torch.bincount(block)
+    odds = torch.bincount(block[odd == 1], minlength=len(sizes))
     order = torch.argsort(block, stable=True)
     rank = torch.empty_like(block)
     rank[order] = _rank(block[order])

@@ -185,6 +185,16 @@ def test_attention_that_does_not_hear_the_sizes_is_an_error(monkeypatch):
             model(**sample)
 
 
+def test_flash_kernels_without_room_for_the_sizes_are_refused(monkeypatch):
+    model = tiny_model("llava")
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation_internal", "flash_attention_2")
+    monkeypatch.setattr(model.config.text_config, "head_dim", 256)
+    with pytest.raises(UnsupportedModelError, match=r"heads of 256 \+ 8 dimensions"), compress(model, EARLY):
+        pass
+    with compress(model, CONFIG):
+        pass
+
+
 def test_a_stage_on_the_embeddings_is_refused_where_vision_enters_later_too():
     with pytest.raises(ConfigError, match="on the embeddings is not possible"), compress(tiny_model("qwen3_vl"), EARLY):
         pass

@@ -237,6 +237,22 @@ def test_a_forward_pass_by_itself_is_compressed_too(family):
     assert forward.logits.shape[1] == sample["input_ids"].shape[1] - report.vision_tokens + report.kept_tokens
 
 
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_forward_passes_in_a_row_decode_like_generate(family, positions):
+    """The model then counts positions itself, by layer 0's cache, which is short."""
+    model, config = tiny_model(family), dataclasses.replace(IN_SPACE_AND_TIME, positions=positions)
+    sample = tiny_sample(family, 0)
+    out, _ = generate(model, sample, config, max_new_tokens=3)
+    with compress(model, config), torch.no_grad():
+        cache, logits = None, []
+        for inputs in (sample, *({"input_ids": token[None, None]} for token in new_tokens(out, sample)[0, :2])):
+            step = model(**inputs, past_key_values=cache)
+            cache = step.past_key_values
+            logits.append(step.logits[:, -1])
+    torch.testing.assert_close(torch.cat(logits), torch.cat(out.logits), atol=2e-4, rtol=2e-4)
+
+
 def test_a_forward_pass_after_generating_looks_at_its_own_prompt():
     model, first, second = tiny_model("llava"), tiny_sample("llava", 0), tiny_sample("llava", 1, 2)
     with torch.no_grad(), compress(model, CONFIG) as report:
