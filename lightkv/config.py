@@ -20,7 +20,9 @@ WindowScope = Literal["frame", "spatiotemporal", "released"]
 POSITIONS = ("keep", "compact")
 WINDOW_SCOPES = ("frame", "spatiotemporal", "released")
 BUDGETS = ("window", "item")
-DEFAULT_METHOD = "published"
+DEFAULT_METHOD = (
+    "published"  # of for_model; a LightKVConfig made field by field is the published one unless it says more
+)
 OF_EVERY_METHOD = frozenset(
     {"stages", "positions", "method"}
 )  # fields; the others belong to the methods that read them
@@ -76,7 +78,7 @@ class LightKVConfig:
     window_frames: int | None = None
     guidance: str = "prompt"
     budget: Budget = "window"
-    method: str = DEFAULT_METHOD
+    method: str = "published"
     rounds: int = 4
     distance: float = 0.03
     seed: int = 0
