@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from jobs.evaluate_config import CAPTIONS, PLAIN, Cell, EvaluateConfig
-from jobs.evaluate_summary import Figures, Summary
+from jobs.evaluate_summary import Figures, Summary, pools_of
 
 HEAD = (
     "| method | asked | kept KV | short answers [95 %] | of plain [95 %] | captions [95 %] | same as plain "
@@ -69,7 +69,14 @@ def _suite_lines(suite: str, figures: list[Figures], summary: Summary, config: E
             f"{spec.scenes} scenes of kind {spec.kind}, {many}{spec.width_px}×{spec.height_px} px, up to "
             f"{spec.max_things} objects; {max(line.questions for line in figures)} short answers. Counting: {counting}."
         )
-        yield ""
+    else:
+        members = pools_of({name: config.suites[name].kind for name in summary.counting})[suite]
+        counting = ", ".join(name for name in members if summary.counting[name]) or "none"
+        yield (
+            f"{', '.join(members)} together; {max(line.questions for line in figures)} short answers, from the suites "
+            f"in which tasks count: {counting}."
+        )
+    yield ""
     yield HEAD.format(reference=config.compared_with)
     yield "|" + "---|" * (HEAD.count("|") - 1)
     for line in figures:

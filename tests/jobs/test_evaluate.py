@@ -90,6 +90,9 @@ def test_table_summary_and_figure_say_what_the_answers_say(finished):
     assert f"| random | 50% | {100 * line['reached']:.1f} | {100 * np.mean(short):.1f} [" in clips
     assert "| few | 50% | – |" in table.split("## stills")[1]
     assert "few at 50%: frames can be left out of a video only" in table
+    assert (
+        f"stills, clips together; {sum(row['family'] != 'caption' for row in rows if row['method'] == PLAIN)} " in table
+    )
     assert summary["run"]["answers"] == len(rows)
     assert len(summary["run"]["code_versions"]) == 1
     with Image.open(finished / "figure.png") as drawn:
