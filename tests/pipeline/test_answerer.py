@@ -5,7 +5,7 @@ import pytest
 
 from lightkv import LightKVConfig, estimate
 from pipeline.answerer import Answerer, Question
-from pipeline.config import Model
+from pipeline.config import Model, load_config
 from tests.models import save_tiny_llava
 
 PROMPTS = [
@@ -119,3 +119,13 @@ def test_what_is_sampled_depends_on_the_seed_and_not_on_the_neighbours():
 
 def test_no_question_no_answer(together):
     assert together.answers([], None) == []
+
+
+def test_how_prompts_are_batched_does_not_make_another_run():
+    """A job goes on with other batch sizes; another limit of the answers is another configuration."""
+    job = ["source.uri=/videos", "sink.uri=/out"]
+    hashes = [
+        load_config(None, [*job, *more]).hash()
+        for more in ([], ["model.batch_prompts=1", "model.batch_tokens=64"], ["model.max_new_tokens=3"])
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
