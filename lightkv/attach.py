@@ -127,7 +127,8 @@ class _Session:
         undo.callback(setattr, self.text_config, "_attn_implementation", self.text_config._attn_implementation)
         self.text_config._attn_implementation = name
         layers = self.decoder.layers
-        method, listened = METHODS[self.config.method], {stage.layer for stage in self.config.stages}
+        method = METHODS[self.config.method]
+        listened = {stage.layer for n, stage in enumerate(self.config.stages) if method.scorer(self.config, n)}
         first = self.config.stages[0].layer + 1 if self.config.stages else len(layers)
         hooks = [
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -135,7 +136,7 @@ class _Session:
             self.decoder.register_forward_hook(self._after_decoder),
         ]
         for index, layer in enumerate(layers):
-            tap = self._listen if index in listened and method.scorer(self.config) is not None else None
+            tap = self._listen if index in listened else None
             bias = partial(self._bias, index) if index >= first and method.proportional else None
             if tap is not None or bias is not None:
                 HOOKS[layer.self_attn] = AttentionHook(tap, bias)

@@ -57,8 +57,9 @@ class LightKVConfig:
     stages        in ascending layer order; none leaves the model as it is
     positions     "keep": every survivor keeps its RoPE position and decoding continues from the original length;
                   "compact": vanished positions close up per stage and decoding continues from the compacted length
-    method        a name in METHODS (methods.py): "published", the paper's; "lightkv", ours in space and time; or a
-                  baseline (baselines.py). The fields below belong to the methods named; elsewhere they stay as they are
+    method        a name in METHODS (methods.py): "lightkv", ours: merging in space and time, then what the question
+                  attends to; "spacetime", the merging alone; "published", the paper's; or a baseline (baselines.py).
+                  The fields below belong to the methods named; elsewhere they stay as they are
 
     windows       (published) "frame": windows lie on each frame; "spatiotemporal": they span consecutive frames of an
                   item; "released": the published code's fictional square grid, laid anew before each stage
@@ -67,8 +68,8 @@ class LightKVConfig:
                   image or video gives floor(drop · M) in all, spread over its windows, which small windows need
     guidance      (published) "prompt" (all text votes), "question" (text after the vision tokens), "uniform" (equal
                   weights, which alone need no layer before the stage)
-    rounds        (lightkv) rounds of merging per stage
-    distance      (lightkv) what a grid step between two tokens takes off their cosine
+    rounds        (lightkv, spacetime) rounds of merging per stage
+    distance      (lightkv, spacetime) what a grid step between two tokens takes off their cosine
     seed          (random) of the draw
     """
 
@@ -115,7 +116,7 @@ class LightKVConfig:
             raise ConfigError(f"distance must be a number of at least 0, got {self.distance!r}")
         if type(self.seed) is not int:
             raise ConfigError(f"seed must be a whole number, got {self.seed!r}")
-        if method.scorer(self) is not None and any(stage.layer == EMBEDDINGS for stage in self.stages):
+        if any(stage.layer == EMBEDDINGS and method.scorer(self, n) for n, stage in enumerate(self.stages)):
             what = f"guidance={self.guidance!r}" if "guidance" in method.reads else f"method={self.method!r}"
             raise ConfigError(f"{what} needs a layer before it, for its queries and keys: no stage at layer -1")
 
@@ -165,9 +166,9 @@ class LightKVConfig:
     ) -> "LightKVConfig":
         """The schedule by which `method` keeps `retention` (0.05 to 1) of the vision KV of this model.
 
-        "published" and "lightkv" have three stages unless told otherwise, at about the paper's layers; for less,
-        "published" moves them towards the input, then drops more, and "lightkv" drops more, then moves one to the
-        embeddings (schedule.py). For "published", windows per side are 2^(stages - 1), …, 2, 1, and the budget is the
+        "lightkv" has a stage on the embeddings and one after a sixth of the layers; "published" has three unless told
+        otherwise, at about the paper's layers, and for less moves them towards the input, then drops more
+        (schedule.py). For "published", windows per side are 2^(stages - 1), …, 2, 1, and the budget is the
         item's. `options` are further fields, e.g. positions="compact".
         Raises ConfigError when the depth cannot reach the target, naming the least that it can.
         """

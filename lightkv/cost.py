@@ -132,11 +132,11 @@ def _stage_after(
     layer: int, shape: Shape, config: LightKVConfig | None, vision: int, text: int, frames: int
 ) -> tuple[int, int]:
     """Vision tokens that are left after the stage behind `layer`, if there is one, and its FLOPs."""
-    stage = next((stage for stage in config.stages if stage.layer == layer), None) if config is not None else None
-    if config is None or stage is None or not vision:
+    layers = [stage.layer for stage in config.stages] if config is not None else []
+    if config is None or layer not in layers or not vision:
         return vision, 0
-    method = METHODS[config.method]
-    scorer = method.scorer(config)
+    method, number = METHODS[config.method], layers.index(layer)
+    stage, scorer = config.stages[number], method.scorer(config, number)
     left, matching = method.cost(vision, stage, config, frames, shape.hidden)
     pairs = scorer.pairs(vision + text, text) if scorer is not None else 0
     return left, matching + 2 * pairs * shape.heads * shape.head_dim

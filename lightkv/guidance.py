@@ -93,6 +93,33 @@ class Votes:
 
 
 @dataclass(frozen=True)
+class QuestionAttention:
+    """The most that any token of the question, in any head, attends to a vision token; softmax over vision alone.
+
+    The question is the text after the last vision token: by causality the only text that sees all of them. Where
+    there is none, all score the same.
+    """
+
+    def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, scale: float) -> Tensor:
+        asking = QuestionGuidance().voters(layout)
+        score = torch.zeros(len(layout), device=q.device)
+        vision = torch.nonzero(layout.is_vision).flatten()
+        if not len(vision) or not bool(asking.any()):
+            return score
+        group, best = q.shape[0] // k.shape[0], torch.zeros(len(vision), device=q.device)
+        at_once = max(1, SCORES_AT_ONCE // (group * len(vision)))
+        for head, keys in enumerate(k[:, vision].float()):
+            queries = q[head * group : (head + 1) * group, asking].float() * scale
+            for block in queries.split(at_once, dim=1):
+                attention = torch.softmax(block @ keys.T, dim=-1)
+                best = torch.maximum(best, attention.amax(dim=(0, 1)))
+        return score.index_copy(0, vision, best)
+
+    def pairs(self, tokens: int, text_tokens: int) -> int:
+        return (tokens - text_tokens) * text_tokens
+
+
+@dataclass(frozen=True)
 class LastQuery:
     """The attention that the last prompt token pays to every token, mean over heads."""
 

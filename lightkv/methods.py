@@ -9,8 +9,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lightkv.families import EMBEDDINGS
-from lightkv.guidance import GUIDANCES, LastQuery, Scorer, UniformGuidance, Votes
-from lightkv.pruning import evs, fastv, random, stride
+from lightkv.guidance import GUIDANCES, LastQuery, QuestionAttention, Scorer, UniformGuidance, Votes
+from lightkv.pruning import asked, evs, fastv, random, stride
 from lightkv.schedule import Plan, derive, derive_early, derive_single
 from lightkv.spacetime import spacetime, spacetime_cost
 from lightkv.stage import published, published_cost
@@ -31,7 +31,7 @@ class Method:
     compress      what a stage does to one sequence
     plan          (depth, first layer allowed, stages or None for its own number, retention) → its usual schedule
     cost          (vision tokens of one item, stage, config, frames, width) → tokens left, FLOPs of the stage
-    scorer        what it asks of the layer before a stage, if anything; such a stage cannot run on the embeddings
+    scorer        what it asks of the layer before stage number 0, 1, …; such a stage cannot run on the embeddings
     proportional  later layers attend to a token by its size
     reads         fields of LightKVConfig that matter to it; the others must be left alone
     """
@@ -39,12 +39,26 @@ class Method:
     compress: Callable[[Tokens, "Stage", "LightKVConfig"], Compressed]
     plan: Callable[[int, int, int | None, float], Plan]
     cost: Callable[[int, "Stage", "LightKVConfig", int, int], tuple[int, int]]
-    scorer: Callable[["LightKVConfig"], Scorer | None] = lambda config: None
+    scorer: Callable[["LightKVConfig", int], Scorer | None] = lambda config, number: None
     proportional: bool = False
     reads: frozenset[str] = frozenset()
 
 
-def _votes(config: "LightKVConfig") -> Scorer | None:
+def lightkv(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """The first stage merges what repeats itself in space and time; later ones keep what the question attends to."""
+    return spacetime(tokens, stage, config) if tokens.score is None else asked(tokens, stage, config)
+
+
+def _question(config: "LightKVConfig", number: int) -> Scorer | None:
+    return QuestionAttention() if number else None
+
+
+def _lightkv_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
+    cost = spacetime_cost if stage == config.stages[0] else _pruning_cost
+    return cost(vision, stage, config, frames, width)
+
+
+def _votes(config: "LightKVConfig", number: int) -> Scorer | None:
     rule = GUIDANCES[config.guidance]
     return None if isinstance(rule, UniformGuidance) else Votes(rule)
 
@@ -54,7 +68,7 @@ def _late(depth: int, first: int, stages: int | None, target: float) -> Plan:
 
 
 def _early(depth: int, first: int, stages: int | None, target: float) -> Plan:
-    return derive_early(depth, first, stages or USUAL_STAGES, target)
+    return derive_early(depth, first, stages, target)
 
 
 def _fastv_plan(depth: int, first: int, stages: int | None, target: float) -> Plan:
@@ -75,10 +89,13 @@ METHODS: dict[str, Method] = {
         scorer=_votes,
         reads=frozenset({"windows", "window_frames", "guidance", "budget"}),
     ),
-    "lightkv": Method(spacetime, _early, spacetime_cost, proportional=True, reads=frozenset({"rounds", "distance"})),
+    "lightkv": Method(
+        lightkv, _early, _lightkv_cost, scorer=_question, proportional=True, reads=frozenset({"rounds", "distance"})
+    ),
+    "spacetime": Method(spacetime, _early, spacetime_cost, proportional=True, reads=frozenset({"rounds", "distance"})),
     "random": Method(random, _at_once, _pruning_cost, reads=frozenset({"seed"})),
     "stride": Method(stride, _at_once, _pruning_cost),
     "tome": Method(tome, _at_once, tome_cost, proportional=True),
-    "fastv": Method(fastv, _fastv_plan, _pruning_cost, scorer=lambda config: LastQuery()),
+    "fastv": Method(fastv, _fastv_plan, _pruning_cost, scorer=lambda config, number: LastQuery()),
     "evs": Method(evs, _at_once, _pruning_cost),
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightkv.config import LightKVConfig, Stage
 from lightkv.errors import LightKVError, UnsupportedCallError
+from lightkv.guidance import Scorer
 from lightkv.layout import VisionLayout
 from lightkv.methods import METHODS
 from lightkv.report import StageReport, Survivors
@@ -73,7 +74,6 @@ class Prefill:
         self.config = config
         self.running = True
         self.method = METHODS[config.method]
-        self.scorer = self.method.scorer(config)
         self.scores: list[Tensor] = []
         self.notes: list[str] = []
         device = layouts[0].item.device
@@ -90,17 +90,21 @@ class Prefill:
 
     def listen(self, q: Tensor, k: Tensor, scale: float) -> None:
         """Take the scores of the coming stage from its layer's q [B, Hq, S, d] and k [B, Hkv, S, d]."""
-        assert self.scorer is not None
-        group = self.groups[-1]
+        group, scorer = self.groups[-1], self._scorer()
+        assert scorer is not None
         self.scores = [
-            self.scorer(q[row, :, pad:], k[row, :, pad:], layout.to(q.device), scale)
+            scorer(q[row, :, pad:], k[row, :, pad:], layout.to(q.device), scale)
             for row, (layout, pad) in enumerate(zip(group.layouts, group.pads, strict=True))
         ]
+
+    def _scorer(self) -> Scorer | None:
+        """Of the coming stage."""
+        return self.method.scorer(self.config, len(self.groups) - 1)
 
     def compress(self, hidden: Tensor, stage: Stage) -> Tensor:
         """Run `stage` on every row of hidden [B, S, D] and open the next group; rows are padded left to the longest."""
         group = self.groups[-1]
-        if self.scorer is not None and len(self.scores) != len(group.layouts):
+        if self._scorer() is not None and len(self.scores) != len(group.layouts):
             raise LightKVError(
                 f"layer {stage.layer} did not run its attention through transformers' AttentionInterface"
             )

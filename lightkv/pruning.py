@@ -1,9 +1,10 @@
-"""Methods that drop tokens instead of merging them: random, stride, fastv and evs.
+"""Stages that drop tokens instead of merging them: lightkv's later ones, random, stride, fastv and evs.
 
-Each gives every vision token a value; an item of M tokens keeps the M - floor(drop · M) of largest value. Survivors are
-what they were, and stand for themselves alone.
+Each gives every vision token a value and keeps those of largest value: M - floor(drop · M) of an item's M tokens, or of
+a prompt's for `asked`. Survivors are what they were, and stand for what they stood for.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +45,16 @@ def fastv(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed
     """FastV: the tokens that the last prompt token attends to most, in the layer before."""
     assert tokens.score is not None
     return prune(tokens, tokens.score, stage.drop)
+
+
+def asked(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """What the question attends to most, over all images and videos together; each keeps one as far as that goes."""
+    assert tokens.score is not None
+    layout, value = tokens.layout, tokens.score
+    best = prune(tokens, value, 1.0 - 1e-9).kept
+    value = value.index_fill(0, best[layout.mergeable[best]], torch.inf)
+    as_one = replace(layout, item=layout.item.clamp(max=0))
+    return prune(replace(tokens, layout=as_one), value, stage.drop)
 
 
 def evs(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:

@@ -1,4 +1,4 @@
-"""The method "lightkv": every token merges into its nearest in space, time and content, where there is most to spare.
+"""Merging in space and time: tokens become one with their nearest in place and content, where there is most to spare.
 
 A stage takes rounds. In a round the tokens of an item are split by the parity of t + y + x + round, a checkerboard in
 space and time, so that the nearest neighbours of every a in A are in B. Each a looks for the b with the largest
