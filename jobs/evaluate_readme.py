@@ -1,0 +1,76 @@
+"""The README's fidelity table, written from the summary of a finished evaluation between the page's two markers.
+
+python -m jobs.evaluate_readme --summary jobs/results/fidelity/summary.json --readme README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.cli import main_guard
+from jobs.evaluate_config import PLAIN
+from jobs.evaluate_summary import EVERY
+from pipeline.errors import ConfigError
+
+BEGIN, END = "<!-- fidelity -->", "<!-- /fidelity -->"
+SIGNIFICANT = 0.05
+
+
+def with_table(page: str, summary: dict[str, Any]) -> str:
+    """The page with the table between its markers. Raises ConfigError unless it has exactly one pair of them."""
+    if (page.count(BEGIN), page.count(END)) != (1, 1):
+        raise ConfigError(f"expected one {BEGIN} and one {END} in the page")
+    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{table(summary)}\n{END}", page, flags=re.DOTALL)
+
+
+def table(summary: dict[str, Any]) -> str:
+    """Markdown: a line per method, a column per retention, and what the figures are."""
+    figures = [line for line in summary["figures"] if line["suite"] == EVERY]
+    plain = next(line for line in figures if line["method"] == PLAIN)
+    reference = summary["run"]["config"]["reference"] or next(iter(summary["run"]["config"]["methods"]))
+    asked = sorted({line["retention"] for line in figures if line["method"] != PLAIN}, reverse=True)
+    rows = [f"| method | {' | '.join(f'{share:.0%} kept' for share in asked)} |", "|---|" + "---|" * len(asked)]
+    for method in dict.fromkeys(line["method"] for line in figures if line["method"] != PLAIN):
+        cells = {line["retention"]: _cell(line, plain, reference) for line in figures if line["method"] == method}
+        rows.append(f"| {method} | {' | '.join(cells.get(share, '–') for share in asked)} |")
+    run = summary["run"]
+    return "\n".join(
+        [
+            f"Accuracy kept, in percent of the plain model's: short answers (95 % interval) / whole captions. Plain: "
+            f"{plain['accuracy']:.1%} of {plain['questions']:,} short answers and {plain['captions']:.1%} of the "
+            f"captions right. * differs from {reference}, p < {SIGNIFICANT}, paired by scene; – cannot be reached.",
+            "",
+            *rows,
+            "",
+            f"{', '.join(run['devices'])}, torch {', '.join(run['torch'])}, transformers {run['transformers']}, split "
+            f"“{run['split']}”, {run['answers']:,} answers; remade by `{run['command']}`.",
+        ]
+    )
+
+
+def _cell(line: dict[str, Any], plain: dict[str, Any], reference: str) -> str:
+    if line["error"] or line["kept"] is None:
+        return "–"
+    low, high = line["kept_interval"]
+    differs = line["method"] != reference and line["p_reference"] is not None and line["p_reference"] < SIGNIFICANT
+    captions = f" / {100 * line['captions'] / plain['captions']:.0f}" if plain["captions"] else ""
+    return f"{100 * line['kept']:.1f} ({100 * low:.1f}–{100 * high:.1f}){'*' if differs else ''}{captions}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--summary", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--readme", type=Path, required=True, metavar="FILE")
+    args = parser.parse_args(arguments)
+    summary = json.loads(args.summary.read_text(encoding="utf-8"))
+    args.readme.write_text(with_table(args.readme.read_text(encoding="utf-8"), summary), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    main_guard(main)
