@@ -20,12 +20,8 @@ WindowScope = Literal["frame", "spatiotemporal", "released"]
 POSITIONS = ("keep", "compact")
 WINDOW_SCOPES = ("frame", "spatiotemporal", "released")
 BUDGETS = ("window", "item")
-DEFAULT_METHOD = (
-    "published"  # of for_model; a LightKVConfig made field by field is the published one unless it says more
-)
-OF_EVERY_METHOD = frozenset(
-    {"stages", "positions", "method"}
-)  # fields; the others belong to the methods that read them
+DEFAULT_METHOD = "lightkv"  # of for_model; a configuration put together field by field is the paper's by default
+OF_EVERY_METHOD = frozenset({"stages", "positions", "method"})  # the other fields belong to the methods that read them
 
 
 @dataclass(frozen=True)
@@ -58,8 +54,9 @@ class LightKVConfig:
     positions     "keep": every survivor keeps its RoPE position and decoding continues from the original length;
                   "compact": vanished positions close up per stage and decoding continues from the compacted length
     method        a name in METHODS (methods.py): "lightkv", ours: merging in space and time, then what the question
-                  attends to; "spacetime", the merging alone; "published", the paper's; or a baseline (baselines.py).
-                  The fields below belong to the methods named; elsewhere they stay as they are
+                  attends to; "spacetime", the merging alone; "published", the paper's, which stages made by hand are
+                  for unless they say more; or a baseline (baselines.py). The fields below belong to the methods
+                  named; elsewhere they stay as they are
 
     windows       (published) "frame": windows lie on each frame; "spatiotemporal": they span consecutive frames of an
                   item; "released": the published code's fictional square grid, laid anew before each stage

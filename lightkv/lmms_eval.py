@@ -28,16 +28,17 @@ puts it elsewhere, `device_map=auto` among the arguments spreads it, `accelerate
 Arguments, `key=value` in --model_args:
 
     pretrained   checkpoint of a family in LMMS_EVAL_MODELS, on the hub or in a folder
-    method       default: the schedule that reaches `retention` in `stages` stages (`LightKVConfig.for_model`);
-                 published: the paper's stages for a decoder of this depth (28, 32 or 40 layers);
+    method       lightkv (the default), spacetime, published, or a baseline: random, stride, tome, fastv, evs;
                  none: no compression
-    retention    for method=default: share of vision KV entries kept, averaged over layers (0.55)
-    stages       for method=default: how many (3)
-    positions, windows, window_frames, guidance    as in `LightKVConfig`
+    retention    share of vision KV entries kept, averaged over layers (0.55)
+    stages       how many (the method's own number)
+    positions, windows, window_frames, guidance, budget, rounds, distance, seed    as in `LightKVConfig`
 
-and every argument of lmms-eval's own model (`dtype` where it has one, attn_implementation, max_pixels, …). An unknown
-one is an error. So is an answer that cannot be generated, where lmms-eval's LLaVA and InternVL would score an empty
-string. The results file says under `throughput` what was kept: `avg_lightkv_retention`, `avg_lightkv_kv_bytes_kept`.
+and every argument of lmms-eval's own model (`dtype` where it has one, attn_implementation, max_pixels, …). Stages are
+laid by `LightKVConfig.for_model`; only method=published with neither `retention` nor `stages` runs the paper's, for a
+decoder of 28, 32 or 40 layers. An unknown argument is an error. So is an answer that cannot be generated, where
+lmms-eval's LLaVA and InternVL would score an empty string. The results file says under `throughput` what was kept:
+`avg_lightkv_retention`, `avg_lightkv_kv_bytes_kept`.
 """
 
 import inspect
@@ -52,8 +53,9 @@ from lmms_eval.utils import simple_parse_args_string  # type: ignore
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from lightkv.attach import compress
-from lightkv.config import LightKVConfig
+from lightkv.config import DEFAULT_METHOD, LightKVConfig
 from lightkv.errors import ConfigError, UnsupportedModelError
+from lightkv.methods import METHODS
 from lightkv.report import Report
 
 LMMS_EVAL_MODELS: dict[str, str] = {
@@ -65,7 +67,7 @@ LMMS_EVAL_MODELS: dict[str, str] = {
 """model_type of a checkpoint → the lmms-eval model that runs it."""
 
 PUBLISHED_BY_DEPTH = {28: "qwen2.5-vl-7b", 32: "llava-1.5-7b", 40: "llava-1.5-13b"}
-METHODS = ("default", "published", "none")
+METHODS_AND_NONE = (*METHODS, "none")
 LIGHTKV_OPTIONS = frozenset(field.name for field in fields(LightKVConfig)) - {"stages", "method"}
 
 
@@ -78,28 +80,27 @@ def manifest() -> Any:
 
 def schedule(
     model_config: PreTrainedConfig,
-    method: str = "default",
+    method: str = DEFAULT_METHOD,
     retention: float | None = None,
     stages: int | None = None,
     **options: Any,
 ) -> LightKVConfig:
     """The compression that `method` stands for on this model. Raises ConfigError for what does not go together."""
-    if method not in METHODS:
-        raise ConfigError(f"method must be one of {list(METHODS)}, got {method!r}")
+    if method not in METHODS_AND_NONE:
+        raise ConfigError(f"method must be one of {list(METHODS_AND_NONE)}, got {method!r}")
     targets: dict[str, Any] = {
         name: value for name, value in (("retention", retention), ("stages", stages)) if value is not None
     }
-    if method == "default":
-        return LightKVConfig.for_model(model_config, **targets, **options)
-    if targets:
-        raise ConfigError(f"{sorted(targets)} belong to method=default, got method={method}: leave them out")
     if method == "none":
-        return LightKVConfig(stages=(), **options)
+        if targets or options:
+            raise ConfigError(f"method=none compresses nothing: leave out {sorted({*targets, *options})}")
+        return LightKVConfig(stages=())
+    if targets or method != "published":
+        return LightKVConfig.for_model(model_config, method=method, **targets, **options)
     depth = model_config.get_text_config().num_hidden_layers
     if depth not in PUBLISHED_BY_DEPTH:
         raise ConfigError(
-            f"the paper has schedules for {sorted(PUBLISHED_BY_DEPTH)} layers, this decoder has {depth}: "
-            "use method=default with retention="
+            f"the paper has schedules for {sorted(PUBLISHED_BY_DEPTH)} layers, this decoder has {depth}: say retention="
         )
     return LightKVConfig.published(PUBLISHED_BY_DEPTH[depth], **options)
 

@@ -7,7 +7,6 @@ from lightkv.errors import ConfigError
 Plan = list[tuple[int, float]]  # (layer a stage follows, share it drops), in ascending layer order
 
 USUAL_DROP = 0.5  # what one matching removes at most, and the drop that rounding in small windows hurts least
-LATE_DROP = 0.75  # what stages in the middle of the depth drop at most before one moves to the embeddings
 FRACTIONS = (12 / 32, 24 / 32)  # the paper's first and last stage as a share of the depth
 SECOND_STAGE, SECOND_DROP = 1 / 6, 0.4  # of derive_early, chosen on the embedded model's validation split
 

@@ -31,6 +31,22 @@ def guidance(q: list[list[Vector]], k: list[list[Vector]], text: Sequence[bool],
     return g
 
 
+def asked(q: list[list[Vector]], k: list[list[Vector]], items: Sequence[int], scale: float) -> Vector:
+    """Per position the most that a head of a text token after all vision gives it of its attention to vision."""
+    length, group = len(items), len(q) // len(k)
+    vision = [i for i in range(length) if items[i] != -1]
+    asking = [i for i in range(length) if items[i] == -1 and all(j < i for j in vision)]
+    most = [0.0] * length
+    for head in range(len(q)):
+        for i in asking:
+            scores = {j: dot(q[head][i], k[head // group][j]) * scale for j in vision}
+            highest = max(scores.values(), default=0.0)
+            total = math.fsum(math.exp(score - highest) for score in scores.values())
+            for j in vision:
+                most[j] = max(most[j], math.exp(scores[j] - highest) / total)
+    return most
+
+
 def band(position: int, extent: int, count: int) -> int:
     """Which of `count` bands holds a row, when the first `extent mod count` bands are one row taller."""
     first = 0

@@ -57,7 +57,8 @@ def logits(model, prompt, config, generated):
             continue
         stage = drops[index]
         if layer is not None:
-            score = score_of(config, layer, before[:, :length], [angle[..., :length, :] for angle in angles], layout)
+            seen = [angle[..., :length, :] for angle in angles]
+            score = score_of(config, stage == config.stages[0], layer, before[:, :length], seen, layout)
         head = layout.squared() if config.windows == "released" else layout
         result = METHODS[config.method].compress(Tokens(x[0, :length], head, size, score), stage, config)
         size = result.size
@@ -75,9 +76,14 @@ def logits(model, prompt, config, generated):
     return model.lm_head(decoder.norm(x))[0, length - 1 :]
 
 
-def score_of(config, layer, hidden, angles, layout):
-    """What the stage after `layer` is told, fp32 [S] or None: votes of the prompt, or the last token's attention."""
+def score_of(config, first, layer, hidden, angles, layout):
+    """What the stage after `layer` is told, fp32 [S] or None: votes of the prompt, attention of its end."""
     q, k, scale = queries_and_keys(layer, hidden, angles)
+    if config.method == "lightkv" and not first:
+        scores = q @ k.repeat_interleave(len(q) // len(k), 0).transpose(1, 2) * scale
+        scores = scores.masked_fill(layout.is_text, -torch.inf).softmax(-1)
+        after = int(torch.nonzero(layout.is_vision).max()) + 1
+        return scores[:, after:].amax(dim=(0, 1))
     if config.method == "fastv":
         scores = q @ k.repeat_interleave(len(q) // len(k), 0).transpose(1, 2) * scale
         return (

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lightkv import (
     compress,
 )
 from lightkv.attention import HOOKS
+from lightkv.methods import METHODS, lightkv
 from tests.lightkv.tiny import LAYERS, text_config, tiny_batch, tiny_model, tiny_sample
 
 CONFIG = LightKVConfig((Stage(0, 2, 0.5), Stage(2, 1, 0.5)))
@@ -156,7 +158,8 @@ def test_after_a_stage_on_the_embeddings_layer_0_is_short_and_counts_what_it_nev
 
 def test_the_report_follows_every_token_to_its_survivor():
     model, sample = tiny_model("llava"), tiny_sample("llava", 0)
-    for method, stages in (("lightkv", EARLY.stages), ("random", EARLY.stages), ("published", CONFIG.stages)):
+    for method in ("lightkv", "spacetime", "random", "published"):
+        stages = CONFIG.stages if method == "published" else EARLY.stages
         with compress(model, LightKVConfig(stages, method=method)) as report, torch.no_grad():
             model(**sample)
         (row,) = report.survivors
@@ -165,7 +168,12 @@ def test_the_report_follows_every_token_to_its_survivor():
             assert len(stage.kept) == len(everyone) - 64 + vision
             assert torch.equal(stage.kept, everyone[stage.target == everyone])
             gone = stage.target == -1
-            assert int(gone.sum()) == (64 - vision if method == "random" else 0)
+            if method == "random":
+                assert int(gone.sum()) == 64 - vision
+            elif method == "lightkv" and stage is row[1]:
+                assert torch.equal(gone, ~torch.isin(row[0].target, stage.kept))  # all of whom a dropped one was made
+            else:
+                assert not gone.any()
             assert torch.isin(stage.target[~gone], stage.kept).all()
         merged = row[0].target[row[0].target >= 0]
         assert torch.equal(row[1].target[row[0].target >= 0], row[1].target[merged])  # who merged once stays together
@@ -173,6 +181,38 @@ def test_the_report_follows_every_token_to_its_survivor():
         model(**sample)
         model(input_ids=sample["input_ids"][:, -3:])
     assert report.survivors == ()
+
+
+@pytest.mark.parametrize("stages", [(-1, 1), (0, 2)])
+def test_lightkv_asks_only_the_layers_before_its_later_stages(stages, monkeypatch):
+    model, sample, told = tiny_model("llava"), tiny_sample("llava", 0), []
+    config = LightKVConfig(tuple(Stage(layer, drop=0.5) for layer in stages), method="lightkv")
+
+    def compress_and_note(tokens, stage, config):
+        told.append((stage.layer, tokens.score is not None))
+        return lightkv(tokens, stage, config)
+
+    monkeypatch.setitem(METHODS, "lightkv", dataclasses.replace(METHODS["lightkv"], compress=compress_and_note))
+    with compress(model, config), torch.no_grad():
+        attention = [layer.self_attn for layer in model.get_decoder().layers]
+        tapped = [index for index, part in enumerate(attention) if part in HOOKS and HOOKS[part].tap is not None]
+        model(**sample)
+    assert tapped == [stages[1]]
+    assert told == [(stages[0], False), (stages[1], True)]
+
+
+def test_the_question_decides_what_lightkv_keeps_and_nothing_of_what_merging_keeps():
+    model, questions = tiny_model("llava"), ([11, 12, 13], [60, 61, 62])
+    survivors = {}
+    for method in ("lightkv", "spacetime"):
+        for question in questions:
+            with compress(model, LightKVConfig(EARLY.stages, method=method)) as report, torch.no_grad():
+                model(**tiny_sample("llava", 0, question=question))
+            survivors.setdefault(method, []).append(report.survivors[0])
+    (one, other), (merged, merged_too) = survivors["lightkv"], survivors["spacetime"]
+    assert torch.equal(one[0].kept, other[0].kept)  # the embeddings know nothing of the question
+    assert not torch.equal(one[1].kept, other[1].kept)
+    assert all(torch.equal(a.target, b.target) for a, b in zip(merged, merged_too, strict=True))
 
 
 def test_attention_that_does_not_hear_the_sizes_is_an_error(monkeypatch):

@@ -9,6 +9,8 @@ from lightkv import ConfigError, LightKVConfig, Stage
 from lightkv.config import PUBLISHED
 from tests.lightkv.tiny import TINY
 
+TARGETS = (0.7, 0.55, 0.4, 0.25, 0.15, 0.1, 0.05)
+
 
 def schedule(*layers, drop=0.5, **options):
     return LightKVConfig(tuple(Stage(layer, 1, drop) for layer in layers), **options)
@@ -29,8 +31,8 @@ def test_retention_counts_the_layers_before_between_and_after():
 
 @settings(max_examples=200)
 @given(depth=st.integers(24, 100), retention=st.floats(0.05, 1.0), stages=st.integers(1, 5))
-def test_a_schedule_for_any_depth_meets_its_target(depth, retention, stages):
-    config = LightKVConfig.for_model(LlamaConfig(num_hidden_layers=depth), retention, stages)
+def test_a_published_schedule_for_any_depth_meets_its_target(depth, retention, stages):
+    config = LightKVConfig.for_model(LlamaConfig(num_hidden_layers=depth), retention, stages, "published")
     assert config.retention(depth) == pytest.approx(retention, abs=1e-6)
     assert len(config.stages) == stages
     assert [stage.windows for stage in config.stages] == [2**n for n in reversed(range(stages))]
@@ -40,13 +42,13 @@ def test_a_schedule_for_any_depth_meets_its_target(depth, retention, stages):
 @pytest.mark.parametrize("depth", [24, 28, 32, 40, 80])
 def test_stages_about_halve_at_usual_targets(depth, retention):
     """Half is the drop that loses least to rounding in small windows."""
-    stages = LightKVConfig.for_model(LlamaConfig(num_hidden_layers=depth), retention).stages
+    stages = LightKVConfig.for_model(LlamaConfig(num_hidden_layers=depth), retention, method="published").stages
     assert all(0.48 <= stage.drop <= 0.5 for stage in stages[:-1])
     assert 0.25 <= stages[-1].drop <= 0.5
 
 
 def test_less_retention_means_earlier_stages_and_then_larger_drops():
-    plans = [LightKVConfig.for_model(LlamaConfig(), r).stages for r in (0.7, 0.55, 0.4, 0.25, 0.15, 0.1, 0.05)]
+    plans = [LightKVConfig.for_model(LlamaConfig(), r, method="published").stages for r in TARGETS]
     firsts = [stages[0].layer for stages in plans]
     assert firsts == sorted(firsts, reverse=True)
     assert firsts[-1] == 0
@@ -56,22 +58,24 @@ def test_less_retention_means_earlier_stages_and_then_larger_drops():
 @pytest.mark.parametrize(("depth", "name"), [(32, "llava-1.5-7b"), (40, "llava-1.5-13b")])
 def test_the_papers_retention_gives_the_papers_schedule(depth, name):
     published = LightKVConfig.published(name)
-    derived = LightKVConfig.for_model(LlamaConfig(num_hidden_layers=depth), published.retention(depth))
+    derived = LightKVConfig.for_model(
+        LlamaConfig(num_hidden_layers=depth), published.retention(depth), method="published"
+    )
     assert derived.stages == published.stages
     assert (derived.budget, published.budget) == ("item", "window")
 
 
 def test_a_budget_that_cannot_be_met_is_an_error():
     with pytest.raises(ConfigError, match=r"retention 0.05 cannot be met: 3 stages in 5 layers.*at least 0.200"):
-        LightKVConfig.for_model(LlamaConfig(num_hidden_layers=5), 0.05)
+        LightKVConfig.for_model(LlamaConfig(num_hidden_layers=5), 0.05, method="published")
     with pytest.raises(ConfigError, match="takes at most 2, after layers 0 to 1"):
-        LightKVConfig.for_model(LlamaConfig(num_hidden_layers=3), 0.5)
+        LightKVConfig.for_model(LlamaConfig(num_hidden_layers=3), 0.5, method="published")
     with pytest.raises(ConfigError, match=r"between 0\.05 and 1\.0"):
         LightKVConfig.for_model(LlamaConfig(), 0.01)
 
 
 def test_stages_come_after_layers_that_need_every_token():
-    stages = LightKVConfig.for_model(TINY["qwen3_vl"].config(), 0.5, stages=2).stages
+    stages = LightKVConfig.for_model(TINY["qwen3_vl"].config(), 0.5, stages=2, method="published").stages
     assert stages[0].layer >= 1  # vision features are added after layers 0 and 1
 
 
@@ -84,27 +88,32 @@ def test_published_schedules_halve_three_times(name):
 
 
 @settings(max_examples=60)
-@given(depth=st.integers(6, 80), retention=st.floats(0.05, 1.0), stages=st.integers(1, 5))
-def test_lightkv_meets_any_target_at_any_depth(depth, retention, stages):
-    config = LightKVConfig.for_model(LlamaConfig(num_hidden_layers=depth), retention, stages, method="lightkv")
+@given(depth=st.integers(2, 80), retention=st.floats(0.05, 1.0), method=st.sampled_from(["lightkv", "spacetime"]))
+def test_lightkv_meets_any_target_at_any_depth(depth, retention, method):
+    config = LightKVConfig.for_model(LlamaConfig(num_hidden_layers=depth), retention, method=method)
     assert config.retention(depth) == pytest.approx(retention, abs=1e-6)
-    assert len(config.stages) == stages
+    assert [stage.layer for stage in config.stages] == [-1, max(0, round(depth / 6) - 1)]
     assert {stage.windows for stage in config.stages} == {1}
 
 
-def test_lightkv_starts_on_the_embeddings_where_the_papers_layers_come_too_late():
-    plans = [LightKVConfig.for_model(LlamaConfig(), r, method="lightkv").stages for r in (0.7, 0.55, 0.4, 0.2, 0.05)]
-    assert [stages[0].layer for stages in plans] == [12, 12, -1, -1, -1]
-    for stages in plans:
-        assert [stage.layer for stage in stages[1:]] == [18, 24]
-        assert len({stage.drop for stage in stages}) == 1
+def test_a_model_is_compressed_by_lightkv_unless_the_caller_says_more():
+    assert LightKVConfig.for_model(LlamaConfig()) == LightKVConfig.for_model(LlamaConfig(), 0.55, method="lightkv")
+    assert LightKVConfig.for_model(LlamaConfig(), method="published").budget == "item"
+    assert LightKVConfig.published("llava-1.5-7b").method == LightKVConfig(()).method == "published"
 
 
-def test_lightkv_falls_back_to_later_stages_where_the_embeddings_are_not_all():
-    config = LightKVConfig.for_model(TINY["qwen3_vl"].config(), 0.6, stages=2, method="lightkv")
-    assert config.stages[0].layer >= 1
+def test_lightkv_starts_later_where_the_embeddings_are_not_all():
+    config = LightKVConfig.for_model(TINY["qwen3_vl"].config(), 0.6)
+    assert [stage.layer for stage in config.stages] == [1, 2]  # vision features are added after layers 0 and 1
+    assert config.retention(5) == pytest.approx(0.6)
     with pytest.raises(ConfigError, match="cannot be met"):
-        LightKVConfig.for_model(TINY["qwen3_vl"].config(), 0.1, stages=2, method="lightkv")
+        LightKVConfig.for_model(TINY["qwen3_vl"].config(), 0.1)
+
+
+def test_lightkv_has_one_stage_or_two():
+    with pytest.raises(ConfigError, match="this method has one or two stages, got stages=3"):
+        LightKVConfig.for_model(LlamaConfig(), stages=3)
+    assert [stage.layer for stage in LightKVConfig.for_model(LlamaConfig(), stages=1).stages] == [-1]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +148,7 @@ def test_what_asks_the_layer_before_cannot_run_on_the_embeddings():
     with pytest.raises(ConfigError, match="method='fastv' needs a layer before it"):
         LightKVConfig((Stage(-1),), method="fastv")
     assert LightKVConfig(stages, guidance="uniform").retention(4) == 0.5
+    assert LightKVConfig((Stage(-1), Stage(0)), method="lightkv").retention(4) == 0.3125  # its second stage asks
 
 
 def test_a_stage_on_the_embeddings_counts_for_every_layer():

@@ -14,7 +14,10 @@ SCHEDULES = {
     "halves": LightKVConfig((Stage(0, 4, 0.5), Stage(1, 2, 0.5), Stage(3, 1, 0.5))),
     "steep": LightKVConfig((Stage(1, 1, 0.75), Stage(2, 1, 0.8)), guidance="uniform"),
     "to the token": LightKVConfig((Stage(0, 4, 0.37), Stage(1, 2, 0.6), Stage(3, 1, 0.5)), budget="item"),
-    "in space and time": LightKVConfig((Stage(-1, drop=0.6), Stage(1, drop=0.5), Stage(3, drop=0.9)), method="lightkv"),
+    "in space and time": LightKVConfig(
+        (Stage(-1, drop=0.6), Stage(1, drop=0.5), Stage(3, drop=0.9)), method="spacetime"
+    ),
+    "by the question": LightKVConfig((Stage(-1, drop=0.4), Stage(0, drop=0.3)), method="lightkv"),
     "all by one matching": LightKVConfig((Stage(-1, drop=0.8),), method="tome"),
     "by the last query": LightKVConfig((Stage(1, drop=0.8),), method="fastv"),
     "by a draw": LightKVConfig((Stage(-1, drop=0.8),), method="random"),

@@ -250,15 +250,18 @@ def test_schedules():
     shallow, deep = tiny_model("llava").config, tiny_model("llava").config.__class__()
     assert schedule(shallow, retention=0.5, stages=2) == LightKVConfig.for_model(shallow, retention=0.5, stages=2)
     assert schedule(shallow) == LightKVConfig.for_model(shallow)
+    assert schedule(shallow).method == "lightkv"
+    assert schedule(deep, "fastv", retention=0.3) == LightKVConfig.for_model(deep, 0.3, method="fastv")
+    assert schedule(deep, "published", stages=2) == LightKVConfig.for_model(deep, stages=2, method="published")
     published = LightKVConfig.published("llava-1.5-7b", windows="released")
     assert schedule(deep, "published", windows="released") == published
     assert schedule(shallow, "none").stages == ()
     with pytest.raises(ConfigError, match="this decoder has 5"):
         schedule(shallow, "published")
-    with pytest.raises(ConfigError, match=r"\['retention'\] belong to method=default"):
-        schedule(deep, "published", retention=0.3)
-    with pytest.raises(ConfigError, match="method must be one of"):
-        schedule(deep, "fastv")
+    with pytest.raises(ConfigError, match=r"method=none compresses nothing: leave out \['positions', 'retention'\]"):
+        schedule(deep, "none", retention=0.3, positions="compact")
+    with pytest.raises(ConfigError, match=r"method must be one of \['published', 'lightkv',.* 'none'\]"):
+        schedule(deep, "default")
 
 
 def test_the_entry_point_names_the_plugin():

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from lightkv import LightKVConfig, LightKVError, Stage, UnsupportedCallError, VisionLayout
+from lightkv.guidance import QuestionAttention
 from lightkv.prefill import Prefill, rows_for_batch
 
 
@@ -61,6 +62,22 @@ def test_padding_elsewhere_is_refused(mask):
 def test_prepared_masks_are_refused():
     with pytest.raises(UnsupportedCallError, match=r"must be \[batch, length\] = \[1, 4\]"):
         rows_for_batch([VisionLayout.grids([], 4)], torch.ones(1, 1, 4, 4), 1, 4)
+
+
+def test_a_row_is_scored_without_the_padding_of_its_batch():
+    """Poison in the padded queries and keys would show in every score."""
+    layouts = [VisionLayout.grids([(1, 1, 2, 2)], 7), VisionLayout.grids([(0, 1, 1, 3)], 4)]
+    config = LightKVConfig((Stage(-1, drop=0.0), Stage(0, drop=0.5)), method="lightkv")
+    random = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 4, 7, 8, generator=random), torch.randn(2, 2, 7, 8, generator=random)
+    q[1, :, :3] = k[1, :, :3] = torch.nan
+    prefill = Prefill(config, layouts, 7, None)
+    prefill.compress(torch.zeros(2, 7, 2), config.stages[0])
+    prefill.listen(q, k, 0.35)
+    alone = QuestionAttention()(q[1, :, 3:], k[1, :, 3:], layouts[1], 0.35)
+    assert torch.equal(prefill.scores[1], alone)
+    assert alone[:3].gt(0).all()
+    assert prefill.scores[0].isfinite().all()
 
 
 def test_attention_that_bypasses_the_interface_is_an_error():
