@@ -140,15 +140,29 @@ class LightKV(_Section):
     """Compression of vision tokens during prefill."""
 
     enabled: bool = True
+    method: Literal["lightkv", "published", "spacetime"] = Field(
+        "lightkv",
+        description="lightkv: merge in space and time, then keep what the question attends to; spacetime: the merging "
+        "alone; published: the paper's",
+    )
     retention: float = Field(0.55, ge=0.05, le=1.0, description="layer-averaged share of vision KV entries kept")
-    stages: int = Field(3, ge=1, le=16)
+    stages: int | None = Field(None, ge=1, le=16, description="null: the method's own, two or (published) three")
     positions: Literal["keep", "compact"] = Field("keep", description="of survivors: their own, or closed up")
-    windows: Literal["frame", "spatiotemporal"] = Field("frame", description="tokens merge within these")
-    window_frames: int | None = Field(None, ge=1, description="frames of a spatiotemporal window; null: the whole unit")
-    guidance: Literal["prompt", "question", "uniform"] = Field("prompt", description="whose attention weighs merges")
+    windows: Literal["frame", "spatiotemporal"] = Field("frame", description="published: tokens merge within these")
+    window_frames: int | None = Field(
+        None, ge=1, description="published: frames of a spatiotemporal window; null: the whole unit"
+    )
+    guidance: Literal["prompt", "question", "uniform"] = Field(
+        "prompt", description="published: whose attention weighs merges"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.method != "published":
+            for name in ("windows", "window_frames", "guidance"):
+                value = getattr(self, name)
+                if value != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} ({value}) belongs to method: published, leave it out of {self.method}")
         if self.window_frames is not None and self.windows != "spatiotemporal":
             raise ValueError("window_frames needs windows: spatiotemporal")
         return self

@@ -61,12 +61,13 @@ ROW_SCHEMA = pa.schema(
         pa.field("answers", pa.list_(ANSWER)),
         pa.field("model", pa.string(), nullable=False),
         pa.field("model_revision", pa.string()),
-        pa.field("lightkv", pa.string()),  # the resolved configuration as JSON; null: switched off
+        pa.field("lightkv", pa.string()),  # method, stages and the rest as JSON; null: switched off
         pa.field("vision_tokens", pa.int64()),  # before compression
         pa.field("kept_tokens", pa.int64()),  # in the last layers
         pa.field("retention", pa.float64()),  # layer-averaged share of vision KV entries kept
-        pa.field("kv_bytes", pa.int64()),  # at the end of prefill, first prompt
-        pa.field("kv_bytes_uncompressed", pa.int64()),
+        # At the end of prefill: the cache of the first prompt's batch by prompts, padding to the longest included.
+        pa.field("kv_bytes", pa.int64()),
+        pa.field("kv_bytes_uncompressed", pa.int64()),  # likewise
         pa.field("decode_s", pa.float64()),  # time the decoders worked
         pa.field("wait_s", pa.float64()),  # time the model waited for frames
         pa.field("encode_s", pa.float64()),

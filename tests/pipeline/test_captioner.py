@@ -1,5 +1,6 @@
 """The captioner: answers equal stock `generate`, every failure is a row, and no unit answers for another."""
 
+import json
 import weakref
 
 import numpy as np
@@ -105,21 +106,27 @@ def test_row_says_what_compression_did(mini):
 
 
 def test_every_setting_of_the_job_reaches_the_compression():
-    job = _job("lightkv={retention: 0.4, stages: 2, positions: compact, windows: spatiotemporal, window_frames: 2}")
+    windows = "windows: spatiotemporal, window_frames: 2, guidance: question"
+    job = _job(f"lightkv={{method: published, retention: 0.4, stages: 2, positions: compact, {windows}}}")
     config = lightkv_config(job, describe(job.model).config)
-    assert (len(config.stages), config.positions, config.windows, config.window_frames) == (
-        2,
-        "compact",
-        "spatiotemporal",
-        2,
-    )
+    assert (config.method, len(config.stages), config.positions) == ("published", 2, "compact")
+    assert (config.windows, config.window_frames, config.guidance) == ("spatiotemporal", 2, "question")
     assert config.retention(6) == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize(("method", "stages"), [("lightkv", 2), ("spacetime", 2), ("published", 3)])
+def test_a_method_has_its_own_number_of_stages_and_the_row_says_which_ran(method, stages):
+    captioner = Captioner(_job(f"lightkv.method={method}", "model.max_new_tokens=1"), "run")
+    ran = json.loads(captioner.row(_unit(), _batches())["lightkv"])
+    assert (ran["method"], len(ran["stages"])) == (method, stages)
+    assert _job().lightkv.method == "lightkv"
+
+
 def test_compression_a_model_cannot_have_is_refused_before_it_is_loaded():
-    job = _job("lightkv.stages=16")
-    with pytest.raises(ConfigError, match="lightkv: 16 stages do not fit"):
-        lightkv_config(job, describe(job.model).config)
+    for method, message in (("lightkv", "one or two stages, got stages=16"), ("published", "16 stages do not fit")):
+        job = _job(f"lightkv.method={method}", "lightkv.stages=16")
+        with pytest.raises(ConfigError, match=f"lightkv: .*{message}"):
+            lightkv_config(job, describe(job.model).config)
 
 
 def test_retention_of_one_answers_as_without_compression(plain):

@@ -91,6 +91,15 @@ def test_tokens_and_costs_are_those_of_the_model(card):
     assert found.flops < plain.flops
 
 
+@pytest.mark.parametrize("method", ["lightkv", "spacetime", "published"])
+def test_every_method_keeps_the_share_that_was_asked(card, method):
+    found = summary([unit(0)], card, f"lightkv.method={method}", "lightkv.retention=0.6").total
+    per_token = found.kv_bytes_uncompressed / (160 + found.text_tokens)
+    vision = found.kv_bytes - per_token * found.text_tokens
+    assert vision == pytest.approx(0.6 * 160 * per_token, rel=0.01)
+    assert 0.6 * found.flops_uncompressed < found.flops < found.flops_uncompressed
+
+
 def test_without_compression_both_figures_agree(card):
     found = summary([unit(0)], card, "lightkv.enabled=false").total
     assert found.kv_bytes == found.kv_bytes_uncompressed > 0
