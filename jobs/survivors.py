@@ -1,53 +1,49 @@
-"""What the question changes: a picture of the patches that survive two questions about one image, and the figures.
+"""What the question changes, by lightkv and by the published method: a picture, and figures over many images.
 
-    python -m jobs.survivors                 # the embedded model; writes jobs/results/survivors.png, prints the figures
+    python -m jobs.survivors                 # the embedded model; writes jobs/results/survivors.{png,json}
     python -m jobs.survivors --model PATH    # other weights of the mini model
 
-The image is the first demo scene that offers a question of each family in ASKED; nothing is picked by its result. The
-figures are means over the first images of the test split. Survivors are read off the RoPE angles that the layers after
-a stage receive (every survivor keeps its own), guidance from the queries and keys of the first stage's layer.
+The picture's image is the first demo scene that offers a question of each family in ASKED; nothing is picked by its
+result. The figures are means and standard deviations over the first images of the test split, two questions each.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from jobs.evaluate_answers import device_name
 from jobs.survivors_figure import draw
 from lightkv import LightKVConfig, compress, prompt_guidance
+from lightkv.attention import HOOKS, NO_HOOK
 from pipeline.mini import weights_path
 from pipeline.mini.answer import answer, image_inputs
+from pipeline.mini.measure import weights_sha256
 from pipeline.mini.model import TOKEN_PX
 from pipeline.mini.questions import QA
 from pipeline.mini.render import picture
 from pipeline.mini.scene import sample_scene
 from pipeline.mini.world import questions_of, scene_seed
+from pipeline.version import code_version
 
-SIDE_PX, RETENTION, IMAGES = 192, 0.55, 50
+SIDE_PX, IMAGES = 192, 50
+METHODS, RETENTIONS, DRAWN = ("lightkv", "published"), (0.55, 0.25), 0.25
 ASKED = ("color", "digits")
-OUT = Path(__file__).with_name("results") / "survivors.png"
+OUT = Path(__file__).with_name("results")
 
 
 @dataclass(frozen=True)
@@ -55,14 +51,16 @@ class Seen:
     """One question about one image of N vision tokens (rows × columns).
 
     alive     bool [stages, N], the patches left after each stage
-    guidance  fp32 [N] at the first stage: the share of the merge weight each patch has, sums to 1
+    dropped   bool [N], those that no survivor stands for in the end; the rest has merged
+    weight    fp32 [N], the share each patch has of the merge weights at the first stage; None where no question weighs
     retention of vision KV entries, averaged over layers
     """
 
     question: str
     answer: str
     alive: Tensor
-    guidance: Tensor
+    dropped: Tensor
+    weight: Tensor | None
     retention: float
 
 
@@ -74,89 +72,61 @@ def look(
     config: LightKVConfig,
     max_new_tokens: int = 1,
 ) -> Seen:
-    """Answer under compression and watch the prefill; the model is left as it was."""
-    with _watched(model, config) as prompt, compress(model, config) as report:
+    """Answer under compression and read off who survives; the model is left as it was."""
+    with compress(model, config) as report, _watched(model, config) as prompt:
         said = answer(model, tokenizer, image_inputs([image]), question, max_new_tokens)
-    ids = prompt["ids"]
-    vision = ids == model.config.image_token_id
-    everyone = prompt["angles"][0]
-    alive = [_among(everyone, angles)[vision] for angles in prompt["angles"][1:]]
-    guidance = prompt_guidance(prompt["q"], prompt["k"], ~vision, prompt["scale"])[vision]
-    return Seen(question, said, torch.stack(alive), guidance / guidance.sum(), report.retention)
+    vision = prompt["ids"] == model.config.image_token_id
+    stages = report.survivors[0]
+    alive = [torch.zeros(len(vision), dtype=torch.bool).index_fill(0, stage.kept, True)[vision] for stage in stages]
+    weight = None
+    if "q" in prompt:
+        votes = prompt_guidance(prompt["q"], prompt["k"], ~vision, prompt["scale"])[vision]
+        weight = votes / votes.sum()
+    return Seen(question, said, torch.stack(alive), stages[-1].target[vision] < 0, weight, report.retention)
 
 
 @contextmanager
 def _watched(model: PreTrainedModel, config: LightKVConfig) -> Iterator[dict[str, Any]]:
-    """Collect of the first forward: prompt ids, angles of layer 0 and after each stage, q and k of the first stage."""
-    if config.positions != "keep":
-        raise ValueError(f"survivors are known by the positions they keep, got positions={config.positions!r}")
+    """Collect of the first forward: the prompt's ids and, where a first stage hears them, q and k of its layer."""
     prompt: dict[str, Any] = {}
-    layers = model.get_decoder().layers
-    angles: dict[int, Tensor] = {}
 
     def note_ids(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         prompt.setdefault("ids", kwargs["input_ids"][0])
 
-    def note_angles(place: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if place not in angles:  # cos and sin [..., S, d] → [S, features]
-            angles[place] = torch.cat(kwargs["position_embeddings"], dim=-1).movedim(-2, 0).flatten(1)
+    handle = model.register_forward_pre_hook(note_ids, with_kwargs=True)
+    first = config.stages[0].layer
+    attention = model.get_decoder().layers[first].self_attn if first >= 0 else None
+    hook = HOOKS.get(attention, NO_HOOK) if attention is not None else NO_HOOK
+    tap = hook.tap
 
     def note_attention(q: Tensor, k: Tensor, scale: float) -> None:
         if "q" not in prompt:
             prompt.update(q=q[0], k=k[0], scale=scale)
+        assert tap is not None
+        tap(q, k, scale)
 
-    AttentionInterface.register("watched_sdpa", _attend)
-    AttentionMaskInterface.register("watched_sdpa", sdpa_mask)
-    before = model.config.text_config._attn_implementation
-    listened = layers[config.stages[0].layer].self_attn
-    with ExitStack() as undo:
-        undo.callback(model.set_attn_implementation, {"text_config": before})
-        model.set_attn_implementation({"text_config": "watched_sdpa"})
-        undo.callback(LISTENERS.pop, listened)
-        LISTENERS[listened] = note_attention
-        undo.callback(model.register_forward_pre_hook(note_ids, with_kwargs=True).remove)
-        for place in (0, *(stage.layer + 1 for stage in config.stages)):
-            # A forward hook gets what the layer received after all pre-hooks: what the stage before it has left.
-            hook = partial(note_angles, place)
-            undo.callback(layers[place].register_forward_hook(hook, with_kwargs=True).remove)
+    if attention is not None and tap is not None:
+        HOOKS[attention] = replace(hook, tap=note_attention)  # the scope of `compress` takes it away with its own
+    try:
         yield prompt
-    prompt["angles"] = list(angles.values())
-
-
-LISTENERS: WeakKeyDictionary[nn.Module, Callable[[Tensor, Tensor, float], None]] = WeakKeyDictionary()
-
-
-def _attend(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
-    """transformers' SDPA, which first shows q and k to the module's listener."""
-    if module in LISTENERS:
-        LISTENERS[module](q, k, options["scaling"])
-    return sdpa_attention_forward(module, q, k, v, mask, **options)
-
-
-def _among(everyone: Tensor, survivors: Tensor) -> Tensor:
-    """Bool [S]: which rows of everyone [S, F] are among survivors [S', F], bit for bit."""
-    same = (everyone[:, None] == survivors[None]).all(dim=-1)
-    assert bool((same.sum(dim=0) == 1).all())
-    return same.any(dim=1)
+    finally:
+        handle.remove()
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of two looks at one image: intersection over union of the survivors per stage, share of merge weight moved."""
+    """Of two looks at one image: survivors in common over survivors of either, per stage; share of weight moved."""
 
     iou: tuple[float, ...]
-    moved: float
+    moved: float | None
 
     @classmethod
     def of(cls, one: Seen, other: Seen) -> Overlap:
         both, either = (one.alive & other.alive).sum(-1), (one.alive | other.alive).sum(-1)
-        moved = float((one.guidance - other.guidance).abs().sum()) / 2
+        moved = None
+        if one.weight is not None and other.weight is not None:
+            moved = float((one.weight - other.weight).abs().sum()) / 2
         return cls(tuple((both / either).tolist()), moved)
-
-    @classmethod
-    def mean(cls, overlaps: Sequence[Overlap]) -> Overlap:
-        iou = np.mean([overlap.iou for overlap in overlaps], axis=0)
-        return cls(tuple(iou.tolist()), float(np.mean([overlap.moved for overlap in overlaps])))
 
 
 def pairs(split: str, images: int) -> Iterator[tuple[np.ndarray, str, str]]:
@@ -173,21 +143,40 @@ def pairs(split: str, images: int) -> Iterator[tuple[np.ndarray, str, str]]:
             yield picture(scene), first, second
 
 
-def measure(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, retention: float, images: int
-) -> dict[str, Overlap]:
-    """Mean overlap of a question's survivors with those of: itself, another question, equal weights."""
-    config = LightKVConfig.for_model(model.config, retention=retention)
-    uniform = LightKVConfig.for_model(model.config, retention=retention, guidance="uniform")
-    found: dict[str, list[Overlap]] = {"the same question again": [], "another question": [], "equal weights": []}
-    for image, first, second in pairs("test", images):
-        seen = look(model, tokenizer, image, first, config)
-        found["the same question again"].append(Overlap.of(seen, look(model, tokenizer, image, first, config)))
-        found["another question"].append(Overlap.of(seen, look(model, tokenizer, image, second, config)))
-        flat = look(model, tokenizer, image, first, uniform)
-        even = torch.full_like(flat.guidance, 1 / len(flat.guidance))
-        found["equal weights"].append(Overlap.of(seen, replace(flat, guidance=even)))
-    return {name: Overlap.mean(overlaps) for name, overlaps in found.items()}
+def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, images: int) -> list[dict[str, Any]]:
+    """One entry per method and retention: how the survivors of two questions about an image overlap."""
+    found = []
+    for method in METHODS:
+        for retention in RETENTIONS:
+            config = LightKVConfig.for_model(model.config, retention, method=method)
+            overlaps, left = [], []
+            for image, *questions in pairs("test", images):
+                one, other = (look(model, tokenizer, image, question, config) for question in questions)
+                overlaps.append(Overlap.of(one, other))
+                left.append(float(one.alive[-1].float().mean()))
+            moved = [overlap.moved for overlap in overlaps if overlap.moved is not None]
+            found.append(
+                {
+                    "method": method,
+                    "retention": retention,
+                    "stages": [{"layer": stage.layer, "drop": stage.drop} for stage in config.stages],
+                    "patches_left": _spread(left),
+                    "iou": [_spread(stage) for stage in zip(*(overlap.iou for overlap in overlaps), strict=True)],
+                    "iou_at_random": _at_random(config),
+                    "weight_moved": _spread(moved) if moved else None,
+                }
+            )
+    return found
+
+
+def _at_random(config: LightKVConfig) -> float | None:
+    """The last overlap if lightkv's second stage drew what it drops; merging is bound to what is alike, so None."""
+    drop = config.stages[-1].drop
+    return round((1 - drop) / (1 + drop), 4) if config.method == "lightkv" else None
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": round(float(np.mean(values)), 4), "standard_deviation": round(float(np.std(values)), 4)}
 
 
 def example() -> tuple[np.ndarray, list[QA]]:
@@ -201,25 +190,66 @@ def example() -> tuple[np.ndarray, list[QA]]:
     raise AssertionError
 
 
-def report(config: LightKVConfig, retention: float, found: dict[str, Overlap], images: int) -> str:
-    """A Markdown table of the figures."""
-    stages = [f"after layer {stage.layer}" for stage in config.stages]
+def table(found: Sequence[dict[str, Any]], images: int) -> str:
+    """The figures as a Markdown table."""
     lines = [
-        f"{images} images of {SIDE_PX}×{SIDE_PX} px, two random questions each, retention {retention:.0%}.",
+        f"{images} images of {SIDE_PX}×{SIDE_PX} px, two random questions each; mean ± standard deviation.",
         "",
-        f"| survivors of a question against | {' | '.join(f'IoU {stage}' for stage in stages)} | merge weight moved |",
-        f"|---|{'---|' * len(stages)}---|",
+        "| method | KV kept | patches left | overlap after the first stage | after the last | at random "
+        "| merge weight moved |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for name, overlap in found.items():
-        lines.append(f"| {name} | {' | '.join(f'{iou:.3f}' for iou in overlap.iou)} | {overlap.moved:.1%} |")
-    return "\n".join(lines)
+    for entry in found:
+        random = "–" if entry["iou_at_random"] is None else f"{entry['iou_at_random']:.1%}"
+        left, first, *_, last = (_percent(cell) for cell in (entry["patches_left"], *entry["iou"]))
+        cells = [
+            entry["method"],
+            f"{entry['retention']:.0%}",
+            left,
+            first,
+            last,
+            random,
+            _percent(entry["weight_moved"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "Overlap: of the patches that survive either question, those that survive both. At random: if the last",
+    ]
+    return "\n".join([*lines, "stage of lightkv drew what it drops. Weight: of the first stage's merges."])
+
+
+def _percent(cell: dict[str, float] | None) -> str:
+    return "–" if cell is None else f"{cell['mean']:.1%} ± {cell['standard_deviation']:.1%}"
+
+
+def figure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, footer: Sequence[str]) -> Any:
+    """The picture: a row of panels per method, a panel per question."""
+    image, questions = example()
+    rows = {}
+    for method in METHODS:
+        config = LightKVConfig.for_model(model.config, DRAWN, method=method)
+        rows[method] = [look(model, tokenizer, image, qa.question, config, max_new_tokens=16) for qa in questions]
+    return draw(image, TOKEN_PX, rows, footer)
+
+
+def footer(found: Sequence[dict[str, Any]], images: int) -> list[str]:
+    """What the figure says under the panels, from the figures alone."""
+    ours, paper = (
+        next(entry for entry in found if (entry["method"], entry["retention"]) == (method, DRAWN)) for method in METHODS
+    )
+    return [
+        f"Mean over {images} images, two random questions each, {DRAWN:.0%} of the vision KV kept: of the patches that "
+        "survive either question,",
+        f"{ours['iou'][-1]['mean']:.1%} survive both by lightkv ({ours['iou_at_random']:.1%} if its last stage drew lots) "
+        f"and {paper['iou'][-1]['mean']:.1%} by the published method, where questions set merge weights.",
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=weights_path(), help="folder with weights of the mini model")
-    parser.add_argument("--out", type=Path, default=OUT, help="the PNG")
-    parser.add_argument("--retention", type=float, default=RETENTION)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of survivors.png and survivors.json")
     parser.add_argument("--images", type=int, default=IMAGES, help="images that the figures are means over")
     args = parser.parse_args(arguments)
     if not (args.model / "config.json").is_file():
@@ -228,29 +258,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--images: expected at least 1, got {args.images}")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval()
-    config = LightKVConfig.for_model(model.config, retention=args.retention)
-    found = measure(model, tokenizer, args.retention, args.images)
-    print(report(config, args.retention, found, args.images))
-    image, questions = example()
-    looks = [look(model, tokenizer, image, qa.question, config, max_new_tokens=16) for qa in questions]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    draw(image, TOKEN_PX, looks, [stage.layer for stage in config.stages], footer(found, args.images)).save(
-        args.out, optimize=True
-    )
-    print(f"\n{args.out}: {args.out.stat().st_size / 1024:.0f} KiB")
+    found = measure(model, tokenizer, args.images)
+    print(table(found, args.images))
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = {
+        "command": "python -m jobs.survivors",
+        "images": args.images,
+        "side_px": SIDE_PX,
+        "split": "test",
+        "dtype": "float32",
+        "device": device_name(),
+        "weights_sha256": weights_sha256(args.model),
+        "versions": {
+            "code": code_version(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "figures": found,
+    }
+    (args.out / "survivors.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    drawn = args.out / "survivors.png"
+    figure(model, tokenizer, footer(found, args.images)).save(drawn, optimize=True)
+    print(f"\n{drawn}: {drawn.stat().st_size / 1024:.0f} KiB")
     return 0
-
-
-def footer(found: dict[str, Overlap], images: int) -> list[str]:
-    """What the figure says under the panels, from the figures alone."""
-    other, even = found["another question"], found["equal weights"]
-    return [
-        f"Mean over {images} images. Survivors of two questions overlap (intersection over union) by "
-        f"{other.iou[0]:.1%} after the first stage and {other.iou[-1]:.1%} after the last;",
-        f"survivors of a question and of equal weights by {even.iou[0]:.1%} and {even.iou[-1]:.1%}. Another question "
-        f"moves {other.moved:.1%} of the merge weight to other patches, equal weights {even.moved:.1%}.",
-        "How alike two patches are decides whether they merge; the question decides how much each of them counts.",
-    ]
 
 
 if __name__ == "__main__":
