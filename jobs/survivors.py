@@ -241,8 +241,8 @@ def footer(found: Sequence[dict[str, Any]], images: int) -> list[str]:
     return [
         f"Mean over {images} images, two random questions each, {DRAWN:.0%} of the vision KV kept: of the patches that "
         "survive either question,",
-        f"{ours['iou'][-1]['mean']:.1%} survive both by lightkv ({ours['iou_at_random']:.1%} if its last stage drew lots) "
-        f"and {paper['iou'][-1]['mean']:.1%} by the published method, where questions set merge weights.",
+        f"{ours['iou'][-1]['mean']:.1%} survive both by lightkv ({ours['iou_at_random']:.1%} if its last stage drew "
+        f"lots) and {paper['iou'][-1]['mean']:.1%} by the published method, where questions set merge weights.",
     ]
 
 
@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(found, args.images))
     args.out.mkdir(parents=True, exist_ok=True)
     result = {
-        "command": "python -m jobs.survivors",
+        "command": f"python -m jobs.survivors --images {args.images}",
         "images": args.images,
         "side_px": SIDE_PX,
         "split": "test",

@@ -97,7 +97,7 @@ class QuestionAttention:
     """The most that any token of the question, in any head, attends to a vision token; softmax over vision alone.
 
     The question is the text after the last vision token: by causality the only text that sees all of them. Where
-    there is none, all score the same.
+    there is none, all score the same. How many tokens a merged one stands for does not count.
     """
 
     def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, scale: float) -> Tensor:
@@ -116,6 +116,7 @@ class QuestionAttention:
         return score.index_copy(0, vision, best)
 
     def pairs(self, tokens: int, text_tokens: int) -> int:
+        """As if all text came after the vision."""
         return (tokens - text_tokens) * text_tokens
 
 
