@@ -66,7 +66,7 @@ class LightKVConfig:
     guidance      (published) "prompt" (all text votes), "question" (text after the vision tokens), "uniform" (equal
                   weights, which alone need no layer before the stage)
     rounds        (lightkv, spacetime) rounds of merging per stage
-    distance      (lightkv, spacetime) what a grid step between two tokens takes off their cosine
+    distance      (lightkv, spacetime) what a grid step between two tokens adds to their difference
     seed          (random) of the draw
     """
 
@@ -77,8 +77,8 @@ class LightKVConfig:
     guidance: str = "prompt"
     budget: Budget = "window"
     method: str = "published"
-    rounds: int = 4
-    distance: float = 0.03
+    rounds: int = 10
+    distance: float = 0.02
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -163,7 +163,7 @@ class LightKVConfig:
     ) -> "LightKVConfig":
         """The schedule by which `method` keeps `retention` (0.05 to 1) of the vision KV of this model.
 
-        "lightkv" has a stage on the embeddings and one after a sixth of the layers; "published" has three unless told
+        "lightkv" has a stage on the embeddings and one after a third of the layers; "published" has three unless told
         otherwise, at about the paper's layers, and for less moves them towards the input, then drops more
         (schedule.py). For "published", windows per side are 2^(stages - 1), …, 2, 1, and the budget is the
         item's. `options` are further fields, e.g. positions="compact".

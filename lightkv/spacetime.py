@@ -1,11 +1,15 @@
 """Merging in space and time: tokens become one with their nearest in place and content, where there is most to spare.
 
-A stage takes rounds. In a round the tokens of an item are split by the parity of t + y + x + round, a checkerboard in
-space and time, so that the nearest neighbours of every a in A are in B. Each a looks for the b with the largest
+A stage takes rounds. In a round the tokens of an item are split by a parity of their place: first of t + y + x, a
+checkerboard in space and time, so that the nearest neighbours of every a in A are in B, then of other sums in turn
+(PATTERNS), so that what one split keeps apart the next brings together. Each a looks for the b from which it differs
+least in content and place,
 
-    cos(x_a, x_b) − λ · dist(a, b),    dist = sqrt(Δt²/4 + Δy² + Δx²) in grid steps,
+    d(a, b) = ‖x_a − x_b‖² / 2s² + λ · dist(a, b),    dist = sqrt(Δt²/4 + Δy² + Δx²) in grid steps,
 
-all a of the item are ranked by that together, so that the rate goes where the redundancy is, and the best merge by
+s² being the item's mean ‖x‖² before the stage (for vectors of length s the first term is 1 − cos). All a of the item
+are ranked together by n_a n_b / (n_a + n_b) · d(a, b), n being sizes: what a merge adds to the variance within tokens
+(Ward's criterion), so that the rate goes where the redundancy is and no token swallows the rest. The least merge by
 size: x_b ← (n_b x_b + Σ n_a x_a) / (n_b + Σ n_a), n_b ← n_b + Σ n_a. A survivor keeps its place. Long items are
 searched in blocks of space and time, and ranked as a whole.
 """
@@ -14,7 +18,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightkv.layout import VisionLayout
@@ -24,6 +27,7 @@ from lightkv.tokens import Compressed, Tokens, removals
 if TYPE_CHECKING:
     from lightkv.config import LightKVConfig, Stage
 
+PATTERNS = ((1, 1, 1), (1, 0, 0), (0, 1, 1), (1, 1, 0), (1, 0, 1))  # of (t, y, x): which a round's parity counts
 BLOCK_TOKENS = 1024  # among which an a looks for its b
 SCORES_AT_ONCE = 1 << 24  # fp32 scores held at a time: 64 MiB
 FEATURES_AT_ONCE = 1 << 25  # fp32 features held at a time: 128 MiB
@@ -38,11 +42,12 @@ def spacetime(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compre
     target = torch.arange(len(layout), device=hidden.device)
     alive = layout.mergeable
     wanted = removals(torch.bincount(layout.item[alive], minlength=len(layout.grid)), stage.drop)
+    unit = _unit(hidden, layout)
     done, turn = torch.zeros_like(wanted), 0
     while bool((done < wanted).any()):
         share = wanted * min(turn + 1, config.rounds) // config.rounds - done
         busy = torch.nonzero(alive & (share[layout.item] > 0)).flatten()
-        source, into = pairs(hidden, layout, busy, share, turn, config.distance)
+        source, into = pairs(hidden, unit, size, layout, busy, share, turn, config.distance)
         hidden, size = merge(hidden, size, source, into)
         target = target.index_copy(0, source, into)[target]
         alive = alive.index_fill(0, source, False)
@@ -52,8 +57,26 @@ def spacetime(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compre
     return Compressed(hidden[kept], kept, target, size[kept])
 
 
+def _unit(hidden: Tensor, layout: VisionLayout) -> Tensor:
+    """1 / s of the item of each token, fp32 [S]; 1 for text and for an item of zeros."""
+    index = torch.nonzero(layout.mergeable).flatten()
+    item, squares = layout.item[index], hidden.new_zeros(len(layout.grid), dtype=torch.float64)
+    for part in index.split(max(1, FEATURES_AT_ONCE // hidden.shape[1])):
+        squares.index_add_(0, layout.item[part], hidden[part].float().square().sum(dim=-1).double())
+    mean = squares / torch.bincount(item, minlength=len(layout.grid))
+    unit = torch.ones(len(layout), device=hidden.device)
+    return unit.index_copy(0, index, torch.where(mean > 0, mean, 1.0).rsqrt()[item].float())
+
+
 def pairs(
-    hidden: Tensor, layout: VisionLayout, index: Tensor, share: Tensor, turn: int, distance: float
+    hidden: Tensor,
+    unit: Tensor,
+    size: Tensor,
+    layout: VisionLayout,
+    index: Tensor,
+    share: Tensor,
+    turn: int,
+    distance: float,
 ) -> tuple[Tensor, Tensor]:
     """The merges of one round: sources and the tokens they merge into, positions int64 [R] each.
 
@@ -62,9 +85,10 @@ def pairs(
     tokens = layout.take(index)
     block = blocks(tokens)
     in_b = sides(tokens, block, turn)
-    closest, score = _closest(hidden[index], tokens, block, in_b, distance)
-    source = torch.nonzero(~in_b & (score > -torch.inf)).flatten()
-    source = source[torch.argsort(score[source], descending=True, stable=True)]
+    closest, apart = _closest(hidden[index], unit[index], tokens, block, in_b, distance)
+    source = torch.nonzero(~in_b & (apart < torch.inf)).flatten()
+    own, other = size[index[source]], size[index[closest[source]]]
+    source = source[torch.argsort(own * other / (own + other) * apart[source], stable=True)]
     source = source[torch.argsort(tokens.item[source], stable=True)]
     item = tokens.item[source]
     source = source[_rank(item) < share[item]]
@@ -95,18 +119,19 @@ def blocks(tokens: VisionLayout, limit: int | None = None) -> Tensor:
 
 
 def sides(tokens: VisionLayout, block: Tensor, turn: int) -> Tensor:
-    """Bool [N]: which tokens are in B, by the parity of t + y + x + turn.
+    """Bool [N]: which tokens are in B, by the parity that this turn counts.
 
-    In a block of one colour, which an earlier stage may leave, every second token is.
+    In a block of one parity, such as an image's when time is counted, every second token is.
     """
-    odd = (tokens.t + tokens.y + tokens.x + turn) % 2
+    t, y, x = PATTERNS[turn % len(PATTERNS)]
+    odd = (t * tokens.t + y * tokens.y + x * tokens.x + turn) % 2
     sizes = torch.bincount(block)
     odds = torch.bincount(block[odd == 1], minlength=len(sizes))
     order = torch.argsort(block, stable=True)
     rank = torch.empty_like(block)
     rank[order] = _rank(block[order])
-    one_colour = (odds == 0) | (odds == sizes)
-    return torch.where(one_colour[block], (rank + turn) % 2, odd) == 1
+    one_parity = (odds == 0) | (odds == sizes)
+    return torch.where(one_parity[block], (rank + turn) % 2, odd) == 1
 
 
 def _rank(group: Tensor) -> Tensor:
@@ -116,11 +141,11 @@ def _rank(group: Tensor) -> Tensor:
 
 
 def _closest(
-    hidden: Tensor, tokens: VisionLayout, block: Tensor, in_b: Tensor, distance: float
+    hidden: Tensor, unit: Tensor, tokens: VisionLayout, block: Tensor, in_b: Tensor, distance: float
 ) -> tuple[Tensor, Tensor]:
-    """For each a: its best b and their score, int64 and fp32 [N]; -inf where a block has no b, and for b's."""
+    """For each a: its nearest b and d(a, b), int64 and fp32 [N]; inf where a block has no b, and for b's."""
     closest = torch.zeros_like(block)
-    score = torch.full(block.shape, -torch.inf, dtype=torch.float32, device=hidden.device)
+    apart = torch.full(block.shape, torch.inf, dtype=torch.float32, device=hidden.device)
     place = torch.stack([tokens.t / 2, tokens.y, tokens.x]).float()
     slots = torch.argsort(2 * block + in_b.long(), stable=True)  # by block, its A before its B
     sizes = torch.bincount(block)
@@ -131,18 +156,27 @@ def _closest(
         slot = torch.arange(most_b, device=hidden.device)
         missing = slot >= count_b
         token_b = slots[(first + count_a + slot).masked_fill(missing, 0)]
-        features_b = F.normalize(hidden[token_b].float(), dim=-1).transpose(1, 2)
+        features_b, half_b = _features(hidden, unit, token_b)
         step = max(1, SCORES_AT_ONCE // (len(chunk) * most_b))
         for slot in torch.arange(most_a, device=hidden.device).split(step):
             present = slot < count_a
             token_a = slots[(first + slot).masked_fill(~present, 0)]
-            scores = torch.bmm(F.normalize(hidden[token_a].float(), dim=-1), features_b)
+            features_a, half_a = _features(hidden, unit, token_a)
+            differ = (half_a[:, :, None] + half_b[:, None] - torch.bmm(features_a, features_b.transpose(1, 2))).clamp_(
+                0
+            )
             squares = sum((axis[token_a][:, :, None] - axis[token_b][:, None]).square() for axis in place)
-            scores -= distance * torch.sqrt(torch.as_tensor(squares))
-            best, which = scores.masked_fill_(missing[:, None], -torch.inf).max(dim=-1)
+            differ += distance * torch.sqrt(torch.as_tensor(squares))
+            least, which = differ.masked_fill_(missing[:, None], torch.inf).min(dim=-1)
             closest[token_a[present]] = token_b.gather(1, which)[present]
-            score[token_a[present]] = best[present]
-    return closest, score
+            apart[token_a[present]] = least[present]
+    return closest, apart
+
+
+def _features(hidden: Tensor, unit: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    """x / s in fp32 [..., D], and half of its squared length."""
+    features = hidden[token].float() * unit[token][..., None]
+    return features, features.square().sum(dim=-1) / 2
 
 
 def _chunks(of_a: Tensor, of_b: Tensor, width: int) -> Iterator[tuple[Tensor, int, int]]:

@@ -1,6 +1,7 @@
 """By hand: a whole compressed generation (dense masks, no cache, no hooks), and the loops of spacetime merging."""
 
 import math
+from operator import mul
 from dataclasses import dataclass
 
 import torch
@@ -127,23 +128,26 @@ def spacetime(hidden, size, layout, drop, rounds, distance, limit):
     for item in sorted(set(layout.item[layout.mergeable].tolist())):
         alive = [i for i in range(len(layout)) if layout.item[i] == item]
         wanted = min(math.floor(len(alive) * drop + 1e-9), len(alive) - 1)
+        scale = sum(float(x[i] @ x[i]) for i in alive) / len(alive) or 1.0
         done, turn = 0, 0
+
+        def differ(a, b, scale=scale):
+            return float((x[a] - x[b]) @ (x[a] - x[b])) / (2 * scale) + distance * apart(a, b)
+
         while done < wanted:
             share = wanted * min(turn + 1, rounds) // rounds - done
             found = []
             for block in halved(alive, place, limit):
-                a_set = [i for i in block if (sum(place[i]) + turn) % 2 == 0]
+                counted = ((1, 1, 1), (1, 0, 0), (0, 1, 1), (1, 1, 0), (1, 0, 1))[turn % 5]
+                a_set = [i for i in block if (sum(map(mul, counted, place[i])) + turn) % 2 == 0]
                 b_set = [i for i in block if i not in a_set]
                 if not a_set or not b_set:
                     a_set, b_set = block[turn % 2 :: 2], block[1 - turn % 2 :: 2]
                 if not b_set:
                     continue
-                unit = torch.nn.functional.normalize(torch.stack([x[i] for i in block]), dim=-1)
-                cosine = dict(zip(block, (unit @ unit.T).tolist(), strict=True))
-                of = {b: number for number, b in enumerate(block)}
                 for a in a_set:
-                    best = max((cosine[a][of[b]] - distance * apart(a, b), -b) for b in b_set)
-                    found.append((-best[0], a, -best[1]))
+                    least, b = min((differ(a, b), b) for b in b_set)
+                    found.append((least * n[a] * n[b] / (n[a] + n[b]), a, b))
             merges = sorted(found)[:share]
             for b in {b for _, _, b in merges}:
                 members = [a for _, a, into in merges if into == b]

@@ -14,7 +14,7 @@ from tests.lightkv.strategies import generator, layouts
 DROPS = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.75, 0.97])
 
 
-def run(hidden, layout, drop, size=None, rounds=4, distance=0.03):
+def run(hidden, layout, drop, size=None, rounds=10, distance=0.02):
     stage = Stage(0, drop=drop)
     config = LightKVConfig((stage,), method="spacetime", rounds=rounds, distance=distance)
     return spacetime(Tokens(hidden, layout, torch.ones(len(layout)) if size is None else size), stage, config)
