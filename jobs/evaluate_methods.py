@@ -100,6 +100,7 @@ def _check_share(share: float, retention: float, of: str) -> None:
 PRESETS: dict[str, Callable[..., Treatment]] = {
     "lightkv": partial(_method, "lightkv"),
     "spacetime": partial(_method, "spacetime"),
+    "asked": partial(_method, "asked"),
     "published": partial(_method, "published"),
     **{name: partial(_baseline, name) for name in BASELINES},
     "downsample": _downsample,

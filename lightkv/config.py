@@ -53,10 +53,10 @@ class LightKVConfig:
     stages        in ascending layer order; none leaves the model as it is
     positions     "keep": every survivor keeps its RoPE position and decoding continues from the original length;
                   "compact": vanished positions close up per stage and decoding continues from the compacted length
-    method        a name in METHODS (methods.py): "lightkv", ours: merging in space and time, then what the question
-                  attends to; "spacetime", the merging alone; "published", the paper's, which stages made by hand are
-                  for unless they say more; or a baseline (baselines.py). The fields below belong to the methods
-                  named; elsewhere they stay as they are
+    method        a name in METHODS (methods.py): "lightkv", ours: merging in space and time, guided by the question;
+                  "spacetime", the same without the question; "asked", which drops what the question passes over
+                  instead of merging it; "published", the paper's; or a baseline (baselines.py). The fields below
+                  belong to the methods named; elsewhere they stay as they are
 
     windows       (published) "frame": windows lie on each frame; "spatiotemporal": they span consecutive frames of an
                   item; "released": the published code's fictional square grid, laid anew before each stage
@@ -65,8 +65,8 @@ class LightKVConfig:
                   image or video gives floor(drop · M) in all, spread over its windows, which small windows need
     guidance      (published) "prompt" (all text votes), "question" (text after the vision tokens), "uniform" (equal
                   weights, which alone need no layer before the stage)
-    rounds        (lightkv, spacetime) rounds of merging per stage
-    distance      (lightkv, spacetime) what a grid step between two tokens adds to their difference
+    rounds        (lightkv, spacetime, asked) rounds of merging per stage
+    distance      (lightkv, spacetime, asked) what a grid step between two tokens adds to their difference
     seed          (random) of the draw
     """
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightkv.config import LightKVConfig, Stage
 
 USUAL_STAGES = 3
+MERGING = frozenset({"rounds", "distance"})
 SHALLOW = 16  # decoders of fewer layers are pruned by fastv after layer 1, others after layer 2
 
 
@@ -44,8 +45,8 @@ class Method:
     reads: frozenset[str] = frozenset()
 
 
-def lightkv(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
-    """The first stage merges what repeats itself in space and time; later ones keep what the question attends to."""
+def merged_then_asked(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """The first stage merges what repeats itself in space and time; later ones drop what the question passes over."""
     return spacetime(tokens, stage, config) if tokens.score is None else asked(tokens, stage, config)
 
 
@@ -53,7 +54,7 @@ def _question(config: "LightKVConfig", number: int) -> Scorer | None:
     return QuestionAttention() if number else None
 
 
-def _lightkv_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
+def _asked_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
     cost = spacetime_cost if stage == config.stages[0] else _pruning_cost
     return cost(vision, stage, config, frames, width)
 
@@ -89,10 +90,9 @@ METHODS: dict[str, Method] = {
         scorer=_votes,
         reads=frozenset({"windows", "window_frames", "guidance", "budget"}),
     ),
-    "lightkv": Method(
-        lightkv, _early, _lightkv_cost, scorer=_question, proportional=True, reads=frozenset({"rounds", "distance"})
-    ),
-    "spacetime": Method(spacetime, _early, spacetime_cost, proportional=True, reads=frozenset({"rounds", "distance"})),
+    "lightkv": Method(spacetime, _early, spacetime_cost, scorer=_question, proportional=True, reads=MERGING),
+    "spacetime": Method(spacetime, _early, spacetime_cost, proportional=True, reads=MERGING),
+    "asked": Method(merged_then_asked, _early, _asked_cost, scorer=_question, proportional=True, reads=MERGING),
     "random": Method(random, _at_once, _pruning_cost, reads=frozenset({"seed"})),
     "stride": Method(stride, _at_once, _pruning_cost),
     "tome": Method(tome, _at_once, tome_cost, proportional=True),

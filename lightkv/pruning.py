@@ -1,4 +1,4 @@
-"""Stages that drop tokens instead of merging them: lightkv's later ones, random, stride, fastv and evs.
+"""Stages that drop tokens instead of merging them: asked's later ones, random, stride, fastv and evs.
 
 Each gives every vision token a value and keeps those of largest value: M - floor(drop · M) of an item's M tokens, or of
 a prompt's for `asked`. Survivors are what they were, and stand for what they stood for.

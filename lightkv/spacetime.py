@@ -10,8 +10,9 @@ least in content and place,
 s² being the item's mean ‖x‖² before the stage (for vectors of length s the first term is 1 − cos). All a of the item
 are ranked together by n_a n_b / (n_a + n_b) · d(a, b), n being sizes: what a merge adds to the variance within tokens
 (Ward's criterion), so that the rate goes where the redundancy is and no token swallows the rest. The least merge by
-size: x_b ← (n_b x_b + Σ n_a x_a) / (n_b + Σ n_a), n_b ← n_b + Σ n_a. A survivor keeps its place. Long items are
-searched in blocks of space and time, and ranked as a whole.
+size: x_b ← (n_b x_b + Σ n_a x_a) / (n_b + Σ n_a), n_b ← n_b + Σ n_a. A survivor keeps its place. Where the layer before
+has shown what the question attends to, the rank of an a is multiplied by a price that grows with that, so that what
+matters to the question merges late. Long items are searched in blocks of space and time, and ranked as a whole.
 """
 
 from collections.abc import Iterator
@@ -27,7 +28,13 @@ from lightkv.tokens import Compressed, Tokens, removals
 if TYPE_CHECKING:
     from lightkv.config import LightKVConfig, Stage
 
-PATTERNS = ((1, 1, 1), (1, 0, 0), (0, 1, 1), (1, 1, 0), (1, 0, 1))  # of (t, y, x): which a round's parity counts
+PATTERNS = (
+    (1, 1, 1),
+    (1, 0, 0),
+    (1, 1, 0),
+    (1, 0, 1),
+)  # of (t, y, x); all count t, so that what stands still meets itself
+FLOOR = 0.3  # price of a token that the question does not attend to, beside 1 + FLOOR for the one it attends to most
 BLOCK_TOKENS = 1024  # among which an a looks for its b
 SCORES_AT_ONCE = 1 << 24  # fp32 scores held at a time: 64 MiB
 FEATURES_AT_ONCE = 1 << 25  # fp32 features held at a time: 128 MiB
@@ -42,12 +49,12 @@ def spacetime(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compre
     target = torch.arange(len(layout), device=hidden.device)
     alive = layout.mergeable
     wanted = removals(torch.bincount(layout.item[alive], minlength=len(layout.grid)), stage.drop)
-    unit = _unit(hidden, layout)
+    unit, price = _unit(hidden, layout), _price(tokens)
     done, turn = torch.zeros_like(wanted), 0
     while bool((done < wanted).any()):
         share = wanted * min(turn + 1, config.rounds) // config.rounds - done
         busy = torch.nonzero(alive & (share[layout.item] > 0)).flatten()
-        source, into = pairs(hidden, unit, size, layout, busy, share, turn, config.distance)
+        source, into = pairs(hidden, unit, size, price, layout, busy, share, turn, config.distance)
         hidden, size = merge(hidden, size, source, into)
         target = target.index_copy(0, source, into)[target]
         alive = alive.index_fill(0, source, False)
@@ -68,10 +75,22 @@ def _unit(hidden: Tensor, layout: VisionLayout) -> Tensor:
     return unit.index_copy(0, index, torch.where(mean > 0, mean, 1.0).rsqrt()[item].float())
 
 
+def _price(tokens: Tokens) -> Tensor:
+    """What merging a token away costs beside its difference, fp32 [S]: more, the more the question attends to it.
+
+    FLOOR + score / the largest score of a vision token; 1 for all without scores, or where all of them are 0.
+    """
+    score, vision = tokens.score, tokens.layout.mergeable
+    if score is None or not bool(vision.any()) or not bool(score[vision].max() > 0):
+        return torch.ones(len(tokens.layout), device=tokens.hidden.device)
+    return FLOOR + score.float() / score[vision].max().float()
+
+
 def pairs(
     hidden: Tensor,
     unit: Tensor,
     size: Tensor,
+    price: Tensor,
     layout: VisionLayout,
     index: Tensor,
     share: Tensor,
@@ -88,7 +107,7 @@ def pairs(
     closest, apart = _closest(hidden[index], unit[index], tokens, block, in_b, distance)
     source = torch.nonzero(~in_b & (apart < torch.inf)).flatten()
     own, other = size[index[source]], size[index[closest[source]]]
-    source = source[torch.argsort(own * other / (own + other) * apart[source], stable=True)]
+    source = source[torch.argsort(price[index[source]] * own * other / (own + other) * apart[source], stable=True)]
     source = source[torch.argsort(tokens.item[source], stable=True)]
     item = tokens.item[source]
     source = source[_rank(item) < share[item]]

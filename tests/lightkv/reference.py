@@ -1,8 +1,8 @@
 """By hand: a whole compressed generation (dense masks, no cache, no hooks), and the loops of spacetime merging."""
 
 import math
-from operator import mul
 from dataclasses import dataclass
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -138,7 +138,7 @@ def spacetime(hidden, size, layout, drop, rounds, distance, limit):
             share = wanted * min(turn + 1, rounds) // rounds - done
             found = []
             for block in halved(alive, place, limit):
-                counted = ((1, 1, 1), (1, 0, 0), (0, 1, 1), (1, 1, 0), (1, 0, 1))[turn % 5]
+                counted = ((1, 1, 1), (1, 0, 0), (1, 1, 0), (1, 0, 1))[turn % 4]
                 a_set = [i for i in block if (sum(map(mul, counted, place[i])) + turn) % 2 == 0]
                 b_set = [i for i in block if i not in a_set]
                 if not a_set or not b_set:

@@ -92,7 +92,7 @@ def test_published_schedules_halve_three_times(name):
 def test_lightkv_meets_any_target_at_any_depth(depth, retention, method):
     config = LightKVConfig.for_model(LlamaConfig(num_hidden_layers=depth), retention, method=method)
     assert config.retention(depth) == pytest.approx(retention, abs=1e-6)
-    assert [stage.layer for stage in config.stages] == [-1, max(0, round(depth / 6) - 1)]
+    assert [stage.layer for stage in config.stages] == [-1, max(0, round(depth / 3) - 1)]
     assert {stage.windows for stage in config.stages} == {1}
 
 

@@ -81,15 +81,15 @@ def test_dropping_nothing_changes_nothing():
 
 
 def test_what_stands_still_merges_along_time_and_what_moves_stays():
-    """Four frames of a still background; one token differs in every frame: at a budget of 24 it survives each time."""
+    """Four frames of a still background, one token differs in every frame: at half of all it survives each time."""
     layout = VisionLayout.grids([(0, 4, 3, 3)], 36)
     background = torch.eye(16)[:9].repeat(4, 1)
     moving = torch.arange(4) * 9 + 4
     background[moving] = torch.eye(16)[9:13]
-    result = run(background, layout, 24 / 36, distance=0.01)
+    result = run(background, layout, 18 / 36, distance=0.01)
     assert set(moving.tolist()) <= set(result.kept.tolist())
     assert torch.equal(result.hidden, background[result.kept])  # only equal tokens have merged
-    assert sorted(result.size.tolist()) == [1.0] * 4 + [4.0] * 8
+    assert result.size[torch.isin(result.kept, moving)].tolist() == [1.0] * 4
 
 
 def test_a_token_looks_nearby_first():
