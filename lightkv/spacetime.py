@@ -34,7 +34,7 @@ PATTERNS = (
     (1, 1, 0),
     (1, 0, 1),
 )  # of (t, y, x); all count t, so that what stands still meets itself
-FLOOR = 0.3  # price of a token that the question does not attend to, beside 1 + FLOOR for the one it attends to most
+FLOOR = 0.1  # price of a token that the question does not attend to, beside 1 + FLOOR for the one it attends to most
 BLOCK_TOKENS = 1024  # among which an a looks for its b
 SCORES_AT_ONCE = 1 << 24  # fp32 scores held at a time: 64 MiB
 FEATURES_AT_ONCE = 1 << 25  # fp32 features held at a time: 128 MiB
