@@ -132,12 +132,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--report-only", action="store_true", help="remake table and figure from DIR/answers.parquet")
     parser.add_argument("--suites", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, and the plain model")
+    parser.add_argument("--retentions", nargs="+", type=float, metavar="SHARE", help="these instead of the configured")
     parser.add_argument("--scenes", type=int, metavar="N", help="so many of every suite instead of what is configured")
     parser.add_argument("--procs", type=int, default=1, help="processes of one torch thread each; 1: none beside this")
     args = parser.parse_args(arguments)
     if args.procs < 1:
         parser.error(f"--procs: expected at least 1, got {args.procs}")
-    config = load_evaluate_config(args.config).narrowed(args.suites, args.methods, args.scenes)
+    config = load_evaluate_config(args.config).narrowed(args.suites, args.methods, args.retentions, args.scenes)
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.report_only:
         words = sys.argv[1:] if arguments is None else arguments

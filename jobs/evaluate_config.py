@@ -105,11 +105,18 @@ class EvaluateConfig(_Section):
         """The method that the others are tested against."""
         return self.reference or next(iter(self.methods))
 
-    def narrowed(self, suites: list[str] | None, methods: list[str] | None, scenes: int | None) -> EvaluateConfig:
-        """Only these suites and methods, with so many scenes each; None leaves as it is."""
+    def narrowed(
+        self,
+        suites: list[str] | None = None,
+        methods: list[str] | None = None,
+        retentions: list[float] | None = None,
+        scenes: int | None = None,
+    ) -> EvaluateConfig:
+        """Only these suites, methods and retentions, with so many scenes per suite; None leaves as it is."""
         values = self.model_dump(mode="json")
         values["suites"] = _picked("--suites", values["suites"], suites)
         values["methods"] = _picked("--methods", values["methods"], methods)
+        values["retentions"] = retentions or values["retentions"]
         if self.reference not in values["methods"]:
             values["reference"] = None
         for suite in values["suites"].values():
