@@ -50,8 +50,7 @@ OUT = Path(__file__).with_name("results")
 class Seen:
     """One question about one image of N vision tokens (rows × columns).
 
-    alive     bool [stages, N], the patches left after each stage
-    dropped   bool [N], those that no survivor stands for in the end; the rest has merged
+    alive     bool [stages, N], the patches left after each stage; the rest has merged
     weight    fp32 [N], the share each patch has of the merge weights at the first stage; None where no question weighs
     retention of vision KV entries, averaged over layers
     """
@@ -59,7 +58,6 @@ class Seen:
     question: str
     answer: str
     alive: Tensor
-    dropped: Tensor
     weight: Tensor | None
     retention: float
 
@@ -82,7 +80,7 @@ def look(
     if "q" in prompt:
         votes = prompt_guidance(prompt["q"], prompt["k"], ~vision, prompt["scale"])[vision]
         weight = votes / votes.sum()
-    return Seen(question, said, torch.stack(alive), stages[-1].target[vision] < 0, weight, report.retention)
+    return Seen(question, said, torch.stack(alive), weight, report.retention)
 
 
 @contextmanager
@@ -162,17 +160,10 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, images: 
                     "stages": [{"layer": stage.layer, "drop": stage.drop} for stage in config.stages],
                     "patches_left": _spread(left),
                     "iou": [_spread(stage) for stage in zip(*(overlap.iou for overlap in overlaps), strict=True)],
-                    "iou_at_random": _at_random(config),
                     "weight_moved": _spread(moved) if moved else None,
                 }
             )
     return found
-
-
-def _at_random(config: LightKVConfig) -> float | None:
-    """The last overlap if lightkv's second stage drew what it drops; merging is bound to what is alike, so None."""
-    drop = config.stages[-1].drop
-    return round((1 - drop) / (1 + drop), 4) if config.method == "lightkv" else None
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -195,12 +186,10 @@ def table(found: Sequence[dict[str, Any]], images: int) -> str:
     lines = [
         f"{images} images of {SIDE_PX}×{SIDE_PX} px, two random questions each; mean ± standard deviation.",
         "",
-        "| method | KV kept | patches left | overlap after the first stage | after the last | at random "
-        "| merge weight moved |",
-        "|---|---|---|---|---|---|---|",
+        "| method | KV kept | patches left | overlap after the first stage | after the last | merge weight moved |",
+        "|---|---|---|---|---|---|",
     ]
     for entry in found:
-        random = "–" if entry["iou_at_random"] is None else f"{entry['iou_at_random']:.1%}"
         left, first, *_, last = (_percent(cell) for cell in (entry["patches_left"], *entry["iou"]))
         cells = [
             entry["method"],
@@ -208,15 +197,14 @@ def table(found: Sequence[dict[str, Any]], images: int) -> str:
             left,
             first,
             last,
-            random,
             _percent(entry["weight_moved"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "Overlap: of the patches that survive either question, those that survive both. At random: if the last",
+        "Overlap: of the patches that survive either question, those that survive both. Weight: of the first stage's",
     ]
-    return "\n".join([*lines, "stage of lightkv drew what it drops. Weight: of the first stage's merges."])
+    return "\n".join([*lines, "merges, by the published method."])
 
 
 def _percent(cell: dict[str, float] | None) -> str:
@@ -241,8 +229,8 @@ def footer(found: Sequence[dict[str, Any]], images: int) -> list[str]:
     return [
         f"Mean over {images} images, two random questions each, {DRAWN:.0%} of the vision KV kept: of the patches that "
         "survive either question,",
-        f"{ours['iou'][-1]['mean']:.1%} survive both by lightkv ({ours['iou_at_random']:.1%} if its last stage drew "
-        f"lots) and {paper['iou'][-1]['mean']:.1%} by the published method, where questions set merge weights.",
+        f"{ours['iou'][-1]['mean']:.1%} survive both by lightkv and {paper['iou'][-1]['mean']:.1%} by the published "
+        "method, where questions set merge weights alone.",
     ]
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PANEL_PX, GAP_PX, TITLE_PX, LINE_PX = 336, 20, 52, 20
 WHITE, INK, GREY, OUTLINE, DIFFERENT = (255, 255, 255), (25, 25, 30), (110, 110, 118), (255, 255, 255), (255, 120, 0)
 SAMPLE = np.array([150, 170, 190], np.float32)  # the legend's patch
-MERGED_LIGHT, DROPPED_LIGHT = 0.6, 0.22  # brightness of patches that are part of a survivor, and of those that are gone
+MERGED_LIGHT = 0.5  # brightness of patches that are part of a survivor
 
 
 def draw(image: np.ndarray, token_px: int, rows: Mapping[str, Sequence[Seen]], footer: Sequence[str]) -> Image.Image:
@@ -60,10 +60,10 @@ def _enlarged(image: np.ndarray, side: int) -> Image.Image:
 
 
 def _survivors(image: np.ndarray, side: int, look: Seen, common: Tensor) -> Image.Image:
-    """Survivors as they are, framed; merged patches dimmed, dropped ones darker. common: bool [N], of all questions."""
+    """Survivors as they are, framed; merged patches dimmed. common: bool [N], of all questions."""
     patches = int(len(common) ** 0.5)
     step, alive = side // patches, look.alive[-1].numpy()
-    light = np.where(alive, 1.0, np.where(look.dropped.numpy(), DROPPED_LIGHT, MERGED_LIGHT)).astype(np.float32)
+    light = np.where(alive, 1.0, MERGED_LIGHT).astype(np.float32)
     light = light.reshape(patches, patches).repeat(step, 0).repeat(step, 1)[..., None]
     picture = Image.fromarray((np.asarray(_enlarged(image, side)) * light).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
@@ -80,7 +80,6 @@ def _legend(pen: ImageDraw.ImageDraw, left: int, top: int) -> None:
         (1.0, OUTLINE, "survives both questions"),
         (1.0, DIFFERENT, "survives this question only"),
         (MERGED_LIGHT, None, "merged into a survivor"),
-        (DROPPED_LIGHT, None, "dropped, alone or with what it merged into"),
     ]
     for light, outline, words in entries:
         fill = tuple((SAMPLE * light).astype(int).tolist())

@@ -155,7 +155,7 @@ def test_a_cell_is_known_by_what_its_answers_depend_on():
         cell_key(config, cell, "other weights"),
         cell_key(_config(seed=1), cell, "w"),
         cell_key(_config(split="held_out"), cell, "w"),
-        cell_key(config.narrowed(None, None, 2), cell, "w"),
+        cell_key(config.narrowed(scenes=2), cell, "w"),
         cell_key(_config(methods={"random": {"preset": "random", "options": {"seed": 1}}}), cell, "w"),
         cell_key(config, Cell("clips", PLAIN, 1.0), "w"),
     ]
@@ -163,12 +163,12 @@ def test_a_cell_is_known_by_what_its_answers_depend_on():
 
 
 def test_narrowing_leaves_the_plain_model_in():
-    config = _config(reference="few").narrowed(["clips"], ["random"], 2)
+    config = _config(reference="few").narrowed(["clips"], ["random"], scenes=2)
     assert list(cells_of(config)) == [Cell("clips", PLAIN, 1.0), Cell("clips", "random", 0.5)]
     assert config.suites["clips"].scenes == 2
     assert config.compared_with == "random"
     with pytest.raises(ConfigError, match="--suites: expected some of stills, clips, got films"):
-        _config().narrowed(["films"], None, None)
+        _config().narrowed(["films"])
 
 
 @pytest.mark.parametrize(

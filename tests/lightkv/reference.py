@@ -80,7 +80,7 @@ def logits(model, prompt, config, generated):
 def score_of(config, first, layer, hidden, angles, layout):
     """What the stage after `layer` is told, fp32 [S] or None: votes of the prompt, attention of its end."""
     q, k, scale = queries_and_keys(layer, hidden, angles)
-    if config.method == "lightkv" and not first:
+    if config.method in ("lightkv", "asked") and not first:
         scores = q @ k.repeat_interleave(len(q) // len(k), 0).transpose(1, 2) * scale
         scores = scores.masked_fill(layout.is_text, -torch.inf).softmax(-1)
         after = int(torch.nonzero(layout.is_vision).max()) + 1

@@ -20,7 +20,7 @@ from lightkv import (
     compress,
 )
 from lightkv.attention import HOOKS
-from lightkv.methods import METHODS, lightkv
+from lightkv.methods import METHODS
 from tests.lightkv.tiny import LAYERS, text_config, tiny_batch, tiny_model, tiny_sample
 
 CONFIG = LightKVConfig((Stage(0, 2, 0.5), Stage(2, 1, 0.5)))
@@ -158,7 +158,7 @@ def test_after_a_stage_on_the_embeddings_layer_0_is_short_and_counts_what_it_nev
 
 def test_the_report_follows_every_token_to_its_survivor():
     model, sample = tiny_model("llava"), tiny_sample("llava", 0)
-    for method in ("lightkv", "spacetime", "random", "published"):
+    for method in ("lightkv", "asked", "random", "published"):
         stages = CONFIG.stages if method == "published" else EARLY.stages
         with compress(model, LightKVConfig(stages, method=method)) as report, torch.no_grad():
             model(**sample)
@@ -170,7 +170,7 @@ def test_the_report_follows_every_token_to_its_survivor():
             gone = stage.target == -1
             if method == "random":
                 assert int(gone.sum()) == 64 - vision
-            elif method == "lightkv" and stage is row[1]:
+            elif method == "asked" and stage is row[1]:
                 assert torch.equal(gone, ~torch.isin(row[0].target, stage.kept))  # all of whom a dropped one was made
             else:
                 assert not gone.any()
@@ -183,16 +183,18 @@ def test_the_report_follows_every_token_to_its_survivor():
     assert report.survivors == ()
 
 
+@pytest.mark.parametrize("method", ["lightkv", "asked"])
 @pytest.mark.parametrize("stages", [(-1, 1), (0, 2)])
-def test_lightkv_asks_only_the_layers_before_its_later_stages(stages, monkeypatch):
+def test_only_the_layers_before_later_stages_are_asked(stages, method, monkeypatch):
     model, sample, told = tiny_model("llava"), tiny_sample("llava", 0), []
-    config = LightKVConfig(tuple(Stage(layer, drop=0.5) for layer in stages), method="lightkv")
+    config = LightKVConfig(tuple(Stage(layer, drop=0.5) for layer in stages), method=method)
+    does = METHODS[method].compress
 
     def compress_and_note(tokens, stage, config):
         told.append((stage.layer, tokens.score is not None))
-        return lightkv(tokens, stage, config)
+        return does(tokens, stage, config)
 
-    monkeypatch.setitem(METHODS, "lightkv", dataclasses.replace(METHODS["lightkv"], compress=compress_and_note))
+    monkeypatch.setitem(METHODS, method, dataclasses.replace(METHODS[method], compress=compress_and_note))
     with compress(model, config), torch.no_grad():
         attention = [layer.self_attn for layer in model.get_decoder().layers]
         tapped = [index for index, part in enumerate(attention) if part in HOOKS and HOOKS[part].tap is not None]
@@ -201,15 +203,16 @@ def test_lightkv_asks_only_the_layers_before_its_later_stages(stages, monkeypatc
     assert told == [(stages[0], False), (stages[1], True)]
 
 
-def test_the_question_decides_what_lightkv_keeps_and_nothing_of_what_merging_keeps():
+@pytest.mark.parametrize("guided", ["lightkv", "asked"])
+def test_the_question_decides_what_survives_and_nothing_without_it(guided):
     model, questions = tiny_model("llava"), ([11, 12, 13], [60, 61, 62])
     survivors = {}
-    for method in ("lightkv", "spacetime"):
+    for method in (guided, "spacetime"):
         for question in questions:
             with compress(model, LightKVConfig(EARLY.stages, method=method)) as report, torch.no_grad():
                 model(**tiny_sample("llava", 0, question=question))
             survivors.setdefault(method, []).append(report.survivors[0])
-    (one, other), (merged, merged_too) = survivors["lightkv"], survivors["spacetime"]
+    (one, other), (merged, merged_too) = survivors[guided], survivors["spacetime"]
     assert torch.equal(one[0].kept, other[0].kept)  # the embeddings know nothing of the question
     assert not torch.equal(one[1].kept, other[1].kept)
     assert all(torch.equal(a.target, b.target) for a, b in zip(merged, merged_too, strict=True))

@@ -22,10 +22,11 @@ VARIANTS = {
     "question, compact": dataclasses.replace(CONFIG, guidance="question", positions="compact"),
 }
 IN_SPACE_AND_TIME = LightKVConfig((Stage(-1, drop=0.5), Stage(0, drop=0.4), Stage(2, drop=0.5)), method="spacetime")
-ASKED = LightKVConfig((Stage(-1, drop=0.5), Stage(0, drop=0.6)), method="lightkv")
+GUIDED = LightKVConfig((Stage(-1, drop=0.5), Stage(0, drop=0.6)), method="lightkv")
 METHODS = {
-    "lightkv": ASKED,
-    "lightkv, compact": dataclasses.replace(ASKED, positions="compact"),
+    "lightkv": GUIDED,
+    "lightkv, compact": dataclasses.replace(GUIDED, positions="compact"),
+    "asked": dataclasses.replace(GUIDED, method="asked"),
     "lightkv, later": LightKVConfig((Stage(0, drop=0.5), Stage(1, drop=0.3), Stage(3, drop=0.8)), method="lightkv"),
     "spacetime": IN_SPACE_AND_TIME,
     "spacetime, compact": dataclasses.replace(IN_SPACE_AND_TIME, positions="compact"),
@@ -86,7 +87,7 @@ def test_every_method_runs_as_it_does_by_hand(family, method):
     assert report.notes == ()
 
 
-@pytest.mark.parametrize("method", ["lightkv", "lightkv, compact", "spacetime", "tome", "random", "fastv", "evs"])
+@pytest.mark.parametrize("method", ["lightkv", "lightkv, compact", "asked", "tome", "random", "fastv", "evs"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_batch_of_n_is_n_batches_of_one_by_every_method(method, attention, monkeypatch):
     model, config = tiny_model("qwen2_5_vl"), METHODS[method]
@@ -174,7 +175,7 @@ def test_beams_score_what_their_sequences_score_by_hand(family, images):
         pytest.skip("this transformers cannot repeat these images for beams")
     if not beams_are_scored_by_hand(model, samples, plain, LightKVConfig(())):
         pytest.skip("this transformers mixes up these images when it repeats them for beams")
-    for config in (CONFIG, ASKED):
+    for config in (CONFIG, GUIDED):
         out, _ = generate(model, batch, config, **beams)
         assert beams_are_scored_by_hand(model, samples, out, config)
 
@@ -223,7 +224,7 @@ def test_half_precision_models_stay_in_their_dtype(dtype):
     model = copy.deepcopy(tiny_model("qwen2_5_vl")).to(dtype)
     samples = [tiny_sample("qwen2_5_vl", 0, 1), tiny_sample("qwen2_5_vl", 2, question=[5])]
     batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in tiny_batch("qwen2_5_vl", samples).items()}
-    for config in (CONFIG, IN_SPACE_AND_TIME, ASKED):
+    for config in (CONFIG, IN_SPACE_AND_TIME, GUIDED):
         out, report = generate(model, batch, config)
         assert torch.stack(out.logits).isfinite().all()
         assert {layer.keys.dtype for layer in out.past_key_values.layers} == {dtype}
@@ -245,7 +246,7 @@ def test_a_forward_pass_by_itself_is_compressed_too(family):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_forward_passes_in_a_row_decode_like_generate(family, positions):
     """The model then counts positions itself, by layer 0's cache, which is short."""
-    model, config = tiny_model(family), dataclasses.replace(ASKED, positions=positions)
+    model, config = tiny_model(family), dataclasses.replace(GUIDED, positions=positions)
     sample = tiny_sample(family, 0)
     out, _ = generate(model, sample, config, max_new_tokens=3)
     with compress(model, config), torch.no_grad():
@@ -275,7 +276,7 @@ def test_embeddings_with_layouts_do_what_pixels_do():
     sample = tiny_sample("llava", 0, 1)
     layout = VisionLayout.grids([(2, 1, 8, 8), (67, 1, 8, 8)], sample["input_ids"].shape[1])
     given = dict(inputs_embeds=embedded(model, sample), attention_mask=sample["attention_mask"])
-    for config in (CONFIG, ASKED):
+    for config in (CONFIG, GUIDED):
         out, _ = generate(model, sample, config)
         with compress(model, config, layouts=[layout]):
             again = model.generate(**given, **GREEDY)

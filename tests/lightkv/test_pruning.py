@@ -1,4 +1,4 @@
-"""What the second stage of lightkv keeps: the ranking over all images together. The other rules: test_baselines.py."""
+"""What the second stage of asked keeps: the ranking over all images together. The other rules: test_baselines.py."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def run(layout, score, drop, hidden=None, size=None):
     stage = Stage(1, drop=drop)
     hidden = torch.zeros(len(layout), 2) if hidden is None else hidden
     size = torch.ones(len(layout)) if size is None else size
-    config = LightKVConfig((Stage(0, drop=0.5), stage), method="lightkv")
+    config = LightKVConfig((Stage(0, drop=0.5), stage), method="asked")
     return asked(Tokens(hidden, layout, size, score), stage, config)
 
 

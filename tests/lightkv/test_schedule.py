@@ -13,24 +13,24 @@ from lightkv.schedule import derive_early, kept_share
 def test_any_target_is_met_at_any_depth(depth, target, stages):
     plan = derive_early(depth, -1, stages, target)
     assert kept_share(plan, depth) == pytest.approx(target, abs=1e-9)
-    assert [layer for layer, _ in plan] == [-1, max(0, round(depth / 6) - 1)][: stages or 2]
+    assert [layer for layer, _ in plan] == [-1, max(0, round(depth / 3) - 1)][: stages or 2]
     assert all(0 <= drop < 1 for _, drop in plan)
     if len(plan) == 2:
         assert plan[1][1] == pytest.approx(0.4 * (1 - target))
 
 
 def test_the_plans_of_usual_models():
-    first = 1 - 0.25 * 28 / (5 + 23 * 0.7)  # five of 28 layers come before the second stage, which leaves 0.7
-    assert derive_early(28, -1, None, 0.25) == [(-1, pytest.approx(first)), (4, pytest.approx(0.3))]
-    first = 1 - 0.55 * 32 / (5 + 27 * 0.82)
-    assert derive_early(32, -1, None, 0.55) == [(-1, pytest.approx(first)), (4, pytest.approx(0.18))]
-    assert derive_early(6, -1, None, 1.0) == [(-1, 0.0), (0, 0.0)]
+    first = 1 - 0.25 * 28 / (9 + 19 * 0.7)  # nine of 28 layers come before the second stage, which leaves 0.7
+    assert derive_early(28, -1, None, 0.25) == [(-1, pytest.approx(first)), (8, pytest.approx(0.3))]
+    first = 1 - 0.55 * 32 / (11 + 21 * 0.82)
+    assert derive_early(32, -1, None, 0.55) == [(-1, pytest.approx(first)), (10, pytest.approx(0.18))]
+    assert derive_early(6, -1, None, 1.0) == [(-1, 0.0), (1, 0.0)]
 
 
-@pytest.mark.parametrize("depth", [5, 8, 36])
+@pytest.mark.parametrize("depth", [5, 8, 18])
 def test_a_model_that_needs_its_first_layers_whole_starts_after_them(depth):
     plan = derive_early(depth, 2, None, 0.7)
-    assert [layer for layer, _ in plan] == [2, max(3, round(depth / 6) - 1)]
+    assert [layer for layer, _ in plan] == [2, max(3, round(depth / 3) - 1)]
     assert kept_share(plan, depth) == pytest.approx(0.7, abs=1e-9)
     with pytest.raises(ConfigError, match=rf"retention 0.05 cannot be met: .* keep at least {3 / depth:.3f}"):
         derive_early(depth, 2, None, 0.05)
