@@ -1,10 +1,12 @@
 """What the README shows runs as it stands, on a tiny model of the same family."""
 
+import json
 import re
 from pathlib import Path
 
 from PIL import Image
 
+from jobs.evaluate_readme import with_table
 from tests.models import save_tiny_llava
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -28,3 +30,8 @@ def test_files_the_readme_names_are_there():
     named = set(re.findall(r"`((?:jobs|pipeline|lightkv|configs|tests|infra)/[\w./-]+)`", README))
     assert named
     assert [name for name in sorted(named) if not (root / name).exists()] == []
+
+
+def test_the_fidelity_table_is_what_the_evaluation_found():
+    summary = json.loads((Path(__file__).parents[1] / "jobs/results/fidelity/summary.json").read_text())
+    assert with_table(README, summary) == README

@@ -110,7 +110,7 @@ def test_what_cannot_be_reached_says_why(model_config, preset, suite, retention,
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"preset": "magic"}, "methods.it.preset: expected one of lightkv, published"),
+        ({"preset": "magic"}, "methods.it.preset: expected one of lightkv, spacetime, asked, published"),
         ({"preset": "lightkv", "options": {"speed": 3}}, "methods.it.options: .*'speed'"),
         ({"preset": "downsample", "options": {"speed": 3}}, "methods.it.options: .*'speed'"),
     ],
