@@ -14,7 +14,7 @@ from lightkv.pruning import asked, evs, fastv, random, stride
 from lightkv.schedule import Plan, derive, derive_early, derive_single
 from lightkv.spacetime import spacetime, spacetime_cost
 from lightkv.stage import published, published_cost
-from lightkv.tokens import Compressed, Tokens
+from lightkv.tokens import Compressed, Tokens, removal
 from lightkv.tome import tome, tome_cost
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _fastv_plan(depth: int, first: int, stages: int | None, target: float) -> Pl
 
 
 def _pruning_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
-    return vision - min(int(vision * stage.drop + 1e-9), max(0, vision - 1)), 0
+    return vision - removal(vision, stage.drop), 0
 
 
 _at_once = partial(derive_single, EMBEDDINGS)

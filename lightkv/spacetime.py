@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from lightkv.layout import VisionLayout
+from lightkv.matching import FEATURES_AT_ONCE, SCORES_AT_ONCE
 from lightkv.merging import merge
-from lightkv.tokens import Compressed, Tokens, removals
+from lightkv.tokens import Compressed, Tokens, removal, removals
 
 if TYPE_CHECKING:
     from lightkv.config import LightKVConfig, Stage
@@ -36,8 +37,6 @@ PATTERNS = (
 )  # of (t, y, x); all count t, so that what stands still meets itself
 FLOOR = 0.1  # price of a token that the question does not attend to, beside 1 + FLOOR for the one it attends to most
 BLOCK_TOKENS = 1024  # among which an a looks for its b
-SCORES_AT_ONCE = 1 << 24  # fp32 scores held at a time: 64 MiB
-FEATURES_AT_ONCE = 1 << 25  # fp32 features held at a time: 128 MiB
 
 
 def spacetime(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
@@ -216,7 +215,7 @@ def _chunks(of_a: Tensor, of_b: Tensor, width: int) -> Iterator[tuple[Tensor, in
 
 def spacetime_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
     """Of one item's `vision` tokens: how many are left, and FLOPs of the similarities, with sets of equal size."""
-    wanted = min(int(vision * stage.drop + 1e-9), max(0, vision - 1))
+    wanted = removal(vision, stage.drop)
     done, turn, flops = 0, 0, 0
     while done < wanted:
         now, share = vision - done, wanted * min(turn + 1, config.rounds) // config.rounds - done

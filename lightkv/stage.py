@@ -11,7 +11,7 @@ from lightkv.errors import ConfigError
 from lightkv.layout import VisionLayout
 from lightkv.matching import Windows, match
 from lightkv.merging import merge
-from lightkv.tokens import Compressed, Tokens, removals
+from lightkv.tokens import Compressed, Tokens, removal, removals
 
 if TYPE_CHECKING:
     from lightkv.config import LightKVConfig, Stage
@@ -115,7 +115,7 @@ def published_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames:
     budget = min(int(vision * stage.drop + 1e-9), room)
     left, flops = 0, 0
     for size, windows in ((vision // count + 1, vision % count), (vision // count, count - vision % count)):
-        quota, now = min(int(size * stage.drop + 1e-9), max(0, size - 1)), size
+        quota, now = removal(size, stage.drop), size
         if config.budget == "item":
             quota = math.ceil(budget * max(0, size - 1) / max(1, room))
         while quota > 0:

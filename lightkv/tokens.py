@@ -46,3 +46,8 @@ def removals(sizes: Tensor, drop: float) -> Tensor:
     At most m - 1: a drop just below 1 must not ask for the last token, which nothing can be merged into.
     """
     return torch.minimum((sizes.double() * drop + 1e-9).floor().long(), (sizes - 1).clamp(min=0))
+
+
+def removal(count: int, drop: float) -> int:
+    """`removals` of one count, for cost estimates."""
+    return min(int(count * drop + 1e-9), max(0, count - 1))

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lightkv.stage import compress_tokens, gathered
-from lightkv.tokens import Compressed, Tokens
+from lightkv.tokens import Compressed, Tokens, removal
 
 if TYPE_CHECKING:
     from lightkv.config import LightKVConfig, Stage
@@ -22,7 +22,7 @@ def tome(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
 
 def tome_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
     """Of one item's `vision` tokens: how many are left, and FLOPs of the similarities."""
-    wanted, flops = min(int(vision * stage.drop + 1e-9), max(0, vision - 1)), 0
+    wanted, flops = removal(vision, stage.drop), 0
     now = vision
     while now > vision - wanted:
         flops += 2 * ((now + 1) // 2) * (now // 2) * width
