@@ -21,12 +21,12 @@ from pipeline.mini.world import scene_seed
 
 # How often a family is asked beside the caption, which every scene gets. What is missing here is not trained.
 IMAGE_FAMILIES = {
-    "exist": 1.2, "count": 1.2, "color": 1.6, "shape": 1.0, "size": 0.6, "digits": 2.0, "unanswerable": 0.4,
-    "position": 0.8,
+    "exist": 1.8, "count": 1.4, "color": 1.2, "shape": 0.8, "size": 0.6, "digits": 2.0, "unanswerable": 0.4,
+    "position": 1.6,
 }  # fmt: skip
-VIDEO_FAMILIES = {**IMAGE_FAMILIES, "motion": 2.0, "first": 1.0, "last": 1.0, "order": 1.2, "when": 0.7, "later": 0.7}
-SET_FAMILIES = {"which_image": 1.5, "image_count": 0.2, "set_exist": 1.5}
-QUESTIONS_PER_SCENE = {"image": 3, "video": 7, "set": 3}  # beside the caption; more where the pictures cost more
+VIDEO_FAMILIES = {**IMAGE_FAMILIES, "motion": 2.0, "first": 1.0, "last": 1.0, "order": 1.4, "when": 1.0, "later": 0.8}
+SET_FAMILIES = {"which_image": 1.5, "image_count": 0.2, "set_exist": 2.0}
+QUESTIONS_PER_SCENE = {"image": 3, "video": 7, "set": 4}  # beside the caption; more where the pictures cost more
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 DENSE_CLASSES = {
     "shape": len(SHAPES) + 1,
@@ -101,12 +101,12 @@ def curriculum(rng: np.random.Generator, progress: float, token_budget: int) -> 
         kind, sizes, times, things = "image", _SQUARE, (1,), 3
     elif progress < 0.45:
         kind, sizes, times, things = _draw(rng, ("image", "video"), (0.3, 0.7)), _SQUARE, (2, 3, 4), 4
-    elif progress < 0.70:
+    elif progress < 0.60:
         kind = _draw(rng, ("image", "video", "set"), (0.2, 0.65, 0.15))
         sizes, times, things = _draw(rng, (_SQUARE, _MEDIUM), (0.75, 0.25)), (2, 4, 4, 6), 4
     else:
-        kind = _draw(rng, ("image", "video", "set"), (0.2, 0.65, 0.15))
-        sizes = _draw(rng, (_SQUARE, _MEDIUM, _LARGE, _HUGE), (0.45, 0.35, 0.12, 0.08))
+        kind = _draw(rng, ("image", "video", "set"), (0.25, 0.55, 0.20))
+        sizes = _draw(rng, (_SQUARE, _MEDIUM, _LARGE, _HUGE), (0.40, 0.32, 0.15, 0.13))
         times, things = ((1, 2, 3) if sizes is _HUGE else (1, 2, 4, 6, 8, 8)), 4
     height, width = _draw(rng, sizes)
     pairs = 1 if kind == "image" else _draw(rng, times)
