@@ -1,0 +1,53 @@
+"""Compiles kernels for GPUs that are not there, in a process of its own, where Triton's interpreter is off.
+
+The interpreter takes much that the compiler refuses; Triton brings its own assembler, so this needs no GPU.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # by compute capability: what a block may have
+
+
+def compile_kernel(
+    module: str, kernel: str, signature: dict[str, str], constants: dict[str, Any], **options: int
+) -> None:
+    """Compile for every capability in SHARED_BYTES; raises AssertionError with the compiler's words where it fails.
+
+    signature: every argument's type in order, e.g. {"x": "*bf16", "n": "i64", "BLOCK": "constexpr"}; options such as
+    num_warps and num_stages.
+    """
+    job = json.dumps([module, kernel, signature, constants, options])
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__)), job], capture_output=True, text=True, env=environment, cwd=os.getcwd()
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shared = json.loads(done.stdout.splitlines()[-1])
+    over = {name: used for name, used in shared.items() if used > SHARED_BYTES[int(name)]}
+    assert not over, f"bytes of shared memory by compute capability: {over}, allowed {SHARED_BYTES}"
+
+
+def _main(job: str) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, kernel, signature, constants, options = json.loads(job)
+    sys.path.insert(0, os.getcwd())
+    source = ASTSource(getattr(importlib.import_module(module), kernel), signature, constexprs=constants)
+    shared = {}
+    for capability in SHARED_BYTES:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        assert compiled.asm["cubin"]
+        shared[capability] = compiled.metadata.shared
+    print(json.dumps(shared))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])
