@@ -1,0 +1,73 @@
+"""Message aggregation (method step 5) in place: a merged token is the weighted mean of its members.
+
+    x_b ← (w_b x_b + Σ w_a x_a) / (w_b + Σ w_a),    w_b ← w_b + Σ w_a
+
+Σ w x over the tokens that remain is what it was over all, up to rounding.
+"""
+
+import torch
+from torch import Tensor
+
+from lightkv.errors import ConfigError
+from lightkv.ops.dispatch import use_triton
+
+FEATURES_AT_ONCE = 1 << 25  # fp32 features of receivers that the twin holds at a time: 128 MiB
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def merge(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> None:
+    """Merges hidden[source[r]] into hidden[target[r]] for all r, IN PLACE on hidden and weight.
+
+    Rows that nothing merges into, the sources' too, keep their bits. Where all weights of a group are 0 (no prompt, or
+    votes below fp32's reach) its members weigh the same. Sums are fp32, by ascending r: the same at every run.
+
+    hidden [S, D] bf16, fp16 or fp32 · weight fp32 [S], ≥ 0 · source and target int64 [R]: targets may repeat, a source
+    comes once and is no target. Raises ConfigError for other shapes and types; contents are not looked at.
+    """
+    if hidden.ndim != 2 or hidden.dtype not in DTYPES:
+        raise ConfigError(f"hidden must be bf16, fp16 or fp32 [S, D], got {hidden.dtype} {list(hidden.shape)}")
+    if weight.dtype != torch.float32 or weight.shape != hidden.shape[:1]:
+        raise ConfigError(f"weight must be fp32 [{len(hidden)}], got {weight.dtype} {list(weight.shape)}")
+    for name, tensor in (("source", source), ("target", target)):
+        if tensor.dtype != torch.int64 or tensor.ndim != 1:
+            raise ConfigError(f"{name} must be int64 in one dimension, got {tensor.dtype} {list(tensor.shape)}")
+    if len(source) != len(target):
+        raise ConfigError(f"source and target must be of one length, got {len(source)} and {len(target)}")
+    if use_triton(hidden):
+        from lightkv.ops.merge_kernel import merge_triton
+
+        merge_triton(hidden, weight, source, target)
+    else:
+        merge_torch(hidden, weight, source, target)
+
+
+def merge_torch(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> None:
+    """The twin. Round k adds the k-th source of every receiver that has one: index_put and index_add leave the order of
+    their sums to threads on CPU or CUDA, rounds do not."""
+    target, by_target = torch.sort(target, stable=True)
+    source = source[by_target]
+    receiver, length = torch.unique_consecutive(target, return_counts=True)
+    begin = length.cumsum(0) - length
+    length, longest_first = torch.sort(length, descending=True, stable=True)
+    receiver, begin = receiver[longest_first], begin[longest_first]
+    rounds = [source[begin[:many] + k] for k, many in enumerate(_more_than(length))]
+
+    total = weight[receiver]
+    for sender in rounds:
+        total[: len(sender)] += weight[sender]
+    silent = total == 0
+    share = torch.where(silent, length + 1.0, total)
+    own = weight[receiver].masked_fill_(silent, 1.0) / share
+    given = [weight[sender].masked_fill_(silent[: len(sender)], 1.0) / share[: len(sender)] for sender in rounds]
+    for part in hidden.split(max(1, FEATURES_AT_ONCE // max(1, len(receiver))), dim=1):
+        mean = part[receiver].float() * own[:, None]
+        for sender, factor in zip(rounds, given, strict=True):
+            mean[: len(sender)] += part[sender].float() * factor[:, None]
+        part.index_copy_(0, receiver, mean.to(hidden.dtype))
+    weight.index_copy_(0, receiver, total)
+
+
+def _more_than(length: Tensor) -> list[int]:
+    """How many of the lengths (descending) are more than 0, 1, 2, … up to the last that any is."""
+    longest = int(length[0]) if len(length) else 0
+    return torch.searchsorted(-length, -torch.arange(longest, device=length.device)).tolist()

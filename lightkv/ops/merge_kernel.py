@@ -1,0 +1,81 @@
+"""Merging in place in Triton, over pairs sorted by target: the first pair of a target's run does the whole run.
+
+Sources are no targets, so that nothing is read that the same launch writes, but for a receiver by its own program.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_R = 128  # pairs for a program of weigh_kernel: a lane each
+BLOCK_D = 512  # columns for a program of mean_kernel: 16 bytes of bf16 for each thread of two warps
+
+
+@triton.jit
+def weigh_kernel(weight, source, target, stop, stride, pairs, BLOCK_R: tl.constexpr):
+    """weight[b] ← w_b + Σ w_a, one lane for a run."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = pair < pairs
+    receiver = tl.load(target + pair, mask=inside, other=-1)
+    before = tl.load(target + pair - 1, mask=inside & (pair > 0), other=-1)
+    leads = inside & (receiver != before)
+    length = tl.load(stop + pair, mask=leads, other=0) - pair
+    total = tl.load(weight + receiver * stride, mask=leads, other=0.0)
+    for k in range(0, tl.max(tl.where(leads, length, 0), axis=0)):
+        more = leads & (k < length)
+        sender = tl.load(source + pair + k, mask=more, other=0)
+        total += tl.load(weight + sender * stride, mask=more, other=0.0)
+    tl.store(weight + receiver * stride, total, mask=leads)
+
+
+@triton.jit
+def mean_kernel(
+    hidden,
+    weight,
+    own,
+    source,
+    target,
+    stop,
+    stride_s,
+    stride_d,
+    stride_w,
+    width,
+    BLOCK_D: tl.constexpr,
+):
+    """x_b ← (w_b x_b + Σ w_a x_a) / w for a tile of columns, `own` holding w_b and `weight` by now w = w_b + Σ w_a."""
+    pair = tl.program_id(0).to(tl.int64)
+    receiver = tl.load(target + pair)
+    before = tl.load(target + pair - 1, mask=pair > 0, other=-1)
+    if receiver == before:
+        return
+    last = tl.load(stop + pair)
+    total = tl.load(weight + receiver * stride_w)
+    silent = total == 0
+    share = tl.where(silent, (last - pair + 1).to(tl.float32), total)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < width
+    base = hidden + column * stride_d
+    factor = tl.where(silent, 1.0, tl.load(own + pair)) / share
+    mean = tl.load(base + receiver * stride_s, mask=inside, other=0.0).to(tl.float32) * factor
+    for at in range(pair, last):
+        sender = tl.load(source + at)
+        factor = tl.where(silent, 1.0, tl.load(weight + sender * stride_w)) / share
+        mean += tl.load(base + sender * stride_s, mask=inside, other=0.0).to(tl.float32) * factor
+    tl.store(base + receiver * stride_s, mean.to(hidden.dtype.element_ty), mask=inside)
+
+
+def merge_triton(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> None:
+    """The launcher: weights first, which frees the tiles of a row from each adding them up."""
+    if not len(source):
+        return
+    target, by_target = torch.sort(target, stable=True)
+    source, stop, own = source[by_target], torch.searchsorted(target, target, right=True), weight[target]
+    strides = (hidden.stride(0), hidden.stride(1), weight.stride(0))
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        grid = (triton.cdiv(len(source), BLOCK_R),)
+        weigh_kernel[grid](weight, source, target, stop, weight.stride(0), len(source), BLOCK_R=BLOCK_R, num_warps=4)
+        grid = (len(source), triton.cdiv(hidden.shape[1], BLOCK_D))
+        mean_kernel[grid](
+            hidden, weight, own, source, target, stop, *strides, hidden.shape[1], BLOCK_D=BLOCK_D, num_warps=2
+        )

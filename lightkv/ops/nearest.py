@@ -1,0 +1,146 @@
+"""For every token of a set A, the token of its group's set B from which it differs least in content and place.
+
+    d(a, b) = ‖s_a x_a‖² / 2 + ‖s_b x_b‖² / 2 − s_a s_b ⟨x_a, x_b⟩ + λ ‖p_a − p_b‖₂
+
+The first three terms are ‖s_a x_a − s_b x_b‖² / 2, held at ≥ 0. With s = 1/‖x‖ and λ = 0, d is 1 − cos: one operation
+serves both the spatio-temporal method (s = 1 / the item's root mean square length) and the published one (but s x = 0
+is 1/2 from all of length 1, where 1 − cos is taken to be 1).
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lightkv.errors import ConfigError
+from lightkv.ops.dispatch import use_triton
+
+SCORES_AT_ONCE = 1 << 24  # fp32 differences that the twin holds at a time: 64 MiB
+FEATURES_AT_ONCE = 1 << 25  # fp32 features that it holds at a time, but at least one set B: 128 MiB
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def nearest(
+    hidden: Tensor,
+    scale: Tensor,
+    place: Tensor | None,
+    order: Tensor,
+    starts: Tensor,
+    middles: Tensor,
+    most: int,
+    distance: float,
+) -> tuple[Tensor, Tensor]:
+    """Each a's nearest b and d(a, b), by slot of `order`: closest int64 [N] position in hidden, apart fp32 [N].
+
+    −1 and inf for b's, for a's whose group has no B, and where no difference is finite. Ties go to the b that comes
+    first in `order`. Differences are fp32.
+
+    hidden [S, D] bf16, fp16 or fp32 · scale fp32 [S], s · place fp32 [S, 3], p, or None where distance is 0 ·
+    order int64 [N] positions in hidden, group after group, in a group its A before its B · starts int64 [G + 1] and
+    middles int64 [G]: slots starts[g] … middles[g] − 1 are A, middles[g] … starts[g + 1] − 1 are B · most: no set A is
+    larger · distance: λ ≥ 0. Raises ConfigError for other shapes, types and numbers; contents are not looked at.
+    """
+    _check(hidden, scale, place, order, starts, middles, most, distance)
+    if use_triton(hidden):
+        from lightkv.ops.nearest_kernel import nearest_triton
+
+        return nearest_triton(hidden, scale, place, order, starts, middles, most, distance)
+    return nearest_torch(hidden, scale, place, order, starts, middles, most, distance)
+
+
+def nearest_torch(
+    hidden: Tensor,
+    scale: Tensor,
+    place: Tensor | None,
+    order: Tensor,
+    starts: Tensor,
+    middles: Tensor,
+    most: int,
+    distance: float,
+) -> tuple[Tensor, Tensor]:
+    """The twin: groups of like size side by side, padded to the largest."""
+    closest = torch.full_like(order, -1)
+    apart = torch.full(order.shape, torch.inf, dtype=torch.float32, device=order.device)
+    for group, most_a, most_b in _chunks(starts, middles, hidden.shape[1]):
+        slot_b = middles[group, None] + torch.arange(most_b, device=order.device)
+        missing = slot_b >= starts[group + 1, None]
+        token_b = order[slot_b.masked_fill(missing, 0)]
+        features_b, half_b = _features(hidden, scale, token_b)
+        step = max(1, min(SCORES_AT_ONCE // most_b, FEATURES_AT_ONCE // max(1, hidden.shape[1])) // len(group))
+        for part in torch.arange(most_a, device=order.device).split(step):
+            slot_a = starts[group, None] + part
+            present = slot_a < middles[group, None]
+            token_a = order[slot_a.masked_fill(~present, 0)]
+            features_a, half_a = _features(hidden, scale, token_a)
+            differ = half_a[:, :, None] + half_b[:, None] - torch.bmm(features_a, features_b.transpose(1, 2))
+            differ.clamp_(min=0)
+            if distance and place is not None:
+                differ += distance * _far(place[token_a], place[token_b])
+            differ.masked_fill_(missing[:, None], torch.inf).nan_to_num_(nan=torch.inf, posinf=torch.inf)
+            least, which = differ.min(dim=-1)
+            token = token_b.gather(1, which).masked_fill_(least == torch.inf, -1)
+            closest[slot_a[present]] = token[present]
+            apart[slot_a[present]] = least[present]
+    return closest, apart
+
+
+def _features(hidden: Tensor, scale: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+    """s x in fp32 [..., D], and half of its squared length."""
+    features = hidden[token].float() * scale[token][..., None]
+    return features, features.square().sum(dim=-1) / 2
+
+
+def _far(a: Tensor, b: Tensor) -> Tensor:
+    """‖p_a − p_b‖₂ of [C, A, 3] and [C, B, 3]: [C, A, B], axis by axis to hold one square at a time."""
+    squares = (a[:, :, None, 0] - b[:, None, :, 0]).square()
+    for axis in (1, 2):
+        squares += (a[:, :, None, axis] - b[:, None, :, axis]).square()
+    return squares.sqrt_()
+
+
+def _chunks(starts: Tensor, middles: Tensor, width: int) -> Iterator[tuple[Tensor, int, int]]:
+    """Groups of like size in bounded batches: (group numbers, largest set A, largest set B)."""
+    of_a, of_b = middles - starts[:-1], starts[1:] - middles
+    group = torch.nonzero((of_a > 0) & (of_b > 0)).flatten()
+    group = group[torch.argsort((of_a + of_b)[group], descending=True, stable=True)]
+    counts = list(zip(of_a[group].tolist(), of_b[group].tolist(), strict=True))
+    first = 0
+    while first < len(counts):
+        most_a, most_b, last = *counts[first], first + 1
+        while last < len(counts) and 2 * sum(counts[last]) > sum(counts[first]):
+            next_a, next_b, many = max(most_a, counts[last][0]), max(most_b, counts[last][1]), last + 1 - first
+            if many * next_a * next_b > SCORES_AT_ONCE or many * (next_a + next_b) * width > FEATURES_AT_ONCE:
+                break
+            most_a, most_b, last = next_a, next_b, last + 1
+        yield group[first:last], most_a, most_b
+        first = last
+
+
+def _check(
+    hidden: Tensor,
+    scale: Tensor,
+    place: Tensor | None,
+    order: Tensor,
+    starts: Tensor,
+    middles: Tensor,
+    most: int,
+    distance: float,
+) -> None:
+    if hidden.ndim != 2 or hidden.dtype not in DTYPES:
+        raise ConfigError(f"hidden must be bf16, fp16 or fp32 [S, D], got {hidden.dtype} {list(hidden.shape)}")
+    if scale.dtype != torch.float32 or scale.shape != hidden.shape[:1]:
+        raise ConfigError(f"scale must be fp32 [{len(hidden)}], got {scale.dtype} {list(scale.shape)}")
+    if not (math.isfinite(distance) and distance >= 0):
+        raise ConfigError(f"distance must be finite and at least 0, got {distance}")
+    if distance and place is None:
+        raise ConfigError(f"place must be given where distance is not 0, got None with distance {distance}")
+    if place is not None and (place.dtype != torch.float32 or place.shape != (len(hidden), 3)):
+        raise ConfigError(f"place must be fp32 [{len(hidden)}, 3], got {place.dtype} {list(place.shape)}")
+    for name, tensor in (("order", order), ("starts", starts), ("middles", middles)):
+        if tensor.dtype != torch.int64 or tensor.ndim != 1:
+            raise ConfigError(f"{name} must be int64 in one dimension, got {tensor.dtype} {list(tensor.shape)}")
+    if len(starts) != len(middles) + 1:
+        raise ConfigError(f"starts must have one more than the {len(middles)} middles, got {len(starts)}")
+    if most < 0:
+        raise ConfigError(f"most must be at least 0, got {most}")
