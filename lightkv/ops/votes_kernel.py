@@ -7,9 +7,10 @@ side; pass 2 reads the long side again and reduces over the columns. Scores exis
 share a head of long are stacked, so that column c of a head of long is short token c // GROUP under the
 (c mod GROUP)-th of its heads; a head of long thus meets all its columns while its tile is at hand.
 
-Per element of the long side both passes take 2 · GROUP · M operations, so that with the 50 or so tokens of a prompt
-they cost the time of reading it, twice. Beside the result there are fp32 [2, S / CHUNK, Hl, M · GROUP] of partial
-peaks and totals, and fp32 [Hl, N] of votes per head, which are reduced in fixed order: results are deterministic.
+Per element of the long side a pass takes 2 · GROUP · M operations: with the 50 or so text tokens of a prompt and
+GROUP = 1 that is less than it takes to read the element. Beside the result there are fp32 [2, S / CHUNK, Hl, GROUP · M]
+of partial peaks and totals, and fp32 [Hl, N] of votes per head of long. Everything is reduced in a fixed order: results
+are deterministic.
 """
 
 import math
@@ -27,9 +28,8 @@ CHUNK = (
 )
 TILE_BYTES = 32768  # of a side in a tile: with three in flight and the other side's this fits 163 KiB of shared memory
 MOST_ROWS = {2: 128, 4: 32}  # of a tile, by bytes per element: fp32 has no tensor cores and is unrolled instead
-WIDEN = tl.constexpr(
-    knobs.runtime.interpret
-)  # the interpreter would multiply bf16's bit patterns; products are the same
+# The interpreter would multiply the bit patterns of bf16; in fp32 the products are the same.
+WIDEN = tl.constexpr(knobs.runtime.interpret)
 
 
 def softmax_votes_triton(
