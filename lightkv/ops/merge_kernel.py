@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs
+# (the arguments of a kernel have no types in Python)
 """Merging in place in Triton, over pairs sorted by target: the first pair of a target's run does the whole run.
 
 Sources are no targets, so that nothing is read that the same launch writes, but for a receiver by its own program.
@@ -71,11 +73,12 @@ def merge_triton(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor)
         return
     target, by_target = torch.sort(target, stable=True)
     source, stop, own = source[by_target], torch.searchsorted(target, target, right=True), weight[target]
-    strides = (hidden.stride(0), hidden.stride(1), weight.stride(0))
+    strides, width = (hidden.stride(0), hidden.stride(1), weight.stride(0)), hidden.shape[1]
+    programs, tiles = triton.cdiv(len(source), BLOCK_R), triton.cdiv(width, BLOCK_D)
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
-        grid = (triton.cdiv(len(source), BLOCK_R),)
-        weigh_kernel[grid](weight, source, target, stop, weight.stride(0), len(source), BLOCK_R=BLOCK_R, num_warps=4)
-        grid = (len(source), triton.cdiv(hidden.shape[1], BLOCK_D))
-        mean_kernel[grid](
-            hidden, weight, own, source, target, stop, *strides, hidden.shape[1], BLOCK_D=BLOCK_D, num_warps=2
+        weigh_kernel[(programs,)](
+            weight, source, target, stop, weight.stride(0), len(source), BLOCK_R=BLOCK_R, num_warps=4
+        )
+        mean_kernel[(len(source), tiles)](
+            hidden, weight, own, source, target, stop, *strides, width, BLOCK_D=BLOCK_D, num_warps=2
         )

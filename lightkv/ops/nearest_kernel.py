@@ -1,3 +1,5 @@
+# mypy: allow-untyped-defs
+# (the arguments of a kernel have no types in Python)
 """The nearest b of every a in Triton: one program for a tile of one group's A, over all of the group's B."""
 
 import torch
@@ -108,9 +110,17 @@ def blocks(most: int, dtype: torch.dtype) -> dict[str, int]:
     if most <= 16:  # the least that tl.dot takes, and wide chunks: windows of a few tokens live from loads in flight
         return {"BLOCK_A": 16, "BLOCK_B": 16, "BLOCK_D": 128, "num_warps": 2, "num_stages": 3}
     if dtype == torch.float32:  # exact products run on ordinary cores, with both tiles' rows in registers
-        return {"BLOCK_A": 32, "BLOCK_B": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
-    # 64 rows are one warp group's on Hopper; taller tiles leave its processors idle at some ten thousand tokens.
-    return {"BLOCK_A": 64, "BLOCK_B": 64 if most <= 64 else 128, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_A": 32, "BLOCK_B": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
+    # 64 a's are what one of Hopper's products takes; taller tiles are too few for its processors at 16,000 tokens.
+    # Squares need the rows in registers beside the sums: 64 × 128 in four warps does not fit.
+    wide = most > 64
+    return {
+        "BLOCK_A": 64,
+        "BLOCK_B": 128 if wide else 64,
+        "BLOCK_D": 64,
+        "num_warps": 8 if wide else 4,
+        "num_stages": 4,
+    }
 
 
 def nearest_triton(
