@@ -41,7 +41,7 @@ def softmax_votes(
     starts int64 [R + 1] per side: sequence r owns index[starts[r] : starts[r + 1]]; from 0 to N (M)
     most   the largest sequence of each side, or more: kernels are sized by it, without waiting for the device
 
-    → fp32 [N], in the order of long_index. Raises ConfigError for arguments that do not fit together.
+    → fp32 [N], in the order of long_index, without gradient. Raises ConfigError for arguments that do not fit together.
     """
     _check(long, short, long_index, long_starts, short_index, short_starts, reduce)
     if use_triton(long):
@@ -51,6 +51,7 @@ def softmax_votes(
     return run(long, short, long_index, long_starts, short_index, short_starts, scale, reduce, most_long, most_short)
 
 
+@torch.no_grad()
 def softmax_votes_torch(
     long: Tensor,
     short: Tensor,

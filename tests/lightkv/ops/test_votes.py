@@ -15,6 +15,7 @@ from lightkv.ops.votes import softmax_votes, softmax_votes_torch
 from lightkv.ops.votes_kernel import softmax_votes_triton
 from tests.lightkv.ops.offline import compile_kernel
 from tests.lightkv.strategies import generator, layouts
+from tests.lightkv.tiny import scored
 
 TOLERANCE = {"atol": 2e-6, "rtol": 2e-5}  # for every dtype: products of half precision are exact in fp32
 SIZES = [(17, 5), (0, 3), (40, 17), (4, 0), (1, 1)]  # (long, short) tokens per sequence
@@ -104,7 +105,7 @@ def both_scores(operation, rows, heads, seed):
     got = operation(q, k, *everyone[:2], *text[:2], 0.4, "sum", everyone[2], text[2])
     yield got, torch.cat([prompt_guidance(q, k, row.is_text, 0.4) for q, k, row in pairs])
     got = operation(k, q, *vision[:2], *asking[:2], 0.4, "max", vision[2], asking[2])
-    yield got, torch.cat([QuestionAttention()(q, k, row, 0.4)[row.is_vision] for q, k, row in pairs])
+    yield got, torch.cat([scored(QuestionAttention(), q, k, row, 0.4)[row.is_vision] for q, k, row in pairs])
 
 
 @settings(max_examples=30)
@@ -118,7 +119,7 @@ def test_twin_gives_prompt_guidance_and_the_questions_attention(rows, heads, see
         torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     rows=st.lists(layouts(), min_size=1, max_size=3).filter(lambda rows: any(len(row) for row in rows)),
     heads=st.sampled_from([(4, 2), (3, 1)]),
@@ -222,7 +223,7 @@ def test_a_batch_is_what_its_sequences_are_alone(operation):
 
 
 def test_kernel_says_the_same_twice():
-    arguments = case((2, 4), [(200, 20), (30, 4)])
+    arguments = case((2, 4), [(50, 20), (9, 4)])
     assert torch.equal(softmax_votes_triton(**arguments), softmax_votes_triton(**arguments))
 
 
@@ -245,6 +246,15 @@ def test_half_precision_scores_do_not_overflow(operation):
     for side in ("long", "short"):
         arguments[side] = torch.full_like(arguments[side], 60.0)
     torch.testing.assert_close(operation(**arguments), torch.full((4,), 0.5))
+
+
+@pytest.mark.parametrize("operation", [softmax_votes_torch, softmax_votes_triton])
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+def test_votes_carry_no_gradient(operation, reduce):
+    arguments = case((1, 1), [(4, 2)], reduce=reduce)
+    for side in ("long", "short"):
+        arguments[side].requires_grad_()
+    assert not operation(**arguments).requires_grad
 
 
 class Unlaunched:
@@ -301,7 +311,7 @@ SIDES = {"long": "*bf16", "short": "*bf16"} | dict.fromkeys(
     ["long_rows", "long_starts", "short_rows", "short_starts"], "*i64"
 )
 STRIDES = dict.fromkeys(["long_stride_head", "long_stride", "short_stride_head", "short_stride"], "i64")
-CONSTANTS = {"D": 72, "GROUP": 7, "SHARED": 1, "BLOCK_D": 128}
+CONSTANTS = {"D": 40, "GROUP": 7, "SHARED": 1, "BLOCK_D": 64}
 
 
 def signature(dtype, results, numbers, constants):
@@ -313,13 +323,13 @@ def signature(dtype, results, numbers, constants):
 
 
 def test_first_pass_compiles():
-    constants = CONSTANTS | {"CHUNK": 512, "BLOCK_M": 64, "BLOCK_N": 128}
+    constants = CONSTANTS | {"CHUNK": 512, "BLOCK_M": 64, "BLOCK_N": 64}
     types = signature("*bf16", ["peaks", "totals"], ["chunks", "short_tiles"], constants)
     compile_kernel("lightkv.ops.votes_kernel", "peaks_kernel", types, constants, num_warps=4, num_stages=3)
 
 
-@pytest.mark.parametrize(("maximum", "dtype", "rows", "warps"), [(True, "*bf16", 128, 8), (False, "*fp32", 32, 4)])
-def test_second_pass_compiles(maximum, dtype, rows, warps):
+@pytest.mark.parametrize(("maximum", "dtype", "rows"), [(True, "*bf16", 64), (False, "*fp32", 16)])
+def test_second_pass_compiles(maximum, dtype, rows):
     constants = CONSTANTS | {"MAXIMUM": maximum, "BLOCK_M": rows, "BLOCK_N": rows}
     types = signature(dtype, ["peak", "share", "votes"], ["length", "long_tiles"], constants)
-    compile_kernel("lightkv.ops.votes_kernel", "votes_kernel", types, constants, num_warps=warps, num_stages=2)
+    compile_kernel("lightkv.ops.votes_kernel", "votes_kernel", types, constants, num_warps=4, num_stages=2)
