@@ -10,12 +10,13 @@ from tests.lightkv.ops.offline import compile_kernel
 
 FORMS = pytest.mark.parametrize("form", [merge_torch, merge_triton])
 DTYPES = pytest.mark.parametrize(
-    ("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)]
+    ("dtype", "close"),
+    [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-11)],  # Triton's interpreter cuts off to bf16
 )
-ROWS = 60
+ROWS = 40
 
 
-def case(width: int = 37, dtype: torch.dtype = torch.float32, pairs: int = 40, receivers: int = 9) -> list[Tensor]:
+def case(width: int = 37, dtype: torch.dtype = torch.float32, pairs: int = 20, receivers: int = 6) -> list[Tensor]:
     """[hidden, weight, source, target]; target 0 has the longest run, and the last rows take no part."""
     random = torch.Generator().manual_seed(width + pairs)
     hidden = torch.randn(ROWS, width, generator=random).to(dtype)
@@ -50,7 +51,7 @@ def survivors(source: Tensor) -> Tensor:
 
 @FORMS
 @DTYPES
-@pytest.mark.parametrize(("width", "pairs", "receivers"), [(37, 40, 9), (1, 20, 1), (BLOCK_D + 3, 7, 7)])
+@pytest.mark.parametrize(("width", "pairs", "receivers"), [(37, 20, 6), (1, 9, 1), (BLOCK_D + 3, 5, 5)])
 def test_receivers_become_the_weighted_means_of_their_members(form, dtype, close, width, pairs, receivers):
     call = case(width, dtype, pairs, receivers)
     hidden, weight = after(form, *call)
@@ -168,12 +169,14 @@ def test_without_pairs_nothing_changes(form):
 
 @FORMS
 def test_one_receiver_may_take_more_than_a_block_of_pairs(form):
-    rows = 2 * BLOCK_R + 40
+    rows = BLOCK_R + 20
     hidden, weight = torch.arange(float(rows))[:, None].repeat(1, 2), torch.ones(rows)
-    source, target = torch.arange(2, rows), torch.tensor([0, 1]).repeat(rows // 2 - 1)
+    source, target = torch.arange(2, rows), torch.ones(rows - 2, dtype=torch.int64)
+    target[[3, 50]] = 0
     form(hidden, weight, source, target)
-    assert weight[:2].tolist() == [rows / 2, rows / 2]
-    torch.testing.assert_close(hidden[:2, 0], torch.tensor([rows / 2 - 1, rows / 2]), rtol=1e-5, atol=0)
+    assert weight[:2].tolist() == [3, rows - 3]
+    sums = (5 + 52, rows * (rows - 1) / 2 - 5 - 52)
+    torch.testing.assert_close(hidden[:2, 0], torch.tensor([sums[0] / 3, sums[1] / (rows - 3)]), rtol=1e-5, atol=0)
 
 
 def test_the_twin_merges_the_same_in_slices_of_any_width(monkeypatch):
