@@ -9,8 +9,9 @@ DEMO ?= demo-out
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m jobs.demo --out $(DEMO)
 
+# Two processes of one torch thread each; tests/conftest.py says what may run side by side.
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

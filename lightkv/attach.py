@@ -38,13 +38,14 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-from lightkv.attention import EXTRA_DIMS, FLASH_DIMS, HOOKS, AttentionHook, hooked
+from lightkv.attention import EXTRA_DIMS, FLASH_DIMS, HOOKS, AttentionHook, KeyWeights, hooked
 from lightkv.cache import cache_holding, held_tokens, put_short_layer
 from lightkv.config import LightKVConfig
 from lightkv.errors import LightKVError, UnsupportedCallError, UnsupportedModelError
 from lightkv.families import EMBEDDINGS, FAMILIES, family_of, first_stage_layer
 from lightkv.layout import VisionLayout
 from lightkv.methods import METHODS
+from lightkv.ops.dispatch import use_triton
 from lightkv.prefill import Prefill, rows_for_batch
 from lightkv.refusals import refuse_cache, refuse_generation, refuse_reuse, seen_tokens
 from lightkv.report import Report
@@ -83,7 +84,7 @@ class _Session:
         self.prefill: Prefill | None = None  # of the forward in progress
         self.step: dict[str, Any] = {}  # what is known about that forward
         self.given: dict[int, dict[str, Any]] = {}  # arguments it gives to the layers after so many stages
-        self.biases: dict[int, Tensor | None] = {}  # what it adds to the scores in those layers
+        self.weights: dict[int, KeyWeights | None] = {}  # how it weighs the keys of those layers
         self.unheard: set[int] = set()  # layers whose attention has not asked for that yet
         self.known: WeakKeyDictionary[Cache, Prefill] = WeakKeyDictionary()
         self.text_config = self.decoder.config
@@ -111,7 +112,8 @@ class _Session:
         """Raises UnsupportedModelError where a flash kernel has no room for the dimensions that carry the sizes."""
         heads = self.text_config.num_attention_heads
         width = getattr(self.text_config, "head_dim", None) or self.text_config.hidden_size // heads
-        if METHODS[self.config.method].proportional and "flash" in base and width + EXTRA_DIMS > FLASH_DIMS:
+        crowded = "flash" in base and width + EXTRA_DIMS > FLASH_DIMS
+        if METHODS[self.config.method].proportional and crowded and not use_triton(next(self.model.parameters())):
             raise UnsupportedModelError(
                 f"method={self.config.method!r} needs heads of {width} + {EXTRA_DIMS} dimensions, {base} has at most "
                 f'{FLASH_DIMS}: use model.set_attn_implementation("sdpa")'
@@ -137,9 +139,9 @@ class _Session:
         ]
         for index, layer in enumerate(layers):
             tap = self._listen if index in listened else None
-            bias = partial(self._bias, index) if index >= first and method.proportional else None
-            if tap is not None or bias is not None:
-                HOOKS[layer.self_attn] = AttentionHook(tap, bias)
+            weights = partial(self._weights, index) if index >= first and method.proportional else None
+            if tap is not None or weights is not None:
+                HOOKS[layer.self_attn] = AttentionHook(tap, weights)
                 undo.callback(HOOKS.pop, layer.self_attn, None)
         for index in range(first, len(layers)):
             hook = partial(self._before_layer, index)
@@ -189,7 +191,7 @@ class _Session:
         inputs = {**inputs, **inputs.pop("kwargs", {})}
         if inputs.get("labels") is not None:
             raise UnsupportedCallError("labels cannot be used: the sequence gets shorter inside the model")
-        self.step, self.given, self.biases = {}, {}, {}
+        self.step, self.given, self.weights = {}, {}, {}
         self.unheard.clear()
         if seen_tokens(inputs.get("past_key_values")) == 0:
             self.step["layouts"] = self.expected if self.expected is not None else self._layouts(inputs)
@@ -237,9 +239,9 @@ class _Session:
         if self.prefill is not None and self.prefill.running:
             self.prefill.listen(q, k, scale)
 
-    def _bias(self, index: int) -> Tensor | None:
+    def _weights(self, index: int) -> KeyWeights | None:
         self.unheard.discard(index)
-        return None if self.prefill is None else self.biases.get(self.prefill.group_of(index))
+        return None if self.prefill is None else self.weights.get(self.prefill.group_of(index))
 
     def _before_layer(
         self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -256,7 +258,7 @@ class _Session:
                 put_short_layer(kwargs["past_key_values"], args[0].shape[1] - hidden.shape[1])
         if number not in self.given:
             self.given[number] = self._inputs_of_group(number, index, hidden, kwargs)
-        if self.biases[number] is not None:
+        if self.weights[number] is not None:
             self.unheard.add(index)
         return (hidden, *args[1:]), {**kwargs, **self.given[number]}
 
@@ -273,7 +275,7 @@ class _Session:
             attention_mask=group.mask(held),
             past_key_values=cache_holding(past),
         )
-        self.biases[number] = group.bias(held) if prefill.method.proportional else None
+        self.weights[number] = group.weights(held) if prefill.method.proportional else None
         angles = kwargs["position_embeddings"]
         if group.positions is not None:
             positions = (

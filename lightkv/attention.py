@@ -5,9 +5,10 @@ transformers picks attention and mask functions by name. For a base name such as
 for and then calls the base. Registration is process-wide and changes nothing until a model selects the name.
 
 Proportional attention: with a bias of log n_j on the score of key j, a token that stands for n_j equal ones takes
-the attention that these took. No S × S mask is built for it. For many queries the bias travels in extra head
-dimensions, q · k + bias = [q, 1, 1] · [k, high, low] with high + low = bias / scale: every kernel takes them,
-`is_causal` stays, and half precision loses nothing. For one query a row is added to the mask, in the query's dtype.
+the attention that these took. No S × S mask is built for it. On GPUs a kernel of ours adds the bias (ops/attend.py).
+Elsewhere, and for what that does not know, it travels in extra head dimensions where there are many queries,
+q · k + bias = [q, 1, 1] · [k, high, low] with high + low = bias / scale: every kernel takes them, `is_causal` stays,
+and half precision loses nothing. For one query a row is added to the mask, in the query's dtype.
 """
 
 import sys
@@ -25,9 +26,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightkv.errors import UnsupportedModelError
+from lightkv.ops.attend import attend
+from lightkv.ops.dispatch import use_triton
 
 Tap = Callable[[Tensor, Tensor, float], None]  # q [B, Hq, S, d], k [B, Hkv, S, d], scale
-Bias = Callable[[], Tensor | None]  # fp32 [B, keys], or None where nothing is to be added
+Weights = Callable[[], "KeyWeights | None"]  # None where all keys count alike
 
 ROW_MASKS = ("sdpa", "eager")  # bases that take a mask [B, 1, queries, keys]
 FLASH_DIMS = 256  # what FlashAttention's kernels take at most
@@ -35,11 +38,22 @@ EXTRA_DIMS = 8  # two are used; kernels want a head dimension that is a multiple
 
 
 @dataclass(frozen=True)
+class KeyWeights:
+    """How much each key counts: bias fp32 [B, keys] to add to its scores.
+
+    first int64 [B] says how many keys on the left are padding, None that none are.
+    """
+
+    bias: Tensor
+    first: Tensor | None
+
+
+@dataclass(frozen=True)
 class AttentionHook:
-    """What one attention module does beside its kernel: show q and k to `tap`, add `bias()` to its scores."""
+    """What one attention module does beside its kernel: show q and k to `tap`, weigh keys by `weights()`."""
 
     tap: Tap | None = None
-    bias: Bias | None = None
+    weights: Weights | None = None
 
 
 HOOKS: WeakKeyDictionary[nn.Module, AttentionHook] = WeakKeyDictionary()
@@ -75,15 +89,23 @@ def _attend(
     home = sys.modules[type(module).__module__]
     functions = getattr(home, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     forward = functions.get_interface(base, getattr(home, "eager_attention_forward", None))
-    bias = hook.bias() if hook.bias is not None else None
-    if bias is None:
+    weights = hook.weights() if hook.weights is not None else None
+    if weights is None:
         return forward(module, query, key, value, attention_mask, **kwargs)
-    bias = bias.to(query.device)
+    bias = weights.bias.to(query.device)
+    if base != "eager" and use_triton(query) and not _unusual(kwargs):
+        first = None if weights.first is None else weights.first.to(query.device)
+        return attend(query, key, value, bias, first, scale), None
     if query.shape[2] == 1 and base in ROW_MASKS:
         return forward(module, query, key, value, _with_row(attention_mask, bias, query.dtype), **kwargs)
     wide = _widened(query, key, value, bias / scale)
-    output, weights = forward(module, *wide, attention_mask, **{**kwargs, "scaling": scale})
-    return output[..., : value.shape[-1]], weights
+    output, seen = forward(module, *wide, attention_mask, **{**kwargs, "scaling": scale})
+    return output[..., : value.shape[-1]], seen
+
+
+def _unusual(kwargs: dict[str, Any]) -> bool:
+    """Whether a model asks for something in its attention that ops/attend.py does not do."""
+    return kwargs.get("s_aux") is not None or any(kwargs.get(name) for name in ("dropout", "softcap", "sliding_window"))
 
 
 def _with_row(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:

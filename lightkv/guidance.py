@@ -7,40 +7,62 @@ import torch
 from torch import Tensor
 
 from lightkv.layout import VisionLayout
-
-SCORES_AT_ONCE = 1 << 24  # fp32 scores held at a time: 64 MiB
+from lightkv.ops.votes import softmax_votes
+from lightkv.packing import Packing
 
 
 def prompt_guidance(q: Tensor, k: Tensor, is_text: Tensor, scale: float) -> Tensor:
     """g_i = Σ_heads Σ_{j∈text} softmax over queries i of (q_i · k_j · scale).
 
     Every text key hands out a vote of 1 per head, without the causal mask, so Σ_i g_i = heads · |text|.
-    Only S × |text| scores exist per head, a bounded block of them at a time, all in fp32.
 
     q [Hq, S, d] and k [Hkv, S, d] after RoPE (a key head serves Hq/Hkv query heads), is_text bool [S] → fp32 [S].
     """
-    heads, length, _ = q.shape
-    group = heads // k.shape[0]
-    votes = torch.zeros(length, dtype=torch.float32, device=q.device)
-    at_once = max(1, SCORES_AT_ONCE // (group * length))
-    for head, keys in enumerate(k[:, is_text].float()):
-        queries = q[head * group : (head + 1) * group].float().transpose(1, 2)  # [group, d, S]
-        for block in (keys * scale).split(at_once):
-            votes += torch.softmax(block @ queries, dim=-1).sum(dim=(0, 1))
-    return votes
+    one = Packing((q.shape[1],), q.shape[1], q.device)
+    return _prompt_votes(q[None], k[None], is_text, one, scale)
+
+
+def _prompt_votes(q: Tensor, k: Tensor, voters: Tensor, packing: Packing, scale: float) -> Tensor:
+    """`prompt_guidance` of every sequence of a batch by itself: q [B, Hq, S, d], voters bool [N] → fp32 [N]."""
+    queries, keys = _Side.of(torch.ones_like(voters), packing), _Side.of(voters, packing)
+    return softmax_votes(
+        q, k, queries.index, queries.starts, keys.index, keys.starts, scale, "sum", queries.most, keys.most
+    )
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Some of the packed tokens, as `softmax_votes` wants them.
+
+    token int64 [n] among the packed ones · index int64 [n] in the flattened batch · starts int64 [B + 1] where each
+    sequence begins among the n · most of any sequence
+    """
+
+    token: Tensor
+    index: Tensor
+    starts: Tensor
+    most: int
+
+    @classmethod
+    def of(cls, chosen: Tensor, packing: Packing) -> "_Side":
+        token = torch.nonzero(chosen).flatten()
+        row, index = packing.row.to(token.device)[token], packing.index.to(token.device)[token]
+        counts = torch.bincount(row, minlength=len(packing.lengths))
+        return cls(token, index, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), int(counts.max()))
 
 
 class Guidance(Protocol):
     """A source of merge weights: the positions whose keys vote, or None for equal weights."""
 
-    def voters(self, layout: VisionLayout) -> Tensor | None: ...
+    def voters(self, layout: VisionLayout, row: Tensor | None = None) -> Tensor | None:
+        """Bool [S]; row int64 [S] is the sequence of each token, None where all are of one."""
 
 
 @dataclass(frozen=True)
 class PromptGuidance:
     """All text votes: system prompt, template, and the user's words before and after the vision tokens."""
 
-    def voters(self, layout: VisionLayout) -> Tensor:
+    def voters(self, layout: VisionLayout, row: Tensor | None = None) -> Tensor:
         return layout.is_text
 
 
@@ -48,16 +70,19 @@ class PromptGuidance:
 class QuestionGuidance:
     """Only text after the last vision token votes: the user's question, without the system prompt."""
 
-    def voters(self, layout: VisionLayout) -> Tensor:
-        vision_ahead = layout.is_vision.flip(0).cumsum(0).flip(0)
-        return layout.is_text & (vision_ahead == 0)
+    def voters(self, layout: VisionLayout, row: Tensor | None = None) -> Tensor:
+        row = torch.zeros_like(layout.item) if row is None else row
+        place = torch.arange(len(layout), device=row.device)
+        vision = torch.where(layout.is_vision, place, -1)
+        last = torch.full_like(place, -1).scatter_reduce(0, row, vision, "amax")
+        return layout.is_text & (place > last[row])
 
 
 @dataclass(frozen=True)
 class UniformGuidance:
     """Nobody votes; every token weighs the same."""
 
-    def voters(self, layout: VisionLayout) -> None:
+    def voters(self, layout: VisionLayout, row: Tensor | None = None) -> None:
         return None
 
 
@@ -69,10 +94,10 @@ GUIDANCES: dict[str, Guidance] = {
 
 
 class Scorer(Protocol):
-    """What a stage wants to know of the layer before it, for one sequence."""
+    """What a stage wants to know of the layer before it."""
 
-    def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, scale: float) -> Tensor:
-        """q [Hq, S, d] and k [Hkv, S, d] after RoPE → fp32 [S]."""
+    def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, packing: Packing, scale: float) -> Tensor:
+        """q [B, Hq, S, d] and k [B, Hkv, S, d] after RoPE, the packed tokens' layout and place → fp32 [N]."""
 
     def pairs(self, tokens: int, text_tokens: int) -> int:
         """Query–key products per head in a sequence of `tokens`, for cost estimates."""
@@ -84,9 +109,11 @@ class Votes:
 
     rule: Guidance
 
-    def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, scale: float) -> Tensor:
-        voters = self.rule.voters(layout)
-        return torch.ones(len(layout), device=q.device) if voters is None else prompt_guidance(q, k, voters, scale)
+    def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, packing: Packing, scale: float) -> Tensor:
+        voters = self.rule.voters(layout, packing.row.to(q.device))
+        if voters is None:
+            return torch.ones(len(layout), device=q.device)
+        return _prompt_votes(q, k, voters, packing, scale)
 
     def pairs(self, tokens: int, text_tokens: int) -> int:
         return tokens * text_tokens
@@ -100,20 +127,13 @@ class QuestionAttention:
     there is none, all score the same. How many tokens a merged one stands for does not count.
     """
 
-    def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, scale: float) -> Tensor:
-        asking = QuestionGuidance().voters(layout)
-        score = torch.zeros(len(layout), device=q.device)
-        vision = torch.nonzero(layout.is_vision).flatten()
-        if not len(vision) or not bool(asking.any()):
-            return score
-        group, best = q.shape[0] // k.shape[0], torch.zeros(len(vision), device=q.device)
-        at_once = max(1, SCORES_AT_ONCE // (group * len(vision)))
-        for head, keys in enumerate(k[:, vision].float()):
-            queries = q[head * group : (head + 1) * group, asking].float() * scale
-            for block in queries.split(at_once, dim=1):
-                attention = torch.softmax(block @ keys.T, dim=-1)
-                best = torch.maximum(best, attention.amax(dim=(0, 1)))
-        return score.index_copy(0, vision, best)
+    def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, packing: Packing, scale: float) -> Tensor:
+        keys = _Side.of(layout.is_vision, packing)
+        queries = _Side.of(QuestionGuidance().voters(layout, packing.row.to(q.device)), packing)
+        best = softmax_votes(
+            k, q, keys.index, keys.starts, queries.index, queries.starts, scale, "max", keys.most, queries.most
+        )
+        return torch.zeros(len(layout), device=q.device).index_copy(0, keys.token, best)
 
     def pairs(self, tokens: int, text_tokens: int) -> int:
         """As if all text came after the vision."""
@@ -124,9 +144,13 @@ class QuestionAttention:
 class LastQuery:
     """The attention that the last prompt token pays to every token, mean over heads."""
 
-    def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, scale: float) -> Tensor:
-        queries = q[:, -1].float().unflatten(0, (k.shape[0], -1))  # [Hkv, Hq / Hkv, d]
-        return torch.softmax(queries @ k.float().transpose(1, 2) * scale, dim=-1).mean(dim=(0, 1))
+    def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, packing: Packing, scale: float) -> Tensor:
+        queries = q[:, :, -1].float().unflatten(1, (k.shape[1], -1))  # [B, Hkv, Hq / Hkv, d]
+        scores = queries @ k.float().transpose(2, 3) * scale
+        column = torch.arange(packing.width, device=q.device)
+        padding = column < torch.tensor(packing.pads, device=q.device)[:, None]
+        attention = torch.softmax(scores.masked_fill(padding[:, None, None], -torch.inf), dim=-1)
+        return packing.pack(attention.mean(dim=(1, 2)))
 
     def pairs(self, tokens: int, text_tokens: int) -> int:
         return tokens

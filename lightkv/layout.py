@@ -66,6 +66,16 @@ class VisionLayout:
         return VisionLayout(item, t, y, x, self.grid.to(device))
 
     @classmethod
+    def packed(cls, layouts: Sequence["VisionLayout"]) -> "VisionLayout":
+        """The layouts one after another as one, their items numbered through."""
+        items, first = [], 0
+        for layout in layouts:
+            items.append(torch.where(layout.mergeable, layout.item + first, layout.item))
+            first += len(layout.grid)
+        columns = (torch.cat([getattr(layout, name) for layout in layouts]) for name in ("t", "y", "x", "grid"))
+        return cls(torch.cat(items), *columns)
+
+    @classmethod
     def from_coordinates(
         cls, item: Tensor, t: Tensor, y: Tensor, x: Tensor, grid: Tensor | None = None
     ) -> "VisionLayout":

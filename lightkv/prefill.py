@@ -10,43 +10,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightkv.attention import KeyWeights
 from lightkv.config import LightKVConfig, Stage
 from lightkv.errors import LightKVError, UnsupportedCallError
 from lightkv.guidance import Scorer
 from lightkv.layout import VisionLayout
 from lightkv.methods import METHODS
+from lightkv.packing import Packing
 from lightkv.report import StageReport, Survivors
 from lightkv.tokens import Compressed, Tokens
 
 
 @dataclass(frozen=True)
 class Group:
-    """What the layers between two stages hold; all tensors cover the batch, left-padded to `length`.
+    """What the layers between two stages hold; tensors [B, length] cover the batch with its padding on the left.
 
-    layouts    per row, without padding
+    layout     of all rows, one after another
+    packing    which tokens of the batch are real
     origin     int64 [B, length] position of each token in the prompt; 0 for padding
     size       fp32 [B, length] how many tokens of the prompt each stands for; 1 for padding
     positions  int64 [..., B, length] RoPE positions, or None where positions are kept
     closed     int64 [B] positions that have closed up before the next token
     """
 
-    layouts: Sequence[VisionLayout]
+    layout: VisionLayout
+    packing: Packing
     origin: Tensor
     size: Tensor
     positions: Tensor | None
     closed: Tensor
 
-    @property
-    def length(self) -> int:
-        return self.origin.shape[1]
-
-    @property
-    def pads(self) -> list[int]:
-        return [self.length - len(layout) for layout in self.layouts]
-
     def mask(self, length: int) -> Tensor | None:
         """Bool [B, length] of the real ones among the group's tokens and those decoded since; None if all are."""
-        pads = self.pads
+        pads = self.packing.pads
         if not any(pads):
             return None
         column = torch.arange(length, device=self.origin.device)
@@ -57,12 +53,18 @@ class Group:
         """fp32 [B, length] log of the sizes; None where every token stands for itself alone."""
         return self.size.log() if bool((self.size != 1).any()) else None
 
-    def bias(self, length: int) -> Tensor | None:
-        """fp32 [B, length] to add to the scores of the group's keys (log of their sizes) and of later ones (0)."""
-        return None if self.log_size is None else F.pad(self.log_size, (0, length - self.length))
+    def weights(self, length: int) -> KeyWeights | None:
+        """Of the group's keys (log of their sizes) and of later ones (0), `length` in all; None if all count alike."""
+        if self.log_size is None:
+            return None
+        pads = self.packing.pads
+        first = torch.tensor(pads, device=self.size.device) if any(pads) else None
+        return KeyWeights(F.pad(self.log_size, (0, length - self.packing.width)), first)
 
+    @cached_property
     def vision_tokens(self) -> int:
-        return sum(int(layout.is_vision.sum()) for layout in self.layouts)
+        """Of all rows together."""
+        return int(self.layout.is_vision.sum())
 
 
 class Prefill:
@@ -74,13 +76,14 @@ class Prefill:
         self.config = config
         self.running = True
         self.method = METHODS[config.method]
-        self.scores: list[Tensor] = []
+        self.scores: Tensor | None = None
         self.notes: list[str] = []
-        device = layouts[0].item.device
-        origin = torch.arange(length, device=device).expand(len(layouts), -1)
-        closed = torch.zeros(len(layouts), dtype=torch.int64, device=device)
-        size = torch.ones(len(layouts), length, device=device)
-        self.groups = [Group(layouts, origin, size, positions, closed)]
+        device, batch = layouts[0].item.device, len(layouts)
+        layout = VisionLayout.packed(layouts)
+        packing = Packing(tuple(len(row) for row in layouts), length, device)
+        origin = torch.arange(length, device=device).expand(batch, -1)
+        closed = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.groups = [Group(layout, packing, origin, torch.ones(batch, length, device=device), positions, closed)]
         self.survivors: list[list[Survivors]] = [[] for _ in layouts]
         self._after = [stage.layer for stage in config.stages]
 
@@ -92,66 +95,58 @@ class Prefill:
         """Take the scores of the coming stage from its layer's q [B, Hq, S, d] and k [B, Hkv, S, d]."""
         group, scorer = self.groups[-1], self._scorer()
         assert scorer is not None
-        self.scores = [
-            scorer(q[row, :, pad:], k[row, :, pad:], layout.to(q.device), scale)
-            for row, (layout, pad) in enumerate(zip(group.layouts, group.pads, strict=True))
-        ]
+        self.scores = scorer(q, k, group.layout.to(q.device), group.packing, scale)
 
     def _scorer(self) -> Scorer | None:
         """Of the coming stage."""
         return self.method.scorer(self.config, len(self.groups) - 1)
 
     def compress(self, hidden: Tensor, stage: Stage) -> Tensor:
-        """Run `stage` on every row of hidden [B, S, D] and open the next group; rows are padded left to the longest."""
-        group = self.groups[-1]
-        if self._scorer() is not None and len(self.scores) != len(group.layouts):
+        """Run `stage` on hidden [B, S, D] and open the next group; rows are padded left to the longest."""
+        group, packing, device = self.groups[-1], self.groups[-1].packing, hidden.device
+        if self._scorer() is not None and self.scores is None:
             raise LightKVError(
                 f"layer {stage.layer} did not run its attention through transformers' AttentionInterface"
             )
-        results: list[Compressed] = []
-        layouts = []
-        for row, (layout, pad) in enumerate(zip(group.layouts, group.pads, strict=True)):
-            layout = layout.to(hidden.device)  # the layers may be spread over several
-            layout = layout.squared() if self.config.windows == "released" else layout
-            self._note_small_grids(layout, stage)
-            score = self.scores[row].to(hidden.device) if self.scores else None
-            tokens = Tokens(hidden[row, pad:], layout, group.size[row, pad:].to(hidden.device), score)
-            results.append(self.method.compress(tokens, stage, self.config))
-            layouts.append(layout.take(results[-1].kept))
-        self.scores = []
-        length = max(len(layout) for layout in layouts)
-        origin = torch.zeros(len(layouts), length, dtype=torch.int64, device=hidden.device)
-        size = torch.ones(len(layouts), length, device=hidden.device)
-        packed = hidden.new_zeros(len(layouts), length, hidden.shape[-1])
-        for row, (result, pad) in enumerate(zip(results, group.pads, strict=True)):
-            before, after = group.origin[row, pad:].to(hidden.device), slice(length - len(result.kept), None)
-            origin[row, after] = before[result.kept]
-            size[row, after] = result.size
-            packed[row, after] = result.hidden
-            self._note_survivors(row, before, result)
-        kept = [result.kept for result in results]
-        positions, closed = _close_up(group, kept, length) if group.positions is not None else (None, group.closed)
-        self.groups.append(Group(layouts, origin, size, positions, closed))
-        return packed
+        layout = group.layout.to(device)  # the layers may be spread over several
+        layout = layout.squared() if self.config.windows == "released" else layout
+        self._note_small_grids(layout, stage)
+        score = self.scores.to(device) if self.scores is not None else None
+        size, origin = packing.pack(group.size).to(device), packing.pack(group.origin).to(device)
+        tokens = Tokens(packing.pack(hidden), layout, size, score, packing.lengths)
+        result = self.method.compress(tokens, stage, self.config)
+        self.scores = None
+        left = packing.after(result.kept)
+        self._note_survivors(origin, packing, result, left)
+        kept = result.kept.split(left.lengths)
+        rows = [index - start for index, start in zip(kept, packing.starts, strict=True)]
+        positions, closed = _close_up(group, rows, left.width) if group.positions is not None else (None, group.closed)
+        place = left.pad(origin[result.kept])
+        self.groups.append(Group(layout.take(result.kept), left, place, left.pad(result.size, 1), positions, closed))
+        return left.pad(result.hidden)
 
-    def _note_survivors(self, row: int, origin: Tensor, result: Compressed) -> None:
-        """Follow the tokens of a row's prompt through one more stage; origin [S] of what was there before it."""
-        origin = origin - self.groups[0].pads[row]
+    def _note_survivors(self, origin: Tensor, packing: Packing, result: Compressed, left: Packing) -> None:
+        """Follow the tokens of every prompt through one more stage; origin [N] of what was there before it."""
         target = torch.where(result.target < 0, -1, origin[result.target])  # by the tokens of this stage
-        if self.survivors[row]:
-            earlier = self.survivors[row][-1].target.to(origin.device)
-            place = torch.zeros_like(earlier).index_copy(0, origin, torch.arange(len(origin), device=origin.device))
-            target = torch.where(earlier < 0, -1, target[place[earlier]])
-        self.survivors[row].append(Survivors(origin[result.kept], target))
+        kept = origin[result.kept].split(left.lengths)
+        before = zip(origin.split(packing.lengths), target.split(packing.lengths), strict=True)
+        for row, (origin, target) in enumerate(before):
+            pad = self.groups[0].packing.pads[row]
+            origin, target = origin - pad, torch.where(target < 0, -1, target - pad)
+            if self.survivors[row]:
+                earlier = self.survivors[row][-1].target.to(origin.device)
+                place = torch.zeros_like(earlier).index_copy(0, origin, torch.arange(len(origin), device=origin.device))
+                target = torch.where(earlier < 0, -1, target[place[earlier]])
+            self.survivors[row].append(Survivors(kept[row] - pad, target))
 
     def retention(self, num_layers: int) -> float:
         """Layer-averaged share of vision KV entries kept, as reached over all rows."""
-        counts = [group.vision_tokens() for group in self.groups]
+        counts = [group.vision_tokens for group in self.groups]
         held = sum(counts[self.group_of(layer)] for layer in range(num_layers))
         return held / (num_layers * counts[0])
 
     def stage_reports(self) -> tuple[StageReport, ...]:
-        counts = [group.vision_tokens() for group in self.groups]
+        counts = [group.vision_tokens for group in self.groups]
         return tuple(
             StageReport(stage.layer, before, after)
             for stage, (before, after) in zip(self.config.stages, pairwise(counts), strict=True)
@@ -176,7 +171,7 @@ def _close_up(group: Group, kept: Sequence[Tensor], length: int) -> tuple[Tensor
     before = group.positions.to(kept[0].device)
     after = before.new_zeros(*before.shape[:-1], length)
     closed = group.closed.to(before.device, copy=True)
-    for row, (index, pad) in enumerate(zip(kept, group.pads, strict=True)):
+    for row, (index, pad) in enumerate(zip(kept, group.packing.pads, strict=True)):
         old = before[..., row, pad:]
         new = old[..., index]
         values = old.unique()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightkv.errors import UnsupportedCallError
 from lightkv.layout import VisionLayout
-from lightkv.matching import FEATURES_AT_ONCE
+from lightkv.ops.nearest import FEATURES_AT_ONCE
 from lightkv.tokens import Compressed, Tokens, removals
 
 if TYPE_CHECKING:
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 def random(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
     """A draw of an item's tokens, all alike; the same for the same config.seed, layer and layout."""
-    draw = torch.Generator().manual_seed(config.seed * 1_000_003 + stage.layer + 1)
-    value = torch.rand(len(tokens.layout), generator=draw, dtype=torch.float64)
-    return prune(tokens, value.to(tokens.hidden.device), stage.drop)
+    seed = config.seed * 1_000_003 + stage.layer + 1
+    lengths = tokens.lengths or (len(tokens.layout),)
+    draws = [torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for count in lengths]
+    return prune(tokens, torch.cat(draws).to(tokens.hidden.device), stage.drop)
 
 
 def stride(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
@@ -53,7 +54,7 @@ def asked(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed
     layout, value = tokens.layout, tokens.score
     best = prune(tokens, value, 1.0 - 1e-9).kept
     value = value.index_fill(0, best[layout.mergeable[best]], torch.inf)
-    as_one = replace(layout, item=layout.item.clamp(max=0))
+    as_one = replace(layout, item=torch.where(layout.mergeable, tokens.row, layout.item))
     return prune(replace(tokens, layout=as_one), value, stage.drop)
 
 

@@ -60,12 +60,12 @@ class Report:
 
     def record(self, prefill: "Prefill", cache: "Cache", num_layers: int) -> None:
         """Take over the figures of a compressed prefill that has just filled `cache`."""
-        counts = [group.vision_tokens() for group in prefill.groups]
+        counts = [group.vision_tokens for group in prefill.groups]
         asked = prefill.config.retention(num_layers)
         self.retention = prefill.retention(num_layers)
         self.vision_tokens, self.kept_tokens = counts[0], counts[-1]
         self.kv_bytes = cache_bytes(cache)
-        self.kv_bytes_uncompressed = cache_bytes(cache, prefill.groups[0].length)
+        self.kv_bytes_uncompressed = cache_bytes(cache, prefill.groups[0].packing.width)
         self.stages = prefill.stage_reports()
         self.notes = tuple(dict.fromkeys(prefill.notes))
         self.survivors = tuple(tuple(row) for row in prefill.survivors)

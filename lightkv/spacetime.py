@@ -15,15 +15,14 @@ has shown what the question attends to, the rank of an a is multiplied by a pric
 matters to the question merges late. Long items are searched in blocks of space and time, and ranked as a whole.
 """
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightkv.layout import VisionLayout
-from lightkv.matching import FEATURES_AT_ONCE, SCORES_AT_ONCE
-from lightkv.merging import merge
+from lightkv.ops.merge import merge
+from lightkv.ops.nearest import FEATURES_AT_ONCE, nearest
 from lightkv.tokens import Compressed, Tokens, removal, removals
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def spacetime(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compre
 
     What a round cannot give is left to the rounds after it, beyond the last if need be. Ties go to the lower index.
     """
-    hidden, size, layout = tokens.hidden, tokens.size, tokens.layout
+    hidden, size, layout = tokens.hidden.clone(), tokens.size.clone(), tokens.layout
     target = torch.arange(len(layout), device=hidden.device)
     alive = layout.mergeable
     wanted = removals(torch.bincount(layout.item[alive], minlength=len(layout.grid)), stage.drop)
@@ -54,7 +53,7 @@ def spacetime(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compre
         share = wanted * min(turn + 1, config.rounds) // config.rounds - done
         busy = torch.nonzero(alive & (share[layout.item] > 0)).flatten()
         source, into = pairs(hidden, unit, size, price, layout, busy, share, turn, config.distance)
-        hidden, size = merge(hidden, size, source, into)
+        merge(hidden, size, source, into)
         target = target.index_copy(0, source, into)[target]
         alive = alive.index_fill(0, source, False)
         done = done + torch.bincount(layout.item[source], minlength=len(done))
@@ -77,12 +76,14 @@ def _unit(hidden: Tensor, layout: VisionLayout) -> Tensor:
 def _price(tokens: Tokens) -> Tensor:
     """What merging a token away costs beside its difference, fp32 [S]: more, the more the question attends to it.
 
-    FLOOR + score / the largest score of a vision token; 1 for all without scores, or where all of them are 0.
+    FLOOR + score / the largest score of a vision token of its prompt; 1 for all without scores, or where all are 0.
     """
-    score, vision = tokens.score, tokens.layout.mergeable
-    if score is None or not bool(vision.any()) or not bool(score[vision].max() > 0):
-        return torch.ones(len(tokens.layout), device=tokens.hidden.device)
-    return FLOOR + score.float() / score[vision].max().float()
+    vision, row = tokens.layout.mergeable, tokens.row
+    if tokens.score is None:
+        return torch.ones(len(row), device=row.device)
+    score = torch.where(vision, tokens.score.float(), 0.0)
+    most = score.new_zeros(len(tokens.lengths or (1,))).scatter_reduce(0, row, score, "amax")[row]
+    return torch.where(most > 0, FLOOR + score / torch.where(most > 0, most, 1.0), 1.0)
 
 
 def pairs(
@@ -103,14 +104,21 @@ def pairs(
     tokens = layout.take(index)
     block = blocks(tokens)
     in_b = sides(tokens, block, turn)
-    closest, apart = _closest(hidden[index], unit[index], tokens, block, in_b, distance)
-    source = torch.nonzero(~in_b & (apart < torch.inf)).flatten()
-    own, other = size[index[source]], size[index[closest[source]]]
-    source = source[torch.argsort(price[index[source]] * own * other / (own + other) * apart[source], stable=True)]
-    source = source[torch.argsort(tokens.item[source], stable=True)]
-    item = tokens.item[source]
-    source = source[_rank(item) < share[item]]
-    return index[source], index[closest[source]]
+    order = index[torch.argsort(2 * block + in_b.long(), stable=True)]  # by block, its A before its B
+    ends = torch.bincount(block).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends])
+    middles = ends - torch.bincount(block[in_b], minlength=len(ends))
+    place = torch.stack([layout.t / 2, layout.y, layout.x], dim=-1).float()
+    closest, apart = nearest(hidden, unit, place, order, starts, middles, min(BLOCK_TOKENS, len(index)), distance)
+    found = torch.nonzero(apart < torch.inf).flatten()
+    found = found[torch.argsort(order[found])]
+    source, into = order[found], closest[found]
+    own, other = size[source], size[into]
+    cheapest = torch.argsort(price[source] * own * other / (own + other) * apart[found], stable=True)
+    by_item = cheapest[torch.argsort(layout.item[source[cheapest]], stable=True)]
+    item = layout.item[source[by_item]]
+    chosen = by_item[_rank(item) < share[item]]
+    return source[chosen], into[chosen]
 
 
 def blocks(tokens: VisionLayout, limit: int | None = None) -> Tensor:
@@ -156,61 +164,6 @@ def _rank(group: Tensor) -> Tensor:
     """Place of each element within its run of equal values in a sorted tensor."""
     _, run, length = torch.unique_consecutive(group, return_inverse=True, return_counts=True)
     return torch.arange(len(group), device=group.device) - (length.cumsum(0) - length)[run]
-
-
-def _closest(
-    hidden: Tensor, unit: Tensor, tokens: VisionLayout, block: Tensor, in_b: Tensor, distance: float
-) -> tuple[Tensor, Tensor]:
-    """For each a: its nearest b and d(a, b), int64 and fp32 [N]; inf where a block has no b, and for b's."""
-    closest = torch.zeros_like(block)
-    apart = torch.full(block.shape, torch.inf, dtype=torch.float32, device=hidden.device)
-    place = torch.stack([tokens.t / 2, tokens.y, tokens.x]).float()
-    slots = torch.argsort(2 * block + in_b.long(), stable=True)  # by block, its A before its B
-    sizes = torch.bincount(block)
-    start, of_b = sizes.cumsum(0) - sizes, torch.bincount(block[in_b], minlength=len(sizes))
-    of_a = sizes - of_b
-    for chunk, most_a, most_b in _chunks(of_a, of_b, hidden.shape[1]):
-        first, count_a, count_b = start[chunk, None], of_a[chunk, None], of_b[chunk, None]
-        slot = torch.arange(most_b, device=hidden.device)
-        missing = slot >= count_b
-        token_b = slots[(first + count_a + slot).masked_fill(missing, 0)]
-        features_b, half_b = _features(hidden, unit, token_b)
-        step = max(1, SCORES_AT_ONCE // (len(chunk) * most_b))
-        for slot in torch.arange(most_a, device=hidden.device).split(step):
-            present = slot < count_a
-            token_a = slots[(first + slot).masked_fill(~present, 0)]
-            features_a, half_a = _features(hidden, unit, token_a)
-            differ = (half_a[:, :, None] + half_b[:, None] - torch.bmm(features_a, features_b.transpose(1, 2))).clamp_(
-                0
-            )
-            squares = sum((axis[token_a][:, :, None] - axis[token_b][:, None]).square() for axis in place)
-            differ += distance * torch.sqrt(torch.as_tensor(squares))
-            least, which = differ.masked_fill_(missing[:, None], torch.inf).min(dim=-1)
-            closest[token_a[present]] = token_b.gather(1, which)[present]
-            apart[token_a[present]] = least[present]
-    return closest, apart
-
-
-def _features(hidden: Tensor, unit: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-    """x / s in fp32 [..., D], and half of its squared length."""
-    features = hidden[token].float() * unit[token][..., None]
-    return features, features.square().sum(dim=-1) / 2
-
-
-def _chunks(of_a: Tensor, of_b: Tensor, width: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Blocks of like size in bounded batches: (block numbers, largest set A, largest set B)."""
-    by_size = torch.argsort(of_a + of_b, descending=True, stable=True)
-    counts = list(zip(of_a[by_size].tolist(), of_b[by_size].tolist(), strict=True))
-    first = 0
-    while first < len(counts) and sum(counts[first]) > 1:
-        most_a, most_b, last = *counts[first], first + 1
-        while last < len(counts) and 2 * sum(counts[last]) > max(2, sum(counts[first])):
-            next_a, next_b, many = max(most_a, counts[last][0]), max(most_b, counts[last][1]), last + 1 - first
-            if many * next_a * next_b > SCORES_AT_ONCE or many * (next_a + next_b) * width > FEATURES_AT_ONCE:
-                break
-            most_a, most_b, last = next_a, next_b, last + 1
-        yield by_size[first:last], most_a, most_b
-        first = last
 
 
 def spacetime_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:

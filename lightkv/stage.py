@@ -10,7 +10,7 @@ from torch import Tensor
 from lightkv.errors import ConfigError
 from lightkv.layout import VisionLayout
 from lightkv.matching import Windows, match
-from lightkv.merging import merge
+from lightkv.ops.merge import merge
 from lightkv.tokens import Compressed, Tokens, removal, removals
 
 if TYPE_CHECKING:
@@ -70,10 +70,10 @@ def compress_tokens(
     removed = torch.zeros(length, dtype=torch.bool, device=hidden.device)
     cut = Windows.cut(layout, windows, frames)
     quota = removals(cut.sizes, drop) if budget == "window" else spread_removals(cut, drop)
-    weight = guidance.float()
+    hidden, weight = hidden.clone(), guidance.float().clone()
     while bool(quota.any()):
         source, into = match(hidden, cut, quota)
-        hidden, weight = merge(hidden, weight, source, into)
+        merge(hidden, weight, source, into)
         target = target.index_copy(0, source, into)[target]
         removed = removed.index_fill(0, source, True)
         quota = quota - torch.minimum(quota, cut.sizes // 2)

@@ -1,4 +1,4 @@
-"""What a stage gets of one sequence and what it leaves: the two ends of every method."""
+"""What a stage gets and what it leaves: the two ends of every method."""
 
 from dataclasses import dataclass
 
@@ -6,27 +6,35 @@ import torch
 from torch import Tensor
 
 from lightkv.layout import VisionLayout
+from lightkv.packing import rows_of
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One sequence of S tokens before a stage, without padding.
+    """S tokens before a stage: one sequence, or several one after another, without padding.
 
     hidden [S, D]  the hidden states
-    layout         the place of each token
+    layout         the place of each token; no item belongs to two sequences
     size [S]       fp32: how many tokens of the prompt each stands for
     score [S]      fp32, from the layer before; None for a method that does not ask for one
+    lengths        tokens of each sequence; None for a single one
     """
 
     hidden: Tensor
     layout: VisionLayout
     size: Tensor
     score: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
+
+    @property
+    def row(self) -> Tensor:
+        """int64 [S]: the sequence of each token."""
+        return rows_of(self.lengths or (len(self.layout),), self.hidden.device)
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a stage leaves of a sequence of S tokens.
+    """What a stage leaves of its S tokens.
 
     hidden [S', D]  the survivors in their original order
     kept   [S']     original index of each survivor, ascending

@@ -17,7 +17,7 @@ SCORES_AT_ONCE = 2**24  # of the twin, over the batch and all heads: 64 MiB each
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor | None, scale: float) -> Tensor:
-    """[B, L, Hq, d] in q's dtype; softmax and sums in fp32; 0 for queries that see no key.
+    """[B, L, Hq, d] in q's dtype, without gradient; softmax and sums in fp32; 0 for queries that see no key.
 
     q      [B, Hq, L, d] fp32, bf16 or fp16, d ≤ 256
     k, v   [B, Hkv, K, d] of that dtype, L ≤ K; query head h uses key head h // (Hq / Hkv)
@@ -34,6 +34,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor |
     return attend_torch(q, k, v, bias, first, scale)
 
 
+@torch.no_grad()
 def attend_torch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor | None, scale: float) -> Tensor:
     """The definition: dense scores, some queries at a time."""
     (batch, heads, length, dims), (key_heads, keys) = q.shape, k.shape[1:3]

@@ -20,9 +20,12 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # a maximum over nothing 
 # Triton's interpreter multiplies bf16 as the integers that hold it. Products of halves are exact in fp32.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-TILE_BYTES = 16 * 1024  # of keys, and of values: three stages of both and the queries fit Ampere's 163 KiB
-PREFILL_ROWS = 128  # queries per tile: two of Hopper's warp groups, four of Ampere's warps per 64
-PREFILL_ROWS_FP32 = 32  # products in fp32 take no tensor cores, and registers run out
+# Sizes were chosen by what the compiler reports for 64 to 256 dims: no spills on Hopper in prefill, few elsewhere, and
+# half the shared memory there is. Products in fp32 take no tensor cores and keep their operands in registers.
+KEYS_BYTES = 16 * 1024  # of keys, and of values, in a tile
+KEYS_BYTES_FP32 = 8 * 1024
+PREFILL_ROWS = 128
+PREFILL_ROWS_FP32 = 32
 DECODE_QUERIES = 16  # up to here the queries alone give too few programs, and keys are split
 DECODE_ROWS = 64  # heads of a group × queries in one tile, at most
 CHUNK_KEYS = 256  # per program: 128 KiB of bf16 keys and values of 128 dims against 4 KiB of partial results
@@ -224,7 +227,7 @@ def _prefill(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor | None, out: Tensor, scale: float
 ) -> None:
     (batch, heads, length, dims), (key_heads, keys) = q.shape, k.shape[1:3]
-    tiles = prefill_tiles(dims, q.element_size())
+    tiles = prefill_tiles(dims, q.dtype)
     grid = (triton.cdiv(length, tiles["BLOCK_M"]) * heads * batch,)
     strides = _strides(q, k, v, bias)
     group = heads // key_heads
@@ -238,7 +241,7 @@ def _decode(
 ) -> None:
     (batch, heads, length, dims), (key_heads, keys) = q.shape, k.shape[1:3]
     group = heads // key_heads
-    tiles = decode_tiles(dims, q.element_size(), group * length)
+    tiles = decode_tiles(dims, q.dtype, group * length)
     chunk = CHUNK_KEYS * triton.cdiv(keys, CHUNK_KEYS * MAX_CHUNKS)
     chunks = triton.cdiv(keys, chunk)
     tops, totals = q.new_empty(2, batch, heads, length, chunks, dtype=torch.float32)
@@ -255,36 +258,24 @@ def _decode(
     )  # fmt: skip
 
 
-def prefill_tiles(dims: int, element_bytes: int) -> dict[str, int]:
+def prefill_tiles(dims: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes, warps and stages of prefill_kernel."""
-    block, halves = _block(dims), element_bytes < 4
-    return {
-        "BLOCK_D": block,
-        "BLOCK_M": PREFILL_ROWS if halves else PREFILL_ROWS_FP32,
-        "BLOCK_N": _keys_per_tile(block, element_bytes),
-        "num_warps": 8 if halves and block > 64 else 4,
-        "num_stages": 3 if block <= 128 else 2,
-    }
+    rows = PREFILL_ROWS_FP32 if dtype == torch.float32 else PREFILL_ROWS
+    return _tiles(dims, dtype, rows) | {"num_warps": 8, "num_stages": 3 if dims <= 128 else 2}
 
 
-def decode_tiles(dims: int, element_bytes: int, rows: int) -> dict[str, int]:
+def decode_tiles(dims: int, dtype: torch.dtype, rows: int) -> dict[str, int]:
     """Tile sizes, warps and stages of decode_kernel for so many rows per key head."""
-    block = _block(dims)
-    return {
-        "BLOCK_D": block,
-        "BLOCK_M": min(DECODE_ROWS, max(16, triton.next_power_of_2(rows))),
-        "BLOCK_N": _keys_per_tile(block, element_bytes),
-        "num_warps": 4,
-        "num_stages": 3,
-    }
+    rows = min(DECODE_ROWS, max(16, triton.next_power_of_2(rows)))
+    return _tiles(dims, dtype, rows) | {"num_warps": 8 if dtype == torch.float32 else 4, "num_stages": 3}
 
 
-def _block(dims: int) -> int:
-    return max(16, triton.next_power_of_2(dims))  # 16 is the least that a tile product takes
-
-
-def _keys_per_tile(block: int, element_bytes: int) -> int:
-    return min(64, TILE_BYTES // (block * element_bytes))
+def _tiles(dims: int, dtype: torch.dtype, rows: int) -> dict[str, int]:
+    """Powers of two, at least 16: less a product of tiles does not take."""
+    dims = max(16, triton.next_power_of_2(dims))
+    held = KEYS_BYTES_FP32 if dtype == torch.float32 else KEYS_BYTES
+    keys = max(16, min(64, held // (dims * dtype.itemsize)))
+    return {"BLOCK_D": dims, "BLOCK_M": rows, "BLOCK_N": keys}
 
 
 def _strides(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[int, ...]:

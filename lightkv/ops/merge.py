@@ -12,7 +12,7 @@ from lightkv.errors import ConfigError
 from lightkv.ops.dispatch import use_triton
 
 FEATURES_AT_ONCE = 1 << 25  # fp32 features of receivers that the twin holds at a time: 128 MiB
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def merge(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> None:
@@ -21,11 +21,11 @@ def merge(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> Non
     Rows that nothing merges into, the sources' too, keep their bits. Where all weights of a group are 0 (no prompt, or
     votes below fp32's reach) its members weigh the same. Sums are fp32, by ascending r: the same at every run.
 
-    hidden [S, D] bf16, fp16 or fp32 · weight fp32 [S], ≥ 0 · source and target int64 [R]: targets may repeat, a source
+    hidden [S, D] · weight fp32 [S], ≥ 0 · source and target int64 [R]: targets may repeat, a source
     comes once and is no target. Raises ConfigError for other shapes and types; contents are not looked at.
     """
     if hidden.ndim != 2 or hidden.dtype not in DTYPES:
-        raise ConfigError(f"hidden must be bf16, fp16 or fp32 [S, D], got {hidden.dtype} {list(hidden.shape)}")
+        raise ConfigError(f"hidden must be floating [S, D], got {hidden.dtype} {list(hidden.shape)}")
     if weight.dtype != torch.float32 or weight.shape != hidden.shape[:1]:
         raise ConfigError(f"weight must be fp32 [{len(hidden)}], got {weight.dtype} {list(weight.shape)}")
     for name, tensor in (("source", source), ("target", target)):

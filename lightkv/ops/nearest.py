@@ -18,7 +18,7 @@ from lightkv.ops.dispatch import use_triton
 
 SCORES_AT_ONCE = 1 << 24  # fp32 differences that the twin holds at a time: 64 MiB
 FEATURES_AT_ONCE = 1 << 25  # fp32 features that it holds at a time, but at least one set B: 128 MiB
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def nearest(
@@ -36,7 +36,7 @@ def nearest(
     −1 and inf for b's, for a's whose group has no B, and where no difference is finite. Ties go to the b that comes
     first in `order`. Differences are fp32.
 
-    hidden [S, D] bf16, fp16 or fp32 · scale fp32 [S], s · place fp32 [S, 3], p, or None where distance is 0 ·
+    hidden [S, D] · scale fp32 [S], s · place fp32 [S, 3], p, or None where distance is 0 ·
     order int64 [N] positions in hidden, group after group, in a group its A before its B · starts int64 [G + 1] and
     middles int64 [G]: slots starts[g] … middles[g] − 1 are A, middles[g] … starts[g + 1] − 1 are B · most: no set A is
     larger · distance: λ ≥ 0. Raises ConfigError for other shapes, types and numbers; contents are not looked at.
@@ -128,7 +128,7 @@ def _check(
     distance: float,
 ) -> None:
     if hidden.ndim != 2 or hidden.dtype not in DTYPES:
-        raise ConfigError(f"hidden must be bf16, fp16 or fp32 [S, D], got {hidden.dtype} {list(hidden.shape)}")
+        raise ConfigError(f"hidden must be floating [S, D], got {hidden.dtype} {list(hidden.shape)}")
     if scale.dtype != torch.float32 or scale.shape != hidden.shape[:1]:
         raise ConfigError(f"scale must be fp32 [{len(hidden)}], got {scale.dtype} {list(scale.shape)}")
     if not (math.isfinite(distance) and distance >= 0):

@@ -15,7 +15,7 @@ from lightkv.ops.dispatch import use_triton
 Reduce = Literal["sum", "max"]
 
 REDUCES = ("sum", "max")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 SCORES_AT_ONCE = 1 << 24  # fp32 scores the twin holds at a time: 64 MiB
 
 
@@ -35,7 +35,7 @@ def softmax_votes(
 
     The softmax runs over the long tokens i of the same sequence. A sequence without short tokens gets 0.
 
-    long   [B, Hl, S, d] and short [B, Hs, S', d] of one dtype (bf16, fp16, fp32), any strides. The larger of Hl and
+    long   [B, Hl, S, d] and short [B, Hs, S', d] of one floating dtype, any strides. The larger of Hl and
            Hs, H, is a multiple of the other: h runs over H, and H / Hl of them share a head of long, likewise short.
     index  int64 [N] and [M] of the tokens that count, sequence after sequence, each as b·S + s (b·S' + s)
     starts int64 [R + 1] per side: sequence r owns index[starts[r] : starts[r + 1]]; from 0 to N (M)

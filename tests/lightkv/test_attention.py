@@ -8,7 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import is_flash_attention_requested
 
 from lightkv import LightKVConfig, Stage, compress
-from lightkv.attention import EXTRA_DIMS, HOOKS, AttentionHook, hooked
+from lightkv.attention import EXTRA_DIMS, HOOKS, AttentionHook, KeyWeights, hooked
 from tests.lightkv.tiny import random, tiny_batch, tiny_model, tiny_sample
 
 CONFIG = LightKVConfig((Stage(0, 2, 0.5), Stage(2, 1, 0.5)))
@@ -101,7 +101,7 @@ def test_a_bias_per_key_is_added_to_the_scores(attention, base, dtype, tolerance
             mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
         elif not any(pads):
             mask = None
-    HOOKS[attention] = AttentionHook(bias=lambda: bias)
+    HOOKS[attention] = AttentionHook(weights=lambda: KeyWeights(bias, None))
     out, _ = ALL_ATTENTION_FUNCTIONS[hooked(base)](attention, q, k, v, mask, scaling=0.3, is_causal=queries > 1)
     assert (out.dtype, out.shape) == (dtype, (2, queries, 4, 8))
     expected, real = by_hand(q, k, v, bias, pads, 0.3), seen[:, -queries:]  # what padding itself sees does not matter
@@ -113,7 +113,7 @@ def test_half_precision_scores_lose_nothing_of_the_bias(attention, scale):
     """Two keys of opposite bias and equal scores share the attention in the exact ratio of their sizes."""
     q, k, v = torch.zeros(1, 4, 2, 8).bfloat16(), torch.zeros(1, 2, 2, 8).bfloat16(), torch.zeros(1, 2, 2, 8).bfloat16()
     v[:, :, 1] = 1.0
-    HOOKS[attention] = AttentionHook(bias=lambda: torch.tensor([[1000.0, 1003.0]]).log())
+    HOOKS[attention] = AttentionHook(weights=lambda: KeyWeights(torch.tensor([[1000.0, 1003.0]]).log(), None))
     out, _ = ALL_ATTENTION_FUNCTIONS[hooked("sdpa")](attention, q, k, v, None, scaling=scale)
     assert out[0, 0].eq(0.0).all()
     torch.testing.assert_close(out[0, 1].float(), torch.full((4, 8), 1003 / 2003), atol=2e-3, rtol=0)
@@ -137,6 +137,6 @@ def test_equal_tokens_merged_into_one_of_their_size_attend_as_before(attention, 
     forward = ALL_ATTENTION_FUNCTIONS[hooked("sdpa")]
     mask = torch.ones(1, 1, queries, 9, dtype=torch.bool)
     before, _ = forward(attention, q, k[:, :, same], v[:, :, same], mask)
-    HOOKS[attention] = AttentionHook(bias=lambda: torch.bincount(same).float().log()[None])
+    HOOKS[attention] = AttentionHook(weights=lambda: KeyWeights(torch.bincount(same).float().log()[None], None))
     after, _ = forward(attention, q, k[:, :, :6], v[:, :, :6], mask[..., :6])
     torch.testing.assert_close(after, before, atol=1e-6, rtol=1e-5)

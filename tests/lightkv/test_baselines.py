@@ -11,7 +11,7 @@ from lightkv.baselines import BASELINES
 from lightkv.guidance import LastQuery
 from lightkv.methods import METHODS
 from tests.lightkv.strategies import generator, layouts
-from tests.lightkv.tiny import TINY
+from tests.lightkv.tiny import TINY, scored
 
 
 def run(method, hidden, layout, drop, score=None, **options):
@@ -77,7 +77,7 @@ def test_fastv_keeps_what_the_last_token_attends_to():
     """Scores are the last row of the causal attention, mean over query heads that share keys."""
     layout = VisionLayout.grids([(1, 1, 2, 3)], 9)
     q, k = torch.randn(4, 9, 8, generator=generator(0)), torch.randn(2, 9, 8, generator=generator(1))
-    score = LastQuery()(q, k, layout, 0.35)
+    score = scored(LastQuery(), q, k, layout, 0.35)
     attention = (q @ k.repeat_interleave(2, 0).transpose(1, 2) * 0.35).masked_fill(
         ~torch.ones(9, 9).tril().bool(), -1e9
     )

@@ -7,6 +7,7 @@ from lightkv import VisionLayout, prompt_guidance
 from lightkv.guidance import GUIDANCES, QuestionAttention
 from tests.lightkv import oracle
 from tests.lightkv.strategies import generator, layouts
+from tests.lightkv.tiny import scored
 
 
 @settings(max_examples=40)
@@ -38,7 +39,7 @@ def test_no_more_than_a_block_of_scores_exists_at_a_time(monkeypatch):
     whole = prompt_guidance(q, k, text, 0.3)
     sizes = []
     softmax = torch.softmax
-    monkeypatch.setattr("lightkv.guidance.SCORES_AT_ONCE", 2 * 64 * 3)
+    monkeypatch.setattr("lightkv.ops.votes.SCORES_AT_ONCE", 2 * 64 * 3)
     monkeypatch.setattr(torch, "softmax", lambda x, dim: sizes.append(x.numel()) or softmax(x, dim))
     torch.testing.assert_close(prompt_guidance(q, k, text, 0.3), whole)
     assert max(sizes) == 2 * 64 * 3
@@ -77,8 +78,8 @@ def test_the_questions_attention_is_what_the_loops_say(layout, heads, at_once, s
     q = torch.randn(heads[0], len(layout), 4, generator=generator(seed))
     k = torch.randn(heads[1], len(layout), 4, generator=generator(seed + 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightkv.guidance.SCORES_AT_ONCE", at_once)
-        score = QuestionAttention()(q, k, layout, scale)
+        patch.setattr("lightkv.ops.votes.SCORES_AT_ONCE", at_once)
+        score = scored(QuestionAttention(), q, k, layout, scale)
     expected = torch.tensor(oracle.asked(q.tolist(), k.tolist(), layout.item.tolist(), scale))
     torch.testing.assert_close(score, expected, atol=1e-6, rtol=1e-5)
 
@@ -89,13 +90,13 @@ def test_one_head_of_one_word_is_enough():
     k[:, 1:5] = torch.eye(4)
     q[2, 6, 1] = 50.0
     q[:, 0, 3] = q[:, 3, 3] = 50.0  # the system prompt and the vision tokens themselves do not ask
-    assert QuestionAttention()(q, k, layout, 1.0).tolist() == pytest.approx([0, 0.25, 1, 0.25, 0.25, 0, 0, 0])
+    assert scored(QuestionAttention(), q, k, layout, 1.0).tolist() == pytest.approx([0, 0.25, 1, 0.25, 0.25, 0, 0, 0])
 
 
 def test_without_text_after_the_vision_all_score_alike():
     q = torch.randn(2, 6, 4, generator=generator(0))
-    assert QuestionAttention()(q, q, VisionLayout.grids([(2, 1, 2, 2)], 6), 1.0).tolist() == [0.0] * 6
-    assert QuestionAttention()(q, q, VisionLayout.grids([], 6), 1.0).tolist() == [0.0] * 6
+    assert scored(QuestionAttention(), q, q, VisionLayout.grids([(2, 1, 2, 2)], 6), 1.0).tolist() == [0.0] * 6
+    assert scored(QuestionAttention(), q, q, VisionLayout.grids([], 6), 1.0).tolist() == [0.0] * 6
 
 
 def test_row_ends_take_their_share_of_the_attention():
@@ -104,15 +105,15 @@ def test_row_ends_take_their_share_of_the_attention():
         item, torch.zeros_like(item), torch.zeros_like(item), torch.tensor([0, 1, 0, 0])
     )
     k = torch.tensor([[[0.0], [0.0], [2.0], [9.0]]])
-    score = QuestionAttention()(torch.ones(1, 4, 1), k, layout, 1.0)
+    score = scored(QuestionAttention(), torch.ones(1, 4, 1), k, layout, 1.0)
     assert score.tolist() == pytest.approx([*torch.tensor([0.0, 0.0, 2.0]).softmax(-1).tolist(), 0])
 
 
 def test_no_more_than_a_block_of_the_questions_scores_exists_at_a_time(monkeypatch):
     q, k = torch.randn(4, 64, 8, generator=generator(0)), torch.randn(2, 64, 8, generator=generator(1))
     layout, sizes, softmax = VisionLayout.grids([(2, 1, 5, 8)], 64), [], torch.softmax
-    whole = QuestionAttention()(q, k, layout, 0.3)
-    monkeypatch.setattr("lightkv.guidance.SCORES_AT_ONCE", 2 * 40 * 3)
+    whole = scored(QuestionAttention(), q, k, layout, 0.3)
+    monkeypatch.setattr("lightkv.ops.votes.SCORES_AT_ONCE", 2 * 40 * 3)
     monkeypatch.setattr(torch, "softmax", lambda x, dim: sizes.append(x.numel()) or softmax(x, dim))
-    torch.testing.assert_close(QuestionAttention()(q, k, layout, 0.3), whole)
+    torch.testing.assert_close(scored(QuestionAttention(), q, k, layout, 0.3), whole)
     assert max(sizes) == 2 * 40 * 3

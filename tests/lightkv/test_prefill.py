@@ -4,13 +4,14 @@ import torch
 from lightkv import LightKVConfig, LightKVError, Stage, UnsupportedCallError, VisionLayout
 from lightkv.guidance import QuestionAttention
 from lightkv.prefill import Prefill, rows_for_batch
+from tests.lightkv.tiny import scored
 
 
 def run(positions, layout, drop=0.5):
     """One stage over hidden states that make every a merge into the b after it; → the group after the stage."""
     length = len(layout)
     prefill = Prefill(LightKVConfig((Stage(0, 1, drop),)), [layout], length, positions)
-    prefill.scores = [torch.ones(length)]
+    prefill.scores = torch.ones(length)
     hidden = torch.eye(length)[torch.arange(length) // 2][None]
     prefill.compress(hidden, prefill.config.stages[0])
     return prefill.groups[-1]
@@ -74,10 +75,10 @@ def test_a_row_is_scored_without_the_padding_of_its_batch():
     prefill = Prefill(config, layouts, 7, None)
     prefill.compress(torch.zeros(2, 7, 2), config.stages[0])
     prefill.listen(q, k, 0.35)
-    alone = QuestionAttention()(q[1, :, 3:], k[1, :, 3:], layouts[1], 0.35)
-    assert torch.equal(prefill.scores[1], alone)
+    alone = scored(QuestionAttention(), q[1, :, 3:], k[1, :, 3:], layouts[1], 0.35)
+    assert torch.equal(prefill.scores[7:], alone)
     assert alone[:3].gt(0).all()
-    assert prefill.scores[0].isfinite().all()
+    assert prefill.scores[:7].isfinite().all()
 
 
 def test_attention_that_bypasses_the_interface_is_an_error():

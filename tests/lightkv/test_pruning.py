@@ -9,6 +9,7 @@ from lightkv import LightKVConfig, Stage, Tokens, VisionLayout
 from lightkv.guidance import QuestionAttention
 from lightkv.pruning import asked
 from tests.lightkv.strategies import generator, layouts
+from tests.lightkv.tiny import scored
 
 
 def run(layout, score, drop, hidden=None, size=None):
@@ -73,6 +74,6 @@ def test_another_question_keeps_other_tokens(wanted):
     k[0, 1:9] = torch.eye(8)
     for word, token in enumerate(wanted, start=9):
         q[word % 2, word, token] = 30.0
-    score = QuestionAttention()(q, k, layout, 1.0)
+    score = scored(QuestionAttention(), q, k, layout, 1.0)
     kept = run(layout, score, 1 - len(wanted) / 8).kept
     assert [int(i) - 1 for i in kept if layout.item[i] >= 0] == list(wanted)

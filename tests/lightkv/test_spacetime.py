@@ -34,7 +34,9 @@ def test_any_layout_is_merged_as_the_loops_say(layout, drop, rounds, distance, l
     size = torch.randint(1, 5, (len(layout),), generator=generator(seed + 1)).float()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK_TOKENS", limit)
-        patch.setattr(module, "SCORES_AT_ONCE", 40)  # so that blocks come in several batches, and these in parts
+        patch.setattr(
+            "lightkv.ops.nearest.SCORES_AT_ONCE", 40
+        )  # so that blocks come in several batches, and these in parts
         result = run(hidden, layout, drop, size, rounds, distance)
     wanted, kept, target, sizes = reference.spacetime(hidden, size, layout, drop, rounds, distance, limit)
     assert result.kept.tolist() == kept

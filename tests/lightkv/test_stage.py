@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 
 from lightkv import ConfigError, VisionLayout, compress_tokens
 from lightkv.matching import Windows
-from lightkv.merging import merge
 from tests.lightkv import oracle
 from tests.lightkv.strategies import generator, layouts
 
@@ -190,19 +189,12 @@ def test_silent_guidance_means_equal_weights():
     assert result.hidden.tolist() == [[2.0, 3.0]]
 
 
-def test_weights_add_up_over_a_merge():
-    hidden, weight = torch.tensor([[4.0], [1.0], [0.0]]), torch.tensor([1.0, 2.0, 1.0])
-    merged, total = merge(hidden, weight, torch.tensor([0, 2]), torch.tensor([1, 1]))
-    assert merged[1].item() == pytest.approx((4 + 2) / 4)
-    assert total.tolist() == [1.0, 4.0, 1.0]
-
-
 def test_scores_and_features_are_held_in_bounded_blocks(monkeypatch):
     layout = VisionLayout.grids([(0, 3, 9, 9), (243, 1, 2, 3), (249, 1, 20, 20)], 649)
     hidden, weight = torch.randn(649, 6, generator=generator(1)), torch.rand(649, generator=generator(2))
     whole = compress_tokens(hidden, weight, layout, windows=2, drop=0.5)
-    monkeypatch.setattr("lightkv.matching.SCORES_AT_ONCE", 64)
-    monkeypatch.setattr("lightkv.matching.FEATURES_AT_ONCE", 256)
+    monkeypatch.setattr("lightkv.ops.nearest.SCORES_AT_ONCE", 64)
+    monkeypatch.setattr("lightkv.ops.nearest.FEATURES_AT_ONCE", 256)
     pieces = compress_tokens(hidden, weight, layout, windows=2, drop=0.5)
     assert torch.equal(whole.kept, pieces.kept)
     assert torch.equal(whole.target, pieces.target)

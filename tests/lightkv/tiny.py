@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from lightkv.packing import Packing
+
 LAYERS = 5
 IMAGE, VIDEO = 90, 91
 Pixels = dict[str, Tensor]
@@ -293,3 +295,8 @@ def merged(parts: Sequence[Pixels]) -> Pixels:
             tensors = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 0, 0, most - x.shape[1])) for x in tensors]
         out[name] = torch.cat(tensors)
     return out
+
+
+def scored(scorer, q, k, layout, scale):
+    """What a scorer says of one sequence: q [Hq, S, d], k [Hkv, S, d]."""
+    return scorer(q[None], k[None], layout, Packing((len(layout),), len(layout), q.device), scale)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ def _main(job: str) -> None:
 
     module, kernel, signature, constants, options = json.loads(job)
     sys.path.insert(0, os.getcwd())
+    package = types.ModuleType("lightkv")  # without what its __init__ imports: kernels need torch and Triton alone
+    package.__path__ = [str(Path("lightkv").resolve())]
+    sys.modules["lightkv"] = package
     source = ASTSource(getattr(importlib.import_module(module), kernel), signature, constexprs=constants)
     shared = {}
     for capability in SHARED_BYTES:

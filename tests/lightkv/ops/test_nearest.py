@@ -211,7 +211,7 @@ def test_the_operation_is_the_form_that_the_environment_asks_for(monkeypatch, ch
     ("wrong", "words"),
     [
         ({"hidden": torch.ones(3, 4, 2)}, "hidden must be"),
-        ({"hidden": torch.ones(3, 4, dtype=torch.float64)}, "hidden must be"),
+        ({"hidden": torch.ones(3, 4, dtype=torch.int64)}, "hidden must be"),
         ({"scale": torch.ones(4)}, r"scale must be fp32 \[3\]"),
         ({"place": None}, "place must be given"),
         ({"place": torch.ones(3, 2)}, r"place must be fp32 \[3, 3\]"),
