@@ -59,7 +59,7 @@ def test_twin_is_attention_under_a_dense_mask(length, keys, first, biased, monke
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("length", [20, 1], ids=["prefill", "decode"])
 def test_a_key_of_bias_log_n_is_heard_like_n_copies(form, length):
-    q, k, v, _ = inputs(1, 4, 2, length, 30, 16)
+    q, k, v, _ = inputs(1, 2, 1, length, 30, 16)
     same = torch.tensor([0, 1, 1, 1, 2, 3, 3, *range(4, 30)])  # which of 30 keys each of 33 is; queries follow them
     many = form(q, k[:, :, same], v[:, :, same], None, None, 0.3)
     few = form(q, k, v, torch.bincount(same).float().log()[None], None, 0.3)
@@ -135,16 +135,13 @@ def test_decode_kernel_takes_caches_of_any_length(limits, monkeypatch):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-@pytest.mark.parametrize("length", [70, 5], ids=["prefill", "decode"])
-def test_what_padding_holds_does_not_matter(form, length, poison):
-    q, k, v, bias = inputs(2, 2, 1, length, 70, 16)
-    first = torch.tensor([68, 0])
+@pytest.mark.parametrize("length", [35, 5], ids=["prefill", "decode"])
+def test_what_padding_holds_does_not_matter(form, length):
+    q, k, v, bias = inputs(2, 1, 1, length, 35, 16)
+    first = torch.tensor([33, 0])
     clean = form(q, k, v, bias, first, 0.3)
-    for states in (k, v):
-        states[0, :, :68] = poison
-    bias[0, :68] = poison
-    q[0, :, : max(0, length - 2)] = poison  # queries that are padding themselves
+    k[0, :, :33], v[0, :, :33], bias[0, :33] = torch.nan, torch.inf, torch.nan
+    q[0, :, : length - 2] = torch.nan  # queries that are padding themselves
     out = form(q, k, v, bias, first, 0.3)
     assert torch.equal(out, clean)
     assert out[0, : length - 2].eq(0.0).all()
