@@ -1,0 +1,88 @@
+"""The price of compression: operations, stages, prefill and decode, timed and written to one JSON file.
+
+    python -m jobs.benchmark --device cuda --json jobs/results/benchmark-h200.json     # about 8 minutes on an H200
+    python -m jobs.benchmark --device cpu --json FILE     # a small copy of it in seconds: a test, no statement on speed
+    python -m jobs.benchmark_readme --results jobs/results --readme README.md          # its tables into the page
+
+Weights are random: times do not depend on what they say, and nothing is downloaded. Every cell is in the file from
+the start, as not measured; the file is replaced after each, so a run that is ended early keeps what it has. Exit code
+1: a cell failed, other than for want of memory or time; the file says which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from jobs import benchmark_decode, benchmark_ops, benchmark_prefill, benchmark_stage
+from jobs.benchmark_cell import FAILED, Cell, Values, parts
+from jobs.benchmark_decoder import Resident
+from jobs.benchmark_result import ResultFile, device, versions
+from jobs.benchmark_run import SHARES, ends, run
+from jobs.benchmark_scale import Scale, on_cpu, on_gpu
+from jobs.benchmark_timer import Timer
+
+
+def scale_of(kind: torch.device) -> Scale:
+    """Real sizes on a GPU, small ones on a CPU."""
+    if kind.type == "cuda":
+        return on_gpu(kind, torch.cuda.get_device_properties(kind).total_memory)
+    return on_cpu(kind)
+
+
+def cells(scale: Scale, suites: Sequence[str]) -> list[Cell]:
+    """All cells of the suites, in the order in which they are measured."""
+    resident = Resident(scale.device, scale.dtype)
+    of_suite = {
+        "ops": lambda: benchmark_ops.cells(scale),
+        "stage": lambda: benchmark_stage.cells(scale),
+        "prefill": lambda: benchmark_prefill.cells(scale, resident),
+        "decode": lambda: benchmark_decode.cells(scale, resident),
+    }
+    return [cell for suite in suites for cell in of_suite[suite]()]
+
+
+def header(scale: Scale, command: str, limit_s: float) -> Values:
+    """What the figures hold for; `shape` is that of operations and stages."""
+    return {
+        "command": command,
+        "device": device(scale.device),
+        "dtype": str(scale.dtype).removeprefix("torch."),
+        "shape": vars(scale.shape),
+        "versions": versions(),
+        "limit_s": limit_s,
+        "spent_s": 0.0,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    started = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="result file, replaced")
+    parser.add_argument("--suite", nargs="+", choices=tuple(SHARES), default=list(SHARES), help="(all)")
+    parser.add_argument("--minutes", type=float, default=8.0, metavar="N", help="what is not done by then is left (8)")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: expected a GPU that torch can use, found none; --device cpu runs a small copy")
+    if args.minutes <= 0:
+        parser.error(f"--minutes: expected more than 0, got {args.minutes}")
+    suites = [suite for suite in SHARES if suite in args.suite]
+    scale = scale_of(torch.device(args.device))
+    which = "" if suites == list(SHARES) else f" --suite {' '.join(suites)}"
+    limit = "" if args.minutes == 8.0 else f" --minutes {args.minutes:g}"
+    command = f"python -m jobs.benchmark --device {args.device} --json {args.json.name}{which}{limit}"
+    found = cells(scale, suites)
+    result = ResultFile(args.json, header(scale, command, 60 * args.minutes), found)
+    left_s = 60 * args.minutes - (time.perf_counter() - started)
+    run(found, result, Timer(scale.device, scale.budget_s), ends(suites, left_s))
+    return int(any(part["status"] == FAILED for cell in result.cells for part in parts(cell)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

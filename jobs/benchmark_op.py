@@ -1,0 +1,66 @@
+"""One operation at one size: the forms it is timed in, and what it must move and multiply at the least."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from jobs.benchmark_cell import Values, attempt, not_measured
+from jobs.benchmark_run import timing
+from jobs.benchmark_scale import Scale
+from jobs.benchmark_timer import Timer
+from lightkv.ops.dispatch import use_triton
+
+CACHE_BYTES = 1 << 28  # more than a GPU's last cache holds; written ahead of each repeat, which then reads from memory
+KERNEL, TWIN = "kernel", "twin"
+
+Form = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class OpWork:
+    """What is ready to be timed.
+
+    operation    the public function, which runs the kernel where there is one
+    twin         its definition in torch
+    moved_bytes  the least it must move (benchmark_bytes.py); flops likewise, 0 where products are not its work
+    beside       other ways to the same end, by name
+    """
+
+    operation: Form
+    twin: Form
+    moved_bytes: int
+    flops: int = 0
+    beside: Mapping[str, Form] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Op:
+    """`prepare(scale, tokens)` sets an operation up; above `twin_most` tokens its twin is not asked."""
+
+    name: str
+    prepare: Callable[[Scale, int], OpWork]
+    twin_most: int
+
+    def measure(self, scale: Scale, tokens: int, timer: Timer) -> Values:
+        """Bytes, FLOPs, and each form's time or why there is none. A form that fails does not stop the others."""
+        work = self.prepare(scale, tokens)
+        spoil = _cache_spoiler(scale.device)
+        forms = {}
+        for name, form in {KERNEL: work.operation, TWIN: work.twin, **work.beside}.items():
+            why = self._why_not(name, scale, tokens)
+            forms[name] = not_measured(why) if why else attempt(partial(timing, timer, form, spoil))
+        return {"bytes": work.moved_bytes, "flops": work.flops, "forms": forms}
+
+    def _why_not(self, form: str, scale: Scale, tokens: int) -> str:
+        if form == KERNEL and not use_triton(torch.empty(0, device=scale.device)):
+            return f"no kernel on {scale.device.type}"
+        if form == TWIN and tokens > self.twin_most:
+            return f"the twin takes too long above {self.twin_most:,} tokens"
+        return ""
+
+
+def _cache_spoiler(device: torch.device) -> Form | None:
+    """Fills the GPU's cache with something else; a CPU's times are no claim and need none."""
+    return torch.empty(CACHE_BYTES, dtype=torch.int8, device=device).zero_ if device.type == "cuda" else None

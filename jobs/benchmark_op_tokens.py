@@ -1,0 +1,93 @@
+"""The operations of a stage set up as its methods call them: nearest, merge, softmax_votes."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from jobs.benchmark_bytes import merge_bytes, nearest_bytes, pair_flops, votes_bytes
+from jobs.benchmark_op import OpWork
+from jobs.benchmark_prompt import TEXT, layout_of, states_of
+from jobs.benchmark_scale import Scale
+from lightkv.matching import Windows
+from lightkv.ops.merge import merge, merge_torch
+from lightkv.ops.nearest import nearest, nearest_torch
+from lightkv.ops.votes import Reduce, softmax_votes, softmax_votes_torch
+from lightkv.spacetime import BLOCK_TOKENS, blocks, sides
+
+DISTANCE = 0.02  # the default of LightKVConfig
+
+
+def nearest_in_blocks(scale: Scale, tokens: int) -> OpWork:
+    """As spacetime calls it in its first round: blocks of BLOCK_TOKENS in space and time, every second token in A."""
+    layout = layout_of(tokens, text=False).to(scale.device)
+    block = blocks(layout)
+    in_b = sides(layout, block, 0)
+    order = torch.argsort(2 * block + in_b.long(), stable=True)
+    ends = torch.bincount(block).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends])
+    middles = ends - torch.bincount(block[in_b], minlength=len(ends))
+    place = torch.stack([layout.t / 2, layout.y, layout.x], dim=-1).float()
+    return _nearest(scale, place, order, starts, middles, min(BLOCK_TOKENS, tokens), DISTANCE)
+
+
+def nearest_in_windows(scale: Scale, tokens: int, stage: int) -> OpWork:
+    """As the published method calls it in that stage: windows on every frame, tokens 0, 2, 4 … of each in A."""
+    windows = Windows.cut(layout_of(tokens, text=False).to(scale.device), scale.op_schedule.stages[stage].windows)
+    window = torch.repeat_interleave(windows.sizes)
+    starts = torch.cat([windows.sizes.new_zeros(1), windows.sizes.cumsum(0)])
+    odd = (torch.arange(tokens, device=scale.device) - starts[window]) % 2
+    order = windows.order[torch.argsort(2 * window + odd, stable=True)]
+    set_a = (windows.sizes + 1) // 2
+    return _nearest(scale, None, order, starts, starts[:-1] + set_a, int(set_a.max()), 0.0)
+
+
+def _nearest(
+    scale: Scale, place: Tensor | None, order: Tensor, starts: Tensor, middles: Tensor, most: int, distance: float
+) -> OpWork:
+    tokens, width = len(order), scale.shape.hidden
+    hidden = states_of(layout_of(tokens, text=False), 1, width, scale.device, scale.dtype)[0]
+    unit = torch.full((tokens,), width**-0.5, device=scale.device)
+    arguments = (hidden, unit, place, order, starts, middles, most, distance)
+    pairs = int(((middles - starts[:-1]) * (starts[1:] - middles)).sum())
+    return OpWork(
+        partial(nearest, *arguments),
+        partial(nearest_torch, *arguments),
+        nearest_bytes(tokens, len(middles), width, scale.element, place is not None),
+        pair_flops(pairs, width),
+    )
+
+
+def merging(scale: Scale, tokens: int, one_in: int) -> OpWork:
+    """One in so many tokens merges into one of those that stay, drawn at random; several may share a target."""
+    shuffled = torch.randperm(tokens, device=scale.device)
+    source, stays = shuffled[: tokens // one_in].sort().values, shuffled[tokens // one_in :]
+    target = stays[torch.randint(len(stays), source.shape, device=scale.device)]
+    hidden = torch.randn(tokens, scale.shape.hidden, device=scale.device, dtype=scale.dtype)
+    arguments = (hidden, torch.ones(tokens, device=scale.device), source, target)
+    moved = merge_bytes(len(source), len(target.unique()), scale.shape.hidden, scale.element)
+    return OpWork(partial(merge, *arguments), partial(merge_torch, *arguments), moved)
+
+
+def votes(scale: Scale, tokens: int, reduce: Reduce) -> OpWork:
+    """A prompt of so many vision tokens and TEXT words.
+
+    "sum" is the published guidance: the text's keys vote on all queries. "max" is the question: vision keys, and the
+    text's queries.
+    """
+    shape, length = scale.shape, tokens + TEXT
+    q = torch.randn(1, length, shape.heads, shape.head_dim, device=scale.device, dtype=scale.dtype).transpose(1, 2)
+    k = torch.randn(1, shape.kv_heads, length, shape.head_dim, device=scale.device, dtype=scale.dtype)
+    place = torch.arange(length, device=scale.device)
+    long, short, long_index = (q, k, place) if reduce == "sum" else (k, q, place[:tokens])
+    many = len(long_index)
+    starts = [torch.tensor([0, size], device=scale.device) for size in (many, TEXT)]
+    arguments = (
+        long, short, long_index, starts[0], place[tokens:], starts[1], shape.head_dim**-0.5, reduce, many, TEXT
+    )  # fmt: skip
+    return OpWork(
+        partial(softmax_votes, *arguments),
+        partial(softmax_votes_torch, *arguments),
+        votes_bytes(many, long.shape[1], TEXT, short.shape[1], shape.head_dim, scale.element),
+        pair_flops(many * TEXT, shape.heads * shape.head_dim),
+    )
