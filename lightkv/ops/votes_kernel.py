@@ -49,6 +49,8 @@ def softmax_votes_triton(
     group, shared = short_heads(heads, short.shape[1])
     if not columns or not len(long_index):
         return torch.zeros(len(long_index), dtype=torch.float32, device=long.device)
+    if long.dtype == torch.float64:
+        long, short = long.float(), short.float()  # the arithmetic is fp32 all the same
     long, short = (x if x.stride(3) == 1 else x.contiguous() for x in (long, short))
     long_rows, long_stride = _rows(long, long_index)
     short_rows, short_stride = _rows(short, short_index)
