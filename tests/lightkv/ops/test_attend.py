@@ -206,6 +206,13 @@ def test_nothing_in_nothing_out(form, batch, length, keys):
     assert form(q, k, v, bias, torch.zeros(batch, dtype=torch.int64), 0.3).shape == (batch, length, 2, 16)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("length", [17, 1], ids=["prefill", "decode"])
+def test_result_carries_no_gradient(form, length):
+    q, k, v, bias = inputs(1, 1, 1, length, 17, 16)
+    assert not form(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), bias, None, 0.3).requires_grad
+
+
 @pytest.mark.parametrize(("choice", "form"), [("torch", attend_torch), ("triton", attend_triton)])
 def test_form_is_chosen_by_dispatch(choice, form, monkeypatch):
     monkeypatch.setenv("LIGHTKV_OPS", choice)
