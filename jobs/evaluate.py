@@ -122,7 +122,8 @@ def report(config: EvaluateConfig, out: Path) -> None:
     (out / "summary.json").write_text(json.dumps(as_json(summary, run), indent=1) + "\n", encoding="utf-8")
     (out / "table.md").write_text(markdown(summary, config, run), encoding="utf-8")
     title = f"Accuracy of short answers kept, with 95 % intervals: {run['model']}, split {run['split']}"
-    draw(summary.figures, title).save(out / "figure.png", optimize=True)
+    drawn = [line for line in summary.figures if line.method == PLAIN or config.methods[line.method].drawn]
+    draw(drawn, title).save(out / "figure.png", optimize=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

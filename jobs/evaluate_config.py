@@ -45,6 +45,7 @@ class Suite(_Section):
     max_things: int = Field(3, ge=1, le=10)
     max_clutter: int = Field(4, ge=0, description="faint strokes on the background")
     sign_share: float = Field(0.4, ge=0, le=1, description="share of the scenes that show a number")
+    pooled: bool = Field(True, description="false: shown by itself, not part of what several suites say together")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -65,6 +66,7 @@ class Method(_Section):
     preset: str
     options: dict[str, Any] = Field({}, description="keyword arguments of the preset")
     at: dict[float, dict[str, Any]] = Field({}, description="further options at single retentions")
+    drawn: bool = Field(True, description="whether the figure shows it; ten lines in a panel can be told apart")
 
     def options_at(self, retention: float) -> dict[str, Any]:
         return {**self.options, **self.at.get(retention, {})}
@@ -147,7 +149,7 @@ def cell_key(config: EvaluateConfig, cell: Cell, weights: str) -> str:
     method = config.methods.get(cell.method)
     asked = None if method is None else [method.preset, method.options_at(cell.retention), cell.retention]
     model = config.model.model_dump(mode="json", exclude={"batch_prompts", "batch_tokens", "seed"})
-    suite = config.suites[cell.suite].model_dump(mode="json")
+    suite = config.suites[cell.suite].model_dump(mode="json", exclude={"pooled"})
     parts = [weights, model, config.split, config.seed, cell.suite, suite, asked]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

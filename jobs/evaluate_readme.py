@@ -57,9 +57,14 @@ def _cell(line: dict[str, Any], plain: dict[str, Any], reference: str) -> str:
     if line["error"] or line["kept"] is None:
         return "–"
     low, high = line["kept_interval"]
-    differs = line["method"] != reference and line["p_reference"] is not None and line["p_reference"] < SIGNIFICANT
-    captions = f" / {100 * line['captions'] / plain['captions']:.0f}" if plain["captions"] else ""
-    return f"{100 * line['kept']:.1f} ({100 * low:.1f}–{100 * high:.1f}){'*' if differs else ''}{captions}"
+    short, told = (_star(line, name, reference) for name in ("p_reference", "p_captions"))
+    captions = f" / {100 * line['captions'] / plain['captions']:.0f}{told}" if plain["captions"] else ""
+    return f"{100 * line['kept']:.1f} ({100 * low:.1f}–{100 * high:.1f}){short}{captions}"
+
+
+def _star(line: dict[str, Any], test: str, reference: str) -> str:
+    differs = line["method"] != reference and line[test] is not None and line[test] < SIGNIFICANT
+    return "*" if differs else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from jobs.evaluate_summary import Figures, Summary, pools_of
 
 HEAD = (
     "| method | asked | kept KV | short answers [95 %] | of plain [95 %] | captions [95 %] | same as plain "
-    "| KV bytes | FLOPs | p: plain | p: {reference} |"
+    "| KV bytes | FLOPs | p: plain | p: {reference} | captions |"
 )
 LEGEND = (
     "Kept KV: share of the vision KV entries kept, mean over layers, as reached. Short answers: exact match over the "
@@ -20,15 +20,21 @@ LEGEND = (
     "suite; of plain: the same as a share of the plain model's. Captions: exact match of whole captions, never part of "
     "the short answers. Same as plain: short answers equal to the plain model's, right or wrong. KV bytes and FLOPs: "
     "of the decoder's prefill, text included, against the plain model. Intervals: bootstrap over scenes, 95 %. p: "
-    "two-sided paired permutation by scene of the short answers, not corrected for the number of tests. All suites: "
-    "every suite that asks counts alike."
+    "two-sided paired permutation by scene of the short answers, and in the last column of the captions against "
+    "{reference}, not corrected for the number of tests. All suites: those that pool; every one that asks counts alike."
 )
 
 
 def markdown(summary: Summary, config: EvaluateConfig, run: dict[str, Any]) -> str:
     """The tables: suites together, suite by suite, then every task. `run` is `summary.json`'s account of it."""
     suites = list(dict.fromkeys(figures.suite for figures in summary.figures))
-    lines = ["# What survives compression", "", _origin(run), "", LEGEND.format(counts_from=config.counts_from)]
+    lines = [
+        "# What survives compression",
+        "",
+        _origin(run),
+        "",
+        LEGEND.format(counts_from=config.counts_from, reference=config.compared_with),
+    ]
     for suite in suites:
         figures = [line for line in summary.figures if line.suite == suite]
         lines += ["", f"## {suite}", "", *_suite_lines(suite, figures, summary, config)]
@@ -70,7 +76,7 @@ def _suite_lines(suite: str, figures: list[Figures], summary: Summary, config: E
             f"{spec.max_things} objects; {max(line.questions for line in figures)} short answers. Counting: {counting}."
         )
     else:
-        members = pools_of({name: config.suites[name].kind for name in summary.counting})[suite]
+        members = pools_of(config, summary.counting)[suite]
         counting = ", ".join(name for name in members if summary.counting[name]) or "none"
         yield (
             f"{', '.join(members)} together; {max(line.questions for line in figures)} short answers, from the suites "
@@ -89,7 +95,7 @@ def _suite_lines(suite: str, figures: list[Figures], summary: Summary, config: E
 
 def _cells(line: Figures) -> list[str]:
     if line.error:
-        return ["–"] * 9
+        return ["–"] * 10
     return [
         _percent(line.reached),
         _ranged(line.accuracy, line.accuracy_interval),
@@ -100,6 +106,7 @@ def _cells(line: Figures) -> list[str]:
         _percent(line.flops),
         _p(line.p_plain),
         _p(line.p_reference),
+        _p(line.p_captions),
     ]
 
 

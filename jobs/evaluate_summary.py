@@ -9,7 +9,7 @@ must be right, which makes them the sensitive task, and they are reported apart 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,8 @@ class Figures:
     captions          exact match of whole captions
     agreement         share of the short answers that are the plain model's, right or wrong
     kv, flops         of prefill, as a share of the plain model's for the same questions
-    p_plain, p_reference  of paired permutation tests of accuracy, not corrected for their number
+    p_plain, p_reference  of paired permutation tests of accuracy, not corrected for their number; p_captions: of the
+                          captions against the reference
     error             why there are no figures
     """
 
@@ -71,6 +72,7 @@ class Figures:
     flops: float = float("nan")
     p_plain: float = float("nan")
     p_reference: float = float("nan")
+    p_captions: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def summarise(table: pa.Table, config: EvaluateConfig) -> Summary:
     counting = {suite: _counting(tasks[_plain(suite)], config.counts_from) for suite in suites}
     compare = _Comparison(config, answered, counting)
     figures = []
-    for name, members in pools_of({suite: config.suites[suite].kind for suite in suites}).items():
+    for name, members in pools_of(config, suites).items():
         for cell in (cell for cell in cells if cell.suite == members[0]):
             figures += compare.pooled(name, members, cell, errors)
     for cell in cells:
@@ -108,8 +110,9 @@ def summarise(table: pa.Table, config: EvaluateConfig) -> Summary:
     return Summary(figures, tasks, counting)
 
 
-def pools_of(kinds: dict[str, str]) -> dict[str, list[str]]:
-    """Which suites are also shown together, by suite → kind: all of them, and all of a kind, where that is several."""
+def pools_of(config: EvaluateConfig, suites: Iterable[str]) -> dict[str, list[str]]:
+    """Which of the suites that pool are also shown together: all of them, and all of a kind, where that is several."""
+    kinds = {suite: config.suites[suite].kind for suite in suites if config.suites[suite].pooled}
     pools = {EVERY: list(kinds)}
     for kind in dict.fromkeys(kinds.values()):
         pools[f"all {kind} suites"] = [suite for suite, its in kinds.items() if its == kind]
@@ -144,11 +147,12 @@ class _Comparison:
         cells = [self.answered[Cell(suite, method, retention)] for suite in suites]
         plains = [self.answered[_plain(suite)] for suite in suites]
         drawn = [self.weights[suite] for suite in suites]
-        short, plain_short = self._short(suites, cells), self._short(suites, plains)
+        short, plain_short = self._tallies(suites, cells), self._tallies(suites, plains)
         accuracy, plain = accuracies(short, drawn), accuracies(plain_short, drawn)
         with np.errstate(invalid="ignore", divide="ignore"):
             kept = accuracy / plain
-        told = accuracies([self._tally(s, c, CAPTIONS) for s, c in zip(suites, cells, strict=True)], drawn)
+        captions = self._tallies(suites, cells, CAPTIONS)
+        told = accuracies(captions, drawn)
         agrees = [self._tally(s, c, self.counting[s], c.agrees) for s, c in zip(suites, cells, strict=True)]
         return Figures(
             suite=name,
@@ -167,19 +171,31 @@ class _Comparison:
             flops=_share([cell.flops for cell in cells], [cell.flops for cell in plains]),
             p_plain=self._p(short, plain_short) if method != PLAIN else float("nan"),
             p_reference=self._p_reference(suites, short, method, retention),
+            p_captions=self._p_reference(suites, captions, method, retention, CAPTIONS),
         )
 
-    def _short(self, suites: list[str], cells: list[Answered]) -> list[Tally]:
-        return [self._tally(suite, cell, self.counting[suite]) for suite, cell in zip(suites, cells, strict=True)]
+    def _tallies(self, suites: list[str], cells: list[Answered], families: Sequence[str] | None = None) -> list[Tally]:
+        """Suite by suite; of the short answers that count there where no families are named."""
+        return [
+            self._tally(suite, cell, families or self.counting[suite])
+            for suite, cell in zip(suites, cells, strict=True)
+        ]
 
     def _tally(self, suite: str, cell: Answered, families: Sequence[str], values: np.ndarray | None = None) -> Tally:
         return cell.tally(families, self.scenes[suite], values)
 
-    def _p_reference(self, suites: list[str], short: list[Tally], method: str, retention: float) -> float:
+    def _p_reference(
+        self,
+        suites: list[str],
+        tallies: list[Tally],
+        method: str,
+        retention: float,
+        families: Sequence[str] | None = None,
+    ) -> float:
         others = [Cell(suite, self.config.compared_with, retention) for suite in suites]
         if method in (PLAIN, self.config.compared_with) or not all(other in self.answered for other in others):
             return float("nan")
-        return self._p(short, self._short(suites, [self.answered[other] for other in others]))
+        return self._p(tallies, self._tallies(suites, [self.answered[other] for other in others], families))
 
     def _p(self, one: list[Tally], other: list[Tally]) -> float:
         if not sum(tally.asked.sum() for tally in one):

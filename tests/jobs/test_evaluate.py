@@ -240,13 +240,25 @@ def test_cells_that_are_missing_are_left_out_and_those_out_of_reach_are_not():
     assert _summary([row for row in _by_hand() if row["method"] == "random"]).figures == []
 
 
-def test_pools_are_all_suites_and_those_of_a_kind():
-    assert pools_of({"a": "video"}) == {}
-    assert pools_of({"a": "video", "b": "video"}) == {"all suites": ["a", "b"]}
-    assert pools_of({"a": "video", "b": "image", "c": "video"}) == {
-        "all suites": ["a", "b", "c"],
-        "all video suites": ["a", "c"],
-    }
+@pytest.mark.parametrize(
+    ("kinds", "pools"),
+    [
+        ({"a": "video"}, {}),
+        ({"a": "video", "b": "video"}, {"all suites": ["a", "b"]}),
+        ({"a": "video", "b": "image", "c": "video"}, {"all suites": ["a", "b", "c"], "all video suites": ["a", "c"]}),
+        ({"a": "video", "alone": "image", "c": "video"}, {"all suites": ["a", "c"]}),
+    ],
+)
+def test_pools_are_all_suites_that_pool_and_those_of_a_kind(kinds, pools):
+    suites = {
+        name: {"kind": kind, "scenes": 2, "families": ["color"], "frames": 2 if kind == "video" else 1,
+               "pooled": name != "alone"}
+        for name, kind in kinds.items()
+    }  # fmt: skip
+    config = EvaluateConfig.model_validate(
+        {"suites": suites, "methods": {"random": {"preset": "random"}}, "retentions": [0.5]}, strict=False
+    )
+    assert pools_of(config, suites) == pools
 
 
 def test_picture_has_a_line_where_there_are_figures():

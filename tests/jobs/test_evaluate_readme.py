@@ -5,7 +5,10 @@ import pytest
 from jobs.evaluate_readme import BEGIN, END, table, with_table
 from pipeline.errors import ConfigError
 
-LINE = {"suite": "all suites", "error": "", "questions": 200, "p_reference": None, "kept_interval": [None, None]}
+LINE = {
+        "suite": "all suites", "error": "", "questions": 200, "p_reference": None, "p_captions": None,
+        "kept_interval": [None, None],
+}  # fmt: skip
 RUN = {
     "config": {"reference": "ours", "methods": {"ours": {}, "other": {}}},
     "devices": ["a cpu"], "torch": ["2.13"], "transformers": "5.23", "split": "test", "answers": 1000, "command": "run",
@@ -24,7 +27,7 @@ SUMMARY = {
         line("plain", 1.0, 1.0, 0.8),
         line("ours", 0.5, 0.995, 0.76),
         line("ours", 0.1, 0.95, 0.4),
-        line("other", 0.5, 0.9, 0.4, p_reference=0.01),
+        line("other", 0.5, 0.9, 0.4, p_reference=0.01, p_captions=0.04),
         {**line("other", 0.1, 0.0, 0.0), "error": "not reachable", "kept": None},
         {**line("other", 0.5, 0.1, 0.1), "suite": "one suite"},
     ],
@@ -35,7 +38,7 @@ def test_a_line_per_method_and_a_column_per_retention():
     lines = table(SUMMARY).splitlines()
     assert "| method | 50% kept | 10% kept |" in lines
     assert "| ours | 99.5 (98.5–100.5) / 95 | 95.0 (94.0–96.0) / 50 |" in lines
-    assert "| other | 90.0 (89.0–91.0)* / 50 | – |" in lines
+    assert "| other | 90.0 (89.0–91.0)* / 50* | – |" in lines
 
 
 def test_only_what_is_between_the_markers_changes():
