@@ -30,7 +30,7 @@ def run(
     timer: Timer,
     until: dict[str, float],
     clock: Callable[[], float] = time.perf_counter,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = partial(print, flush=True),
 ) -> None:
     """Measure cell after cell; one that would end after its suite's time is "not measured: out of time"."""
     started = clock()

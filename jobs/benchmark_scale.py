@@ -52,7 +52,7 @@ class Scale:
 
 
 def on_gpu(device: torch.device, memory_bytes: int) -> Scale:
-    """bf16, the paper's 7B shapes, 1k to 256k tokens: about eight minutes on an H200, all suites."""
+    """bf16, the paper's 7B shapes, 1k to 256k tokens; sized for eight minutes on an H200, all suites."""
     return Scale(
         device=device,
         dtype=torch.bfloat16,

@@ -81,7 +81,7 @@ def test_the_file_says_what_was_run_where_and_with_what(result):
     assert result["dtype"] == "float32"
     assert result["versions"]["torch"] == torch.__version__
     assert {"python", "triton", "transformers", "lightkv"} < set(result["versions"])
-    assert 0 < result["spent_s"] < result["limit_s"] == 480
+    assert 0 < result["spent_s"] < result["limit_s"] == 450
 
 
 def test_every_cell_of_every_suite_is_measured(result):
@@ -146,6 +146,12 @@ def test_it_needs_neither_the_pipeline_nor_what_that_needs():
 
 
 # --- time, memory, failures ---
+
+
+def test_a_failure_is_the_exit_code(tmp_path, monkeypatch):
+    for error, code in ((ZeroDivisionError(), 1), (torch.OutOfMemoryError(), 0)):
+        monkeypatch.setattr(benchmark, "cells", lambda scale, suites, error=error: cells_of(fail(error)))
+        assert benchmark.main(["--device", "cpu", "--json", str(tmp_path / "r.json"), "--suite", "stage"]) == code
 
 
 def test_what_is_left_when_time_is_up_is_written_down(tmp_path):
