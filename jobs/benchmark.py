@@ -4,9 +4,9 @@
     python -m jobs.benchmark --device cpu --json FILE     # a small copy of it in seconds: a test, no statement on speed
     python -m jobs.benchmark_readme --results jobs/results --readme README.md          # its tables into the page
 
-Weights are random: times do not depend on what they say, and nothing is downloaded. Every cell is in the file from
-the start, as not measured; the file is replaced after each, so a run that is ended early keeps what it has. Exit code
-1: a cell failed, other than for want of memory or time; the file says which.
+Weights are random and nothing is downloaded. Every cell is in the file from the start, as not measured; the file is
+replaced after each, so a run that is ended early keeps what it has. Exit code 1: a cell failed, other than for want of
+memory or time; the file says which.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from jobs.benchmark_result import ResultFile, device, versions
 from jobs.benchmark_run import SHARES, ends, run
 from jobs.benchmark_scale import Scale, on_cpu, on_gpu
 from jobs.benchmark_timer import Timer
-
 
 MINUTES = 7.5  # with imports and the last cell, eight
 
@@ -68,9 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="result file, replaced")
-    parser.add_argument("--suite", nargs="+", choices=tuple(SHARES), default=list(SHARES), help="(all)")
+    parser.add_argument("--suite", nargs="+", choices=tuple(SHARES), default=list(SHARES), help="default: all")
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, metavar="N", help=f"what is left then is left ({MINUTES})"
+        "--minutes", type=float, default=MINUTES, metavar="N", help=f"after these no cell is begun ({MINUTES})"
     )
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -24,13 +24,16 @@ def ends(suites: Sequence[str], limit_s: float) -> dict[str, float]:
     return found
 
 
+say_now = partial(print, flush=True)
+
+
 def run(
     cells: Sequence[Cell],
     result: ResultFile,
     timer: Timer,
     until: dict[str, float],
     clock: Callable[[], float] = time.perf_counter,
-    say: Callable[[str], object] = partial(print, flush=True),
+    say: Callable[[str], object] = say_now,
 ) -> None:
     """Measure cell after cell; one that would end after its suite's time is "not measured: out of time"."""
     started = clock()
