@@ -93,7 +93,8 @@ def _attend(
     if weights is None:
         return forward(module, query, key, value, attention_mask, **kwargs)
     bias = weights.bias.to(query.device)
-    if base != "eager" and use_triton(query) and not _unusual(kwargs):
+    trained = torch.is_grad_enabled() and query.requires_grad  # attend carries no gradient
+    if base != "eager" and use_triton(query) and not trained and not _unusual(kwargs):
         first = None if weights.first is None else weights.first.to(query.device)
         return attend(query, key, value, bias, first, scale), None
     if query.shape[2] == 1 and base in ROW_MASKS:

@@ -20,8 +20,9 @@ def compile_kernel(
 ) -> None:
     """Compile for every capability in SHARED_BYTES; raises AssertionError with the compiler's words where it fails.
 
-    signature: every argument's type in order, e.g. {"x": "*bf16", "n": "i64", "BLOCK": "constexpr"}; options such as
-    num_warps and num_stages.
+    signature: every argument's type in order, e.g. {"x": "*bf16", "stride": "i64", "n": "i32", "BLOCK": "constexpr"};
+    pointers and int64, which strides are, count as multiples of 16, as they are in real models: so loads are vectors.
+    options such as num_warps and num_stages.
     """
     job = json.dumps([module, kernel, signature, constants, options])
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -44,7 +45,9 @@ def _main(job: str) -> None:
     package = types.ModuleType("lightkv")  # without what its __init__ imports: kernels need torch and Triton alone
     package.__path__ = [str(Path("lightkv").resolve())]
     sys.modules["lightkv"] = package
-    source = ASTSource(getattr(importlib.import_module(module), kernel), signature, constexprs=constants)
+    wide = [place for place, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i64"]
+    attributes = {(place,): [["tt.divisibility", 16]] for place in wide}
+    source = ASTSource(getattr(importlib.import_module(module), kernel), signature, constants, attributes)
     shared = {}
     for capability in SHARED_BYTES:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
