@@ -26,7 +26,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from jobs.evaluate_answers import device_name
+from jobs.evaluate.answers import device_name
 from jobs.survivors_figure import draw
 from lightkv import LightKVConfig, compress, prompt_guidance
 from lightkv.attention import HOOKS, NO_HOOK

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from jobs.evaluate_readme import with_table
+from jobs.evaluate.readme import with_table
 from tests.models import save_tiny_llava
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

@@ -10,21 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs import benchmark, benchmark_timer
-from jobs.benchmark_bytes import attend_bytes, causal_flops, merge_bytes, nearest_bytes, votes_bytes
-from jobs.benchmark_cell import Cell, parts
-from jobs.benchmark_decoder import weight_bytes
-from jobs.benchmark_derive import COPY, LAYER, PLAIN, derive
-from jobs.benchmark_model import Load
-from jobs.benchmark_op import KERNEL, TWIN, Op, OpWork
-from jobs.benchmark_op_attend import decode, prefill, torch_only
-from jobs.benchmark_op_tokens import merging, nearest_in_blocks, nearest_in_windows, votes
-from jobs.benchmark_prompt import Prompt, grid_of, three_axes
-from jobs.benchmark_readme import BEGIN, END, NOT_MEASURED, read, section, with_tables
-from jobs.benchmark_result import ResultFile
-from jobs.benchmark_run import OUT_OF_TIME, SHARES, ends, run
-from jobs.benchmark_scale import on_cpu, on_gpu
-from jobs.benchmark_timer import Timer, Timing
+from jobs.benchmark import __main__ as benchmark
+from jobs.benchmark import timer
+from jobs.benchmark.bytes import attend_bytes, causal_flops, merge_bytes, nearest_bytes, votes_bytes
+from jobs.benchmark.cell import Cell, parts
+from jobs.benchmark.decoder import weight_bytes
+from jobs.benchmark.derive import COPY, LAYER, PLAIN, derive
+from jobs.benchmark.model import Load
+from jobs.benchmark.op import KERNEL, TWIN, Op, OpWork
+from jobs.benchmark.op_attend import decode, prefill, torch_only
+from jobs.benchmark.op_tokens import merging, nearest_in_blocks, nearest_in_windows, votes
+from jobs.benchmark.prompt import Prompt, grid_of, three_axes
+from jobs.benchmark.readme import BEGIN, END, NOT_MEASURED, read, section, with_tables
+from jobs.benchmark.result import ResultFile
+from jobs.benchmark.run import OUT_OF_TIME, SHARES, ends, run
+from jobs.benchmark.scale import on_cpu, on_gpu
+from jobs.benchmark.timer import Timer, Timing
 from lightkv import ConfigError, VisionLayout
 from pipeline.errors import ConfigError as PageError
 from tests.lightkv.tiny import IMAGE, tiny_model
@@ -134,11 +135,10 @@ def test_a_missing_gpu_is_refused(capsys, tmp_path, monkeypatch):
 
 
 def test_it_needs_neither_the_pipeline_nor_what_that_needs():
-    apart = {"benchmark_manifest.py", "benchmark_readme.py"}
-    files = [file for file in Path(benchmark.__file__).parent.glob("benchmark*.py") if file.name not in apart]
+    files = [file for file in Path(benchmark.__file__).parent.glob("*.py") if file.name != "readme.py"]
     imports = {name for file in files for name in re.findall(r"^(?:from|import) ([\w.]+)", file.read_text(), re.M)}
-    own = {f"jobs.{file.stem}" for file in files} | {"jobs"}
-    assert {name.split(".")[0] for name in imports - own} - sys.stdlib_module_names == {
+    others = {name.split(".")[0] for name in imports if not name.startswith("jobs.benchmark")}
+    assert others - sys.stdlib_module_names == {
         "lightkv",
         "torch",
         "transformers",
@@ -256,7 +256,7 @@ def test_a_gpu_is_timed_by_its_events(monkeypatch):
     def advance():
         Event.clock += 5.0
 
-    monkeypatch.setattr(benchmark_timer.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timer.torch.cuda, "Event", Event)
     assert Timer(torch.device("cuda"), 0.0).time(advance) == Timing(0.005, 0.005, 0.005, 3)
 
 

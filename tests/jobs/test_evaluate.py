@@ -11,11 +11,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from jobs import evaluate
-from jobs.evaluate_answers import SCHEMA, Shard, Shards, words
-from jobs.evaluate_config import PLAIN, Cell, EvaluateConfig, cell_key, cells_of, load_evaluate_config
-from jobs.evaluate_figure import draw
-from jobs.evaluate_summary import pools_of, summarise, with_plain
+from jobs.evaluate import __main__ as evaluate
+from jobs.evaluate.answers import SCHEMA, Shard, Shards, words
+from jobs.evaluate.config import PLAIN, Cell, EvaluateConfig, cell_key, cells_of, load_evaluate_config
+from jobs.evaluate.figure import draw
+from jobs.evaluate.summary import pools_of, summarise, with_plain
 from pipeline.errors import ConfigError
 
 SMALL = {

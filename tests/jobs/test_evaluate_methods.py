@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from jobs.evaluate_config import EvaluateConfig, Suite
-from jobs.evaluate_methods import PRESETS, shrink, smaller_grid, thin, treatment
+from jobs.evaluate.config import EvaluateConfig, Suite
+from jobs.evaluate.methods import PRESETS, shrink, smaller_grid, thin, treatment
 from lightkv import ConfigError as Unreachable
 from lightkv.baselines import BASELINES, baseline
 from pipeline.config import Model

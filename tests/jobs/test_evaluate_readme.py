@@ -2,7 +2,7 @@
 
 import pytest
 
-from jobs.evaluate_readme import BEGIN, END, table, with_table
+from jobs.evaluate.readme import BEGIN, END, table, with_table
 from pipeline.errors import ConfigError
 
 LINE = {

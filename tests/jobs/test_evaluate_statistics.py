@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jobs.evaluate_statistics import Tally, accuracies, interval, paired_p, weights
+from jobs.evaluate.statistics import Tally, accuracies, interval, paired_p, weights
 
 
 def _rng(seed=0):

@@ -13,8 +13,8 @@ import torch
 import transformers
 
 import lightkv
-from jobs.benchmark_cell import Cell, Values, not_measured
-from jobs.benchmark_derive import derive
+from jobs.benchmark.cell import Cell, Values, not_measured
+from jobs.benchmark.derive import derive
 
 
 class ResultFile:

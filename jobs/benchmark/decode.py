@@ -9,12 +9,12 @@ from itertools import count
 
 import torch
 
-from jobs.benchmark_cell import Cell, Values
-from jobs.benchmark_decoder import Resident
-from jobs.benchmark_model import Load, place, prefill, variants
-from jobs.benchmark_run import timing
-from jobs.benchmark_scale import Scale
-from jobs.benchmark_timer import Timer
+from jobs.benchmark.cell import Cell, Values
+from jobs.benchmark.decoder import Resident
+from jobs.benchmark.model import Load, place, prefill, variants
+from jobs.benchmark.run import timing
+from jobs.benchmark.scale import Scale
+from jobs.benchmark.timer import Timer
 from lightkv.report import cache_bytes
 
 

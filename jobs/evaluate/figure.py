@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from jobs.evaluate_config import PLAIN
-from jobs.evaluate_summary import Figures
+from jobs.evaluate.config import PLAIN
+from jobs.evaluate.summary import Figures
 
 PANEL_W, PANEL_H, LEFT, TOP, GAP, FOOT, COLUMNS = 460, 380, 66, 44, 34, 54, 3
 WHITE, INK, GREY, GRID = (255, 255, 255), (25, 25, 30), (110, 110, 118), (225, 225, 230)

@@ -61,7 +61,7 @@ class Suite(_Section):
 
 
 class Method(_Section):
-    """A way to spend fewer vision tokens; `jobs.evaluate_methods` knows the presets."""
+    """A way to spend fewer vision tokens; `jobs.evaluate.methods` knows the presets."""
 
     preset: str
     options: dict[str, Any] = Field({}, description="keyword arguments of the preset")

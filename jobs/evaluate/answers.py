@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from jobs.evaluate_config import CAPTIONS, MOST_SCENES, PLAIN, Cell, EvaluateConfig
-from jobs.evaluate_methods import Treatment, treatment
+from jobs.evaluate.config import CAPTIONS, MOST_SCENES, PLAIN, Cell, EvaluateConfig
+from jobs.evaluate.methods import Treatment, treatment
 from lightkv import LightKVError, estimate
 from pipeline.answerer import Answerer, Question
 from pipeline.encode import Encoded

@@ -1,6 +1,6 @@
 """The README's speed tables, written from the benchmark's GPU results between the page's two markers.
 
-python -m jobs.benchmark_readme --results jobs/results --readme README.md
+python -m jobs.benchmark.readme --results jobs/results --readme README.md
 
 Results of a CPU are a test of the benchmark, no statement on speed: they are not shown.
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmark_tables import report
+from jobs.benchmark.tables import report
 from jobs.cli import main_guard
 from pipeline.errors import ConfigError
 
@@ -22,7 +22,7 @@ BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 FILES = "benchmark-*.json"
 NOT_MEASURED = (
     "On a GPU: not measured. `python -m jobs.benchmark --device cuda --json jobs/results/benchmark-GPU.json` times the "
-    "operations, the stages, prefill and decoding in eight minutes at most, and `python -m jobs.benchmark_readme "
+    "operations, the stages, prefill and decoding in eight minutes at most, and `python -m jobs.benchmark.readme "
     "--results jobs/results --readme README.md` puts its tables here."
 )
 

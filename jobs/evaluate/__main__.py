@@ -29,12 +29,12 @@ import pyarrow.parquet as pq
 import transformers
 
 from jobs.cli import main_guard
-from jobs.evaluate_answers import Shards, part_path, weights_id, write_part
-from jobs.evaluate_config import PLAIN, Cell, EvaluateConfig, cell_key, cells_of, load_evaluate_config
-from jobs.evaluate_figure import draw
-from jobs.evaluate_methods import treatment
-from jobs.evaluate_report import as_json, markdown
-from jobs.evaluate_summary import summarise, with_plain
+from jobs.evaluate.answers import Shards, part_path, weights_id, write_part
+from jobs.evaluate.config import PLAIN, Cell, EvaluateConfig, cell_key, cells_of, load_evaluate_config
+from jobs.evaluate.figure import draw
+from jobs.evaluate.methods import treatment
+from jobs.evaluate.report import as_json, markdown
+from jobs.evaluate.summary import summarise, with_plain
 from lightkv import LightKVError
 from pipeline.errors import ConfigError
 from pipeline.models import describe

@@ -1,6 +1,6 @@
 """The README's fidelity table, written from the summary of a finished evaluation between the page's two markers.
 
-python -m jobs.evaluate_readme --summary jobs/results/fidelity/summary.json --readme README.md
+python -m jobs.evaluate.readme --summary jobs/results/fidelity/summary.json --readme README.md
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cli import main_guard
-from jobs.evaluate_config import PLAIN
-from jobs.evaluate_summary import EVERY
+from jobs.evaluate.config import PLAIN
+from jobs.evaluate.summary import EVERY
 from pipeline.errors import ConfigError
 
 BEGIN, END = "<!-- fidelity -->", "<!-- /fidelity -->"

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from jobs.benchmark_timer import Timer
+from jobs.benchmark.timer import Timer
 
 Values = dict[str, Any]
 

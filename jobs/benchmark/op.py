@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 
-from jobs.benchmark_cell import Values, attempt, not_measured
-from jobs.benchmark_run import timing
-from jobs.benchmark_scale import Scale
-from jobs.benchmark_timer import Timer
+from jobs.benchmark.cell import Values, attempt, not_measured
+from jobs.benchmark.run import timing
+from jobs.benchmark.scale import Scale
+from jobs.benchmark.timer import Timer
 from lightkv.ops.dispatch import use_triton
 
 CACHE_BYTES = 1 << 28  # more than a GPU's last cache holds; written ahead of each repeat, which then reads from memory
@@ -24,7 +24,7 @@ class OpWork:
 
     operation    the public function, which runs the kernel where there is one
     twin         its definition in torch
-    moved_bytes  the least it must move (benchmark_bytes.py); flops likewise, 0 where products are not its work
+    moved_bytes  the least it must move (bytes.py); flops likewise, 0 where products are not its work
     beside       other ways to the same end, by name
     """
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from jobs.benchmark_bytes import attend_bytes, causal_flops, pair_flops
-from jobs.benchmark_op import OpWork
-from jobs.benchmark_scale import Scale
+from jobs.benchmark.bytes import attend_bytes, causal_flops, pair_flops
+from jobs.benchmark.op import OpWork
+from jobs.benchmark.scale import Scale
 from lightkv.attention import HOOKS, AttentionHook, KeyWeights, hooked
 from lightkv.ops.attend import attend, attend_torch
 

@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from jobs.benchmark_bytes import merge_bytes, nearest_bytes, pair_flops, votes_bytes
-from jobs.benchmark_op import OpWork
-from jobs.benchmark_prompt import TEXT, layout_of, states_of
-from jobs.benchmark_scale import Scale
+from jobs.benchmark.bytes import merge_bytes, nearest_bytes, pair_flops, votes_bytes
+from jobs.benchmark.op import OpWork
+from jobs.benchmark.prompt import TEXT, layout_of, states_of
+from jobs.benchmark.scale import Scale
 from lightkv.matching import Windows
 from lightkv.ops.merge import merge, merge_torch
 from lightkv.ops.nearest import nearest, nearest_torch

@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
-from jobs.benchmark_cell import MEASURED, Cell, Values, attempt, not_measured
-from jobs.benchmark_result import ResultFile
-from jobs.benchmark_timer import Timer
+from jobs.benchmark.cell import MEASURED, Cell, Values, attempt, not_measured
+from jobs.benchmark.result import ResultFile
+from jobs.benchmark.timer import Timer
 
 SHARES = {"ops": 0.3, "stage": 0.1, "prefill": 0.45, "decode": 0.15}  # of the time, as far as the suites are chosen
 OUT_OF_TIME = "out of time"

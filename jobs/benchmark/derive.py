@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from jobs.benchmark_cell import MEASURED, Values
+from jobs.benchmark.cell import MEASURED, Values
 
 COPY, MATMUL, LAYER, PLAIN = "device copy", "matrix product", "decoder layer", "plain"
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from jobs.benchmark_decoder import LLAMA, QWEN2_5_VL, Decoder
+from jobs.benchmark.decoder import LLAMA, QWEN2_5_VL, Decoder
 from lightkv import LightKVConfig, Stage
 from lightkv.cost import Shape
 from lightkv.published import INTERNLM2_7B, QWEN2_5_7B, VICUNA_7B

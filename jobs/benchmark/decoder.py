@@ -14,7 +14,7 @@ from transformers import (
     Qwen2_5_VLConfig,
 )
 
-from jobs.benchmark_cell import free
+from jobs.benchmark.cell import free
 from lightkv import LightKVConfig
 from lightkv.cost import Shape
 

@@ -4,15 +4,15 @@ from functools import partial
 
 import torch
 
-from jobs.benchmark_bytes import pair_flops
-from jobs.benchmark_cell import Cell, Values
-from jobs.benchmark_derive import COPY, MATMUL
-from jobs.benchmark_op import Op
-from jobs.benchmark_op_attend import decode, prefill
-from jobs.benchmark_op_tokens import merging, nearest_in_blocks, nearest_in_windows, votes
-from jobs.benchmark_run import timing
-from jobs.benchmark_scale import K, Scale
-from jobs.benchmark_timer import Timer
+from jobs.benchmark.bytes import pair_flops
+from jobs.benchmark.cell import Cell, Values
+from jobs.benchmark.derive import COPY, MATMUL
+from jobs.benchmark.op import Op
+from jobs.benchmark.op_attend import decode, prefill
+from jobs.benchmark.op_tokens import merging, nearest_in_blocks, nearest_in_windows, votes
+from jobs.benchmark.run import timing
+from jobs.benchmark.scale import K, Scale
+from jobs.benchmark.timer import Timer
 
 TWIN_MOST = 64 * K
 PREFILL, DECODE = "attend, prefill", "attend, decode"

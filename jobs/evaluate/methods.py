@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jobs.evaluate_config import EvaluateConfig, Suite
+from jobs.evaluate.config import EvaluateConfig, Suite
 from lightkv import ConfigError as Unreachable
 from lightkv import LightKVConfig
 from lightkv.baselines import BASELINES, baseline

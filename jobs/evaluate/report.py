@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from jobs.evaluate_config import CAPTIONS, PLAIN, Cell, EvaluateConfig
-from jobs.evaluate_summary import Figures, Summary, pools_of
+from jobs.evaluate.config import CAPTIONS, PLAIN, Cell, EvaluateConfig
+from jobs.evaluate.summary import Figures, Summary, pools_of
 
 HEAD = (
     "| method | asked | kept KV | short answers [95 %] | of plain [95 %] | captions [95 %] | same as plain "

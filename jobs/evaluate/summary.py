@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jobs.evaluate_config import CAPTIONS, PLAIN, Cell, EvaluateConfig, cells_of
-from jobs.evaluate_statistics import Tally, accuracies, interval, paired_p, weights
+from jobs.evaluate.config import CAPTIONS, PLAIN, Cell, EvaluateConfig, cells_of
+from jobs.evaluate.statistics import Tally, accuracies, interval, paired_p, weights
 
 EVERY = "all suites"
 
@@ -88,7 +88,7 @@ class Summary:
 
 
 def summarise(table: pa.Table, config: EvaluateConfig) -> Summary:
-    """Figures of all cells that `table` (`evaluate_answers.SCHEMA` with `agrees`) holds; others are left out.
+    """Figures of all cells that `table` (`answers.SCHEMA` with `agrees`) holds; others are left out.
 
     A suite whose plain answers are missing is left out whole.
     """

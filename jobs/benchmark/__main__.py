@@ -2,7 +2,7 @@
 
     python -m jobs.benchmark --device cuda --json jobs/results/benchmark-h200.json     # 8 minutes at most
     python -m jobs.benchmark --device cpu --json FILE     # a small copy of it in seconds: a test, no statement on speed
-    python -m jobs.benchmark_readme --results jobs/results --readme README.md          # its tables into the page
+    python -m jobs.benchmark.readme --results jobs/results --readme README.md          # its tables into the page
 
 Weights are random and nothing is downloaded. Every cell is in the file from the start, as not measured; the file is
 replaced after each, so a run that is ended early keeps what it has. Exit code 1: a cell failed, other than for want of
@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from jobs import benchmark_decode, benchmark_ops, benchmark_prefill, benchmark_stage
-from jobs.benchmark_cell import FAILED, Cell, Values, parts
-from jobs.benchmark_decoder import Resident
-from jobs.benchmark_result import ResultFile, device, versions
-from jobs.benchmark_run import SHARES, ends, run
-from jobs.benchmark_scale import Scale, on_cpu, on_gpu
-from jobs.benchmark_timer import Timer
+from jobs.benchmark import decode, ops, prefill, stage
+from jobs.benchmark.cell import FAILED, Cell, Values, parts
+from jobs.benchmark.decoder import Resident
+from jobs.benchmark.result import ResultFile, device, versions
+from jobs.benchmark.run import SHARES, ends, run
+from jobs.benchmark.scale import Scale, on_cpu, on_gpu
+from jobs.benchmark.timer import Timer
 
 MINUTES = 7.5  # with imports and the last cell, eight
 
@@ -41,10 +41,10 @@ def cells(scale: Scale, suites: Sequence[str]) -> list[Cell]:
     """All cells of the suites, in the order in which they are measured."""
     resident = Resident(scale.device, scale.dtype)
     of_suite = {
-        "ops": lambda: benchmark_ops.cells(scale),
-        "stage": lambda: benchmark_stage.cells(scale),
-        "prefill": lambda: benchmark_prefill.cells(scale, resident),
-        "decode": lambda: benchmark_decode.cells(scale, resident),
+        "ops": lambda: ops.cells(scale),
+        "stage": lambda: stage.cells(scale),
+        "prefill": lambda: prefill.cells(scale, resident),
+        "decode": lambda: decode.cells(scale, resident),
     }
     return [cell for suite in suites for cell in of_suite[suite]()]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from jobs.benchmark_decoder import Decoder, weight_bytes
-from jobs.benchmark_derive import PLAIN
-from jobs.benchmark_prompt import TEXT, Prompt, grid_of
-from jobs.benchmark_scale import Scale
+from jobs.benchmark.decoder import Decoder, weight_bytes
+from jobs.benchmark.derive import PLAIN
+from jobs.benchmark.prompt import TEXT, Prompt, grid_of
+from jobs.benchmark.scale import Scale
 from lightkv import Cost, LightKVConfig, Report, compress
 from lightkv.cost import prefill_cost
 

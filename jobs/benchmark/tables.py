@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jobs.benchmark_cell import Values, parts
-from jobs.benchmark_derive import COPY, LAYER, MATMUL, median
-from jobs.benchmark_op import KERNEL, TWIN
-from jobs.benchmark_ops import DECODE, PREFILL
+from jobs.benchmark.cell import Values, parts
+from jobs.benchmark.derive import COPY, LAYER, MATMUL, median
+from jobs.benchmark.op import KERNEL, TWIN
+from jobs.benchmark.ops import DECODE, PREFILL
 
 NONE = "–"
 

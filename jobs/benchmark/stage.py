@@ -5,13 +5,13 @@ from functools import partial
 
 import torch
 
-from jobs.benchmark_cell import Cell, Values
-from jobs.benchmark_decoder import Decoder
-from jobs.benchmark_derive import LAYER
-from jobs.benchmark_prompt import TEXT, Prompt, layout_of, states_of
-from jobs.benchmark_run import timing
-from jobs.benchmark_scale import Scale
-from jobs.benchmark_timer import Timer
+from jobs.benchmark.cell import Cell, Values
+from jobs.benchmark.decoder import Decoder
+from jobs.benchmark.derive import LAYER
+from jobs.benchmark.prompt import TEXT, Prompt, layout_of, states_of
+from jobs.benchmark.run import timing
+from jobs.benchmark.scale import Scale
+from jobs.benchmark.timer import Timer
 from lightkv import LightKVConfig, Tokens
 from lightkv.methods import METHODS
 from lightkv.packing import Packing
