@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cli import main_guard
+from jobs.exact_match import words
 from pipeline.config import load_config
 from pipeline.job import caption
 from pipeline.mini.data import VIDEO_FAMILIES
@@ -116,11 +117,6 @@ def _in_one_sentence(captions: dict[str, int], total: dict[str, int], kv: dict[s
         f"captions and {short['LightKV']} of {short['asked']} short answers right; without it {captions['plain']} and "
         f"{short['plain']}."
     )
-
-
-def words(text: str | None) -> list[str] | None:
-    """What has to be the same in an answer that is right: its words and full stops."""
-    return None if text is None else text.replace(".", " . ").split()
 
 
 def _answers(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, str], str]:

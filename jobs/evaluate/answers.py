@@ -27,6 +27,7 @@ import torch
 
 from jobs.evaluate.config import CAPTIONS, MOST_SCENES, PLAIN, Cell, EvaluateConfig
 from jobs.evaluate.methods import Treatment, treatment
+from jobs.exact_match import words
 from lightkv import LightKVError, estimate
 from pipeline.answerer import Answerer, Question
 from pipeline.encode import Encoded
@@ -54,7 +55,6 @@ SCHEMA = pa.schema(
         pa.field("flops", pa.int64()),  # of the decoder's prefill by the cost model; the vision tower left out
     ]
 )
-TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Shard:
             scenes = [self._changed(cell.suite, scene, how) for scene in scenes]
         asked = [(scene, qa) for scene in scenes for qa in scene.questions]
         # Batches wait for their longest prompt and answer: alike goes with alike.
-        asked.sort(key=lambda pair: (pair[1].family in CAPTIONS, len(words(pair[1].question)), pair[0].number))
+        asked.sort(key=lambda pair: (pair[1].family in CAPTIONS, len(pair[1].question.split()), pair[0].number))
         answers = self.answerer.answers([Question(scene.encoded, qa.question) for scene, qa in asked], how.config)
         rows = []
         for (scene, qa), answer in zip(asked, answers, strict=True):
@@ -154,11 +154,6 @@ def encode(answerer: Answerer, kind: str, frames: np.ndarray) -> Encoded:
     if kind == "video":
         return answerer.encode("video", [(0, frames)])
     return answerer.encode("images", [(number, frame[None]) for number, frame in enumerate(frames)])
-
-
-def words(text: str) -> list[str]:
-    """A text as it is compared: lower-case words, numbers and punctuation marks; spaces do not count."""
-    return TOKEN.findall(text.lower())
 
 
 def weights_id(card: ModelCard) -> str:

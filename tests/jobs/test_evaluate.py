@@ -12,10 +12,11 @@ import yaml
 from PIL import Image
 
 from jobs.evaluate import __main__ as evaluate
-from jobs.evaluate.answers import SCHEMA, Shard, Shards, words
+from jobs.evaluate.answers import SCHEMA, Shard, Shards
 from jobs.evaluate.config import PLAIN, Cell, EvaluateConfig, cell_key, cells_of, load_evaluate_config
 from jobs.evaluate.figure import draw
 from jobs.evaluate.summary import pools_of, summarise, with_plain
+from jobs.exact_match import words
 from pipeline.errors import ConfigError
 
 SMALL = {
