@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from jobs.benchmark.readme import read, with_tables
 from jobs.evaluate.readme import with_table
 from tests.models import save_tiny_llava
 
@@ -35,3 +36,7 @@ def test_files_the_readme_names_are_there():
 def test_the_fidelity_table_is_what_the_evaluation_found():
     summary = json.loads((Path(__file__).parents[1] / "jobs/results/fidelity/summary.json").read_text())
     assert with_table(README, summary) == README
+
+
+def test_the_speed_tables_are_what_the_benchmark_found():
+    assert with_tables(README, read(Path(__file__).parents[1] / "jobs/results")) == README
