@@ -9,9 +9,10 @@ DEMO ?= demo-out
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m jobs.demo --out $(DEMO)
 
-# Two processes of one torch thread each; tests/conftest.py says what may run side by side.
+# Files side by side in two processes of one torch thread; but cluster tests, each of which starts a Ray, one by one.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --ignore tests/cluster
+	$(VENV)/bin/python -m pytest tests/cluster
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
