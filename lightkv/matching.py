@@ -50,6 +50,16 @@ class Windows:
         window = torch.repeat_interleave(self.sizes)
         return Windows(self.order[stays], torch.bincount(window[stays], minlength=len(self.sizes)), self.item)
 
+    def sets(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """As `nearest` wants them: order by window, tokens 0, 2, 4 … (A) before 1, 3, 5 … (B); where windows and their
+        B begin; the largest A."""
+        window = torch.repeat_interleave(self.sizes)
+        starts = torch.cat([self.sizes.new_zeros(1), self.sizes.cumsum(0)])
+        odd = (torch.arange(len(window), device=window.device) - starts[window]) % 2
+        set_a = (self.sizes + 1) // 2
+        most = int(set_a.max()) if len(set_a) else 0
+        return self.order[torch.argsort(2 * window + odd, stable=True)], starts, starts[:-1] + set_a, most
+
 
 def mixed_radix(*digits: Tensor) -> Tensor:
     """One int64 that sorts like the tuple of non-negative digits."""
@@ -65,17 +75,9 @@ def match(hidden: Tensor, windows: Windows, quota: Tensor) -> tuple[Tensor, Tens
     In a window, tokens 0, 2, 4 … are A and 1, 3, 5 … are B. Every a looks at the b with the largest cosine; the
     `quota` [W] a's with the largest are taken, at most half of the window. Ties go to the lower index.
     """
+    order, starts, middles, most = windows.sets()
+    closest, apart = nearest(hidden, _unit(hidden, windows.order), None, order, starts, middles, most, 0.0)
     window = torch.repeat_interleave(windows.sizes)
-    start = windows.sizes.cumsum(0) - windows.sizes
-    rank = torch.arange(len(window), device=window.device) - start[window]
-    in_a = rank % 2 == 0
-    slot = torch.where(in_a, rank // 2, (rank + windows.sizes[window]) // 2)  # A before B, each in order
-    order = torch.empty_like(windows.order)
-    order[start[window] + slot] = windows.order
-    set_a = (windows.sizes + 1) // 2
-    most = (int(windows.sizes.max()) + 1) // 2 if len(windows.sizes) else 0
-    starts = torch.cat([start, start.new_tensor([len(window)])])
-    closest, apart = nearest(hidden, _unit(hidden, windows.order), None, order, starts, start + set_a, most, 0.0)
     source = torch.nonzero(closest >= 0).flatten()
     source = source[torch.argsort(apart[source], stable=True)]
     source = source[torch.argsort(window[source], stable=True)]

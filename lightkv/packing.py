@@ -26,6 +26,11 @@ class Packing:
         return [self.width - length for length in self.lengths]
 
     @cached_property
+    def first(self) -> Tensor | None:
+        """int64 [B]: the column at which each row begins; None where nothing is padding."""
+        return torch.tensor(self.pads, device=self.device) if any(self.pads) else None
+
+    @cached_property
     def row(self) -> Tensor:
         """int64 [N]: whose token each is."""
         return rows_of(self.lengths, self.device)
@@ -54,7 +59,7 @@ class Packing:
     def after(self, kept: Tensor) -> "Packing":
         """What the packing is when only the packed positions `kept` (int64 [N'], ascending) are left."""
         counts = torch.bincount(self.row.to(kept.device)[kept], minlength=len(self.lengths)).tolist()
-        return Packing(tuple(counts), max(counts), self.device)
+        return Packing(tuple(counts), max(counts), kept.device)
 
 
 def rows_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:

@@ -42,11 +42,10 @@ class Group:
 
     def mask(self, length: int) -> Tensor | None:
         """Bool [B, length] of the real ones among the group's tokens and those decoded since; None if all are."""
-        pads = self.packing.pads
-        if not any(pads):
+        first = self.packing.first
+        if first is None:
             return None
-        column = torch.arange(length, device=self.origin.device)
-        return column >= torch.tensor(pads, device=self.origin.device)[:, None]
+        return torch.arange(length, device=first.device) >= first[:, None]
 
     @cached_property
     def log_size(self) -> Tensor | None:
@@ -57,9 +56,7 @@ class Group:
         """Of the group's keys (log of their sizes) and of later ones (0), `length` in all; None if all count alike."""
         if self.log_size is None:
             return None
-        pads = self.packing.pads
-        first = torch.tensor(pads, device=self.size.device) if any(pads) else None
-        return KeyWeights(F.pad(self.log_size, (0, length - self.packing.width)), first)
+        return KeyWeights(F.pad(self.log_size, (0, length - self.packing.width)), self.packing.first)
 
     @cached_property
     def vision_tokens(self) -> int:

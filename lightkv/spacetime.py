@@ -47,12 +47,12 @@ def spacetime(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compre
     target = torch.arange(len(layout), device=hidden.device)
     alive = layout.mergeable
     wanted = removals(torch.bincount(layout.item[alive], minlength=len(layout.grid)), stage.drop)
-    unit, price = _unit(hidden, layout), _price(tokens)
+    unit, price, place = _unit(hidden, layout), _price(tokens), places(layout)
     done, turn = torch.zeros_like(wanted), 0
     while bool((done < wanted).any()):
         share = wanted * min(turn + 1, config.rounds) // config.rounds - done
         busy = torch.nonzero(alive & (share[layout.item] > 0)).flatten()
-        source, into = pairs(hidden, unit, size, price, layout, busy, share, turn, config.distance)
+        source, into = pairs(hidden, unit, place, size, price, layout, busy, share, turn, config.distance)
         merge(hidden, size, source, into)
         target = target.index_copy(0, source, into)[target]
         alive = alive.index_fill(0, source, False)
@@ -89,6 +89,7 @@ def _price(tokens: Tokens) -> Tensor:
 def pairs(
     hidden: Tensor,
     unit: Tensor,
+    place: Tensor,
     size: Tensor,
     price: Tensor,
     layout: VisionLayout,
@@ -101,14 +102,8 @@ def pairs(
 
     index int64 [N] ascending positions of the tokens that take part; share [items] how many may merge at most.
     """
-    tokens = layout.take(index)
-    block = blocks(tokens)
-    in_b = sides(tokens, block, turn)
-    order = index[torch.argsort(2 * block + in_b.long(), stable=True)]  # by block, its A before its B
-    ends = torch.bincount(block).cumsum(0)
-    starts = torch.cat([ends.new_zeros(1), ends])
-    middles = ends - torch.bincount(block[in_b], minlength=len(ends))
-    place = torch.stack([layout.t / 2, layout.y, layout.x], dim=-1).float()
+    order, starts, middles = sets(layout.take(index), turn)
+    order = index[order]
     closest, apart = nearest(hidden, unit, place, order, starts, middles, min(BLOCK_TOKENS, len(index)), distance)
     found = torch.nonzero(apart < torch.inf).flatten()
     found = found[torch.argsort(order[found])]
@@ -119,6 +114,21 @@ def pairs(
     item = layout.item[source[by_item]]
     chosen = by_item[_rank(item) < share[item]]
     return source[chosen], into[chosen]
+
+
+def places(layout: VisionLayout) -> Tensor:
+    """(t / 2, y, x) of every token, fp32 [S, 3]: what distances are taken between."""
+    return torch.stack([layout.t / 2, layout.y, layout.x], dim=-1).float()
+
+
+def sets(tokens: VisionLayout, turn: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The turn's sets as `nearest` wants them: order by block, its A before its B; where blocks and their B begin."""
+    block = blocks(tokens)
+    in_b = sides(tokens, block, turn)
+    ends = torch.bincount(block).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends])
+    middles = ends - torch.bincount(block[in_b], minlength=len(ends))
+    return torch.argsort(2 * block + in_b.long(), stable=True), starts, middles
 
 
 def blocks(tokens: VisionLayout, limit: int | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from lightkv.matching import Windows
 from lightkv.ops.merge import merge, merge_torch
 from lightkv.ops.nearest import nearest, nearest_torch
 from lightkv.ops.votes import Reduce, softmax_votes, softmax_votes_torch
-from lightkv.spacetime import BLOCK_TOKENS, blocks, sides
+from lightkv.spacetime import BLOCK_TOKENS, places, sets
 
 DISTANCE = 0.02  # the default of LightKVConfig
 
@@ -21,25 +21,15 @@ DISTANCE = 0.02  # the default of LightKVConfig
 def nearest_in_blocks(scale: Scale, tokens: int) -> OpWork:
     """As spacetime calls it in its first round: blocks of BLOCK_TOKENS in space and time, every second token in A."""
     layout = layout_of(tokens, text=False).to(scale.device)
-    block = blocks(layout)
-    in_b = sides(layout, block, 0)
-    order = torch.argsort(2 * block + in_b.long(), stable=True)
-    ends = torch.bincount(block).cumsum(0)
-    starts = torch.cat([ends.new_zeros(1), ends])
-    middles = ends - torch.bincount(block[in_b], minlength=len(ends))
-    place = torch.stack([layout.t / 2, layout.y, layout.x], dim=-1).float()
-    return _nearest(scale, place, order, starts, middles, min(BLOCK_TOKENS, tokens), DISTANCE)
+    order, starts, middles = sets(layout, 0)
+    return _nearest(scale, places(layout), order, starts, middles, min(BLOCK_TOKENS, tokens), DISTANCE)
 
 
 def nearest_in_windows(scale: Scale, tokens: int, stage: int) -> OpWork:
     """As the published method calls it in that stage: windows on every frame, tokens 0, 2, 4 … of each in A."""
     windows = Windows.cut(layout_of(tokens, text=False).to(scale.device), scale.op_schedule.stages[stage].windows)
-    window = torch.repeat_interleave(windows.sizes)
-    starts = torch.cat([windows.sizes.new_zeros(1), windows.sizes.cumsum(0)])
-    odd = (torch.arange(tokens, device=scale.device) - starts[window]) % 2
-    order = windows.order[torch.argsort(2 * window + odd, stable=True)]
-    set_a = (windows.sizes + 1) // 2
-    return _nearest(scale, None, order, starts, starts[:-1] + set_a, int(set_a.max()), 0.0)
+    order, starts, middles, most = windows.sets()
+    return _nearest(scale, None, order, starts, middles, most, 0.0)
 
 
 def _nearest(
