@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.benchmark.tables import report
 from jobs.cli import main_guard
-from pipeline.errors import ConfigError
+from jobs.markers import between
 
 BEGIN, END = "<!-- benchmark -->", "<!-- /benchmark -->"
 FILES = "benchmark-*.json"
@@ -29,9 +28,7 @@ NOT_MEASURED = (
 
 def with_tables(page: str, results: Sequence[dict[str, Any]]) -> str:
     """The page with the text between its markers. Raises ConfigError unless it has exactly one pair of them."""
-    if (page.count(BEGIN), page.count(END)) != (1, 1):
-        raise ConfigError(f"expected one {BEGIN} and one {END} in the page")
-    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{section(results)}\n{END}", page, flags=re.DOTALL)
+    return between(page, BEGIN, END, section(results))
 
 
 def section(results: Sequence[dict[str, Any]]) -> str:

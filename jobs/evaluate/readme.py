@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from jobs.cli import main_guard
 from jobs.evaluate.config import PLAIN
 from jobs.evaluate.summary import EVERY
-from pipeline.errors import ConfigError
+from jobs.markers import between
 
 BEGIN, END = "<!-- fidelity -->", "<!-- /fidelity -->"
 SIGNIFICANT = 0.05
@@ -23,9 +22,7 @@ SIGNIFICANT = 0.05
 
 def with_table(page: str, summary: dict[str, Any]) -> str:
     """The page with the table between its markers. Raises ConfigError unless it has exactly one pair of them."""
-    if (page.count(BEGIN), page.count(END)) != (1, 1):
-        raise ConfigError(f"expected one {BEGIN} and one {END} in the page")
-    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n{table(summary)}\n{END}", page, flags=re.DOTALL)
+    return between(page, BEGIN, END, table(summary))
 
 
 def table(summary: dict[str, Any]) -> str:
