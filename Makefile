@@ -4,15 +4,18 @@ VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 DEMO ?= demo-out
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-integration lint clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m jobs.demo --out $(DEMO)
 
-# Files side by side in two processes of one torch thread; but cluster tests, each of which starts a Ray, one by one.
+# Files side by side in two processes of one torch thread.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --ignore tests/cluster
-	$(VENV)/bin/python -m pytest tests/cluster
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --ignore tests/integration
+
+# One by one: Ray clusters, a real S3 server and a browser, which infra/test-packages.sh installs where they are missing.
+test-integration: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest tests/integration
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .

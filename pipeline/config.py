@@ -133,6 +133,11 @@ class Model(_Section):
     temperature: float = Field(0.0, ge=0, description="0: greedy")
     batch_prompts: int = Field(8, ge=1, description="prompts of a unit answered together; sampling takes them singly")
     batch_tokens: int = Field(16384, ge=1, description="tokens answered together at most; a longer prompt goes alone")
+    timeout_s: float = Field(
+        1800.0,
+        gt=0,
+        description="longest silence of the model on one batch of frames or answers; then its process ends",
+    )
     seed: int = 0
 
 
@@ -176,7 +181,6 @@ class Actors(_Section):
     num_gpus: float | None = Field(None, ge=0, description="GPUs of one actor; null: 1 on a GPU device, 0 on the CPU")
     num_cpus: float = Field(0.0, ge=0, description="CPUs that decode tasks then cannot have")
     batch_units: int = Field(8, ge=1, le=1024, description="units per hand-over to an actor; lost together if it dies")
-    max_restarts: int = Field(3, ge=0, description="of a dead actor")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -208,7 +212,19 @@ class Run(_Section):
     """The run's own behaviour."""
 
     progress_interval_s: float = Field(10.0, gt=0)
+    max_attempts: int = Field(
+        3, ge=1, le=100, description="starts of a unit that kills its model process; then it is an error row"
+    )
+    grace_s: float = Field(25.0, ge=0, description="after SIGTERM: time for the units in the model to be finished")
     lock_timeout_s: float = Field(120.0, gt=0, description="a lock whose owner gave no sign for so long is dead")
+
+
+class Report(_Section):
+    """The inspection page of a run, `_run/report.html`."""
+
+    enabled: bool = True
+    samples: int = Field(24, ge=0, le=1000, description="units, spread over the run, that are shown with their frames")
+    frames: int = Field(8, ge=1, le=64, description="frames shown of each, at most")
 
 
 class JobConfig(_Section):
@@ -225,6 +241,7 @@ class JobConfig(_Section):
     lightkv: LightKV = LightKV()
     ray: Ray = Ray()
     run: Run = Run()
+    report: Report = Report()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -240,8 +257,8 @@ class JobConfig(_Section):
         parts = self.model_dump(
             mode="json",
             exclude={
-                **dict.fromkeys(("ray", "run", "storage", "decode", "sink"), True),
-                "model": {"batch_prompts", "batch_tokens"},
+                **dict.fromkeys(("ray", "run", "storage", "decode", "sink", "report"), True),
+                "model": {"batch_prompts", "batch_tokens", "timeout_s"},
             },
         )
         parts["source"] = {"uri": self.source.uri}

@@ -1,7 +1,6 @@
 """The job as a Ray Data graph: manifest → model actors → Parquet, and the write that resumes."""
 
 import logging
-import warnings
 from typing import Any
 
 import ray
@@ -10,7 +9,6 @@ from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, ExecutionResources
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.checkpoint.checkpoint_filter import IdColumnCheckpointManager
-from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.actor import CaptionActor
 from pipeline.config import JobConfig
@@ -35,20 +33,15 @@ def build(job: JobConfig, work: Work, progress: ActorHandle) -> ray.data.Dataset
     units = ray.data.read_parquet(manifest, filesystem=filesystem)
     # A small manifest is one block, which one actor would take whole.
     units = units.repartition(target_num_rows_per_block=actors.batch_units)
-    with warnings.catch_warnings():
-        # Without these bounds one unit that kills its actor would do so for ever; no named parameter sets them yet.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        return units.map_batches(
-            CaptionActor,
-            fn_constructor_args=(job, work.run_id, progress),
-            batch_size=actors.batch_units,
-            batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=actors.min, max_size=actors.max),
-            num_gpus=_gpus(job),
-            num_cpus=actors.num_cpus,
-            max_restarts=actors.max_restarts,
-            max_task_retries=2,
-        )
+    return units.map_batches(
+        CaptionActor,
+        fn_constructor_args=(job, work.run_id, progress),
+        batch_size=actors.batch_units,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(min_size=actors.min, max_size=actors.max),
+        num_gpus=_gpus(job),
+        num_cpus=actors.num_cpus,
+    )
 
 
 def execute(job: JobConfig, work: Work, progress: ActorHandle) -> None:

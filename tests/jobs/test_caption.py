@@ -1,6 +1,6 @@
 """What stops the caption job before anything starts."""
 
-from tests.cluster.jobs import run
+from tests.integration.jobs import run
 
 
 def _refused(tmp_path, *overrides):

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.mini.world import render_demo
-from tests.cluster.jobs import ROOT, SMALL, environment, rows_by_name
+from tests.integration.jobs import ROOT, SMALL, environment, rows_by_name
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.integration
 RAY = str(Path(sys.executable).with_name("ray"))
 
 

@@ -8,9 +8,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pipeline.mini.world import render_demo
-from tests.cluster.jobs import run, run_and_kill
+from tests.integration.jobs import run, run_and_kill
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.integration
 
 # One row per file and per hand-over, so that a kill falls between many commits.
 STEPS = ["clips.length_s=1", "sink.rows_per_file=1", "ray.actors.batch_units=1", "ray.num_cpus=2"]

@@ -11,9 +11,9 @@ from pipeline.config import load_config
 from pipeline.decode import decode_unit
 from pipeline.mini.world import render_demo
 from pipeline.schema import ROW_SCHEMA
-from tests.cluster.jobs import SMALL, rows_by_name, run
+from tests.integration.jobs import SMALL, rows_by_name, run
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_decoders_that_die_or_hang_cost_their_own_row_only_and_retry_heals_it(vi
     run(
         "caption",
         *overrides,
-        "decode.backend=tests.cluster.backends:dangerous",
+        "decode.backend=tests.integration.backends:dangerous",
         "decode.max_retries=1",
         "decode.timeout_s=6",
     )
