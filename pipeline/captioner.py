@@ -62,13 +62,13 @@ class Captioner:
             row |= self._caption(unit, meter)
         except UnitError as error:
             row |= error_fields(error)
-        except torch.cuda.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            row |= error_fields(UnitError("generate", "OutOfMemory", _first_line(error)))
         except torch.AcceleratorError:
             raise  # the device context is gone: only a new process helps
         except Exception as error:
-            row |= error_fields(UnitError("generate", type(error).__name__, _first_line(error)))
+            kind = "OutOfMemory" if _out_of_memory(error) else type(error).__name__
+            row |= error_fields(UnitError("generate", kind, _first_line(error)))
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
         row |= {
             "frame_times_s": meter.times_s,
             "decode_s": meter.decode_s,
@@ -76,6 +76,10 @@ class Captioner:
             "peak_memory_bytes": self._peak_memory_bytes(),
         }
         return row
+
+    def failed_row(self, unit: dict[str, Any], error: UnitError) -> dict[str, Any]:
+        """The output row of a unit that is given up without being tried."""
+        return self._empty_row(unit) | error_fields(error)
 
     def _caption(self, unit: dict[str, Any], meter: "_Meter") -> dict[str, Any]:
         started = time.perf_counter()
@@ -171,6 +175,11 @@ class _Meter:
 def _seed(seed: int, *names: str) -> int:
     """A seed per unit and prompt, so that sampling does not depend on the order of the units."""
     return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:4])
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a device or on the CPU, whose allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _first_line(error: Exception) -> str:

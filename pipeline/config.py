@@ -136,7 +136,7 @@ class Model(_Section):
     timeout_s: float = Field(
         1800.0,
         gt=0,
-        description="longest silence of the model on one batch of frames or answers; then its process ends",
+        description="longest time in the model of one batch of frames, or of a unit's answers; then its process ends",
     )
     seed: int = 0
 
