@@ -70,9 +70,13 @@ ROW_SCHEMA = pa.schema(
         pa.field("kv_bytes_uncompressed", pa.int64()),  # likewise
         pa.field("decode_s", pa.float64()),  # time the decoders worked
         pa.field("wait_s", pa.float64()),  # time the model waited for frames
+        pa.field("queue_s", pa.float64()),  # of wait_s: until the decoder had a CPU and a process
         pa.field("encode_s", pa.float64()),
         pa.field("prefill_s", pa.float64()),
         pa.field("generate_s", pa.float64()),
+        pa.field("started_at", pa.timestamp("us", "UTC")),  # the model actor took the unit up; its own clock
+        pa.field("finished_at", pa.timestamp("us", "UTC")),
+        pa.field("actor", pa.string()),  # id of the model actor; another one after every restart
         pa.field("peak_memory_bytes", pa.int64()),
         pa.field("code_version", pa.string(), nullable=False),
         pa.field("config_hash", pa.string(), nullable=False),
