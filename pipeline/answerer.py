@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from lightkv import LightKVConfig, VisionLayout, compress, estimate
+from lightkv.report import Survivors
 from pipeline.config import Model
 from pipeline.encode import Encoded, FrameEncoder, encoder_for
 from pipeline.errors import UnitError
@@ -23,11 +24,15 @@ from pipeline.prompts import ChatPrompts
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt about encoded frames; `seed` decides what is drawn at a temperature above 0."""
+    """One prompt about encoded frames; `seed` decides what is drawn at a temperature above 0.
+
+    `traced` asks for the answer's `merges`, which cost a copy of the survivors off the device.
+    """
 
     encoded: Encoded
     prompt: str
     seed: int = 0
+    traced: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,10 @@ class Answer:
     Prompts of a batch share a prefill: `kept_tokens`, `retention`, `kv_bytes`, `prefill_s` and `generate_s` are the
     batch's divided by its prompts. KV bytes count the padding to the batch's longest prompt, with and without
     compression; `prompt_tokens` does not.
+
+    `merges` holds, of a traced question that was compressed, one (target, size) per stage: for each of the unit's V
+    vision tokens, in order, int64 [V] the one that it is part of by now (itself: it survived; -1: dropped), and
+    int64 [V] how many are together in that one (0: dropped).
     """
 
     text: str
@@ -50,6 +59,7 @@ class Answer:
     kv_bytes_uncompressed: int
     prefill_s: float
     generate_s: float
+    merges: tuple[tuple[np.ndarray, np.ndarray], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,18 @@ class _Row:
     question: Question
     ids: torch.Tensor
     spans: list[tuple[int, int, int, int]]
+
+    def merges(self, stages: Sequence[Survivors]) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        """What became of its vision tokens, for `Answer.merges`, on the CPU."""
+        vision = np.concatenate([np.arange(start, start + t * y * x) for start, t, y, x in self.spans])
+        number = np.full(len(self.ids) + 1, -1)  # of each position among the vision tokens; the last stands for -1
+        number[vision] = np.arange(len(vision))
+        found = []
+        for stage in stages:
+            target = number[stage.target.cpu().numpy()[vision]]
+            sizes = np.bincount(target[target >= 0], minlength=len(vision))
+            found.append((target, np.where(target >= 0, sizes[target], 0)))
+        return tuple(found)
 
 
 class Answerer:
@@ -150,8 +172,9 @@ class Answerer:
             )
             kv_bytes = kv_bytes_uncompressed = plain.kv_bytes
         answers = []
-        for row, new_ids in zip(rows, output[:, length:].tolist(), strict=True):
+        for number, (row, new_ids) in enumerate(zip(rows, output[:, length:].tolist(), strict=True)):
             said, stopped = self._until_stop(new_ids)
+            merges = row.merges(report.survivors[number]) if report is not None and row.question.traced else None
             answers.append(
                 Answer(
                     text=self.tokenizer.decode(said, skip_special_tokens=True).strip(),
@@ -165,6 +188,7 @@ class Answerer:
                     kv_bytes_uncompressed=kv_bytes_uncompressed,
                     prefill_s=(clock.at - started) / count,
                     generate_s=(ended - clock.at) / count,
+                    merges=merges,
                 )
             )
         return answers

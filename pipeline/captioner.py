@@ -21,6 +21,7 @@ from pipeline.decode import FrameBatch
 from pipeline.errors import ConfigError, SkippedError, UnitError
 from pipeline.frames import Sizing
 from pipeline.models import describe
+from pipeline.samples import Sample, Sampling
 from pipeline.schema import ROW_SCHEMA
 from pipeline.version import code_version
 
@@ -38,9 +39,10 @@ def lightkv_config(job: JobConfig, model_config: Any) -> LightKVConfig | None:
 class Captioner:
     """Holds one model; `row` captions units one after the other."""
 
-    def __init__(self, job: JobConfig, run_id: str) -> None:
+    def __init__(self, job: JobConfig, run_id: str, sampling: Sampling | None = None) -> None:
         self.job = job
         self.run_id = run_id
+        self._sampling = sampling
         self.lightkv = lightkv_config(job, describe(job.model).config)  # refused before the weights are loaded
         self.answerer = Answerer(job.model)
         self._device: torch.device = self.answerer.model.device
@@ -57,9 +59,11 @@ class Captioner:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         row = self._empty_row(unit)
-        meter = _Meter(unit["id"], batches)
+        step = self.answerer.encoder.temporal_patch if unit["kind"] == "video" else 1
+        sample = self._sampling.sample(unit["id"], step) if self._sampling is not None else None
+        meter = _Meter(unit["id"], batches, sample)
         try:
-            row |= self._caption(unit, meter)
+            row |= self._caption(unit, meter, sample)
         except UnitError as error:
             row |= error_fields(error)
         except torch.AcceleratorError:
@@ -75,13 +79,15 @@ class Captioner:
             "wait_s": meter.wait_s,
             "peak_memory_bytes": self._peak_memory_bytes(),
         }
+        if sample is not None:
+            sample.write(row["status"])
         return row
 
     def failed_row(self, unit: dict[str, Any], error: UnitError) -> dict[str, Any]:
         """The output row of a unit that is given up without being tried."""
         return self._empty_row(unit) | error_fields(error)
 
-    def _caption(self, unit: dict[str, Any], meter: "_Meter") -> dict[str, Any]:
+    def _caption(self, unit: dict[str, Any], meter: "_Meter", sample: Sample | None) -> dict[str, Any]:
         started = time.perf_counter()
         encoded = self.answerer.encode(unit["kind"], meter)
         encode_s = time.perf_counter() - started - meter.wait_s
@@ -89,9 +95,13 @@ class Captioner:
             raise UnitError("decode", "NoFrames", "expected at least one frame, the decoder gave none")
         if len(meter.times_s) > 1:
             encoded.frame_interval_s = float(np.mean(np.diff(meter.times_s)))
-        seed = self.job.model.seed
-        questions = [Question(encoded, p["prompt"], _seed(seed, unit["id"], p["prompt_id"])) for p in unit["prompts"]]
+        seed, traced = self.job.model.seed, sample is not None
+        questions = [
+            Question(encoded, p["prompt"], _seed(seed, unit["id"], p["prompt_id"]), traced) for p in unit["prompts"]
+        ]
         answers = self.answerer.answers(questions, self.lightkv)
+        if sample is not None:
+            sample.answered(encoded, unit["prompts"], answers, self.lightkv)
         first = answers[0]
         return {
             "status": "truncated" if any(a.truncated for a in answers) else "ok",
@@ -148,9 +158,10 @@ def error_fields(error: UnitError) -> dict[str, Any]:
 class _Meter:
     """Frame batches as the encoder takes them: checked to be the unit's own, their times and waiting noted."""
 
-    def __init__(self, unit_id: str, batches: Iterable[FrameBatch]) -> None:
+    def __init__(self, unit_id: str, batches: Iterable[FrameBatch], sample: Sample | None) -> None:
         self._unit_id = unit_id
         self._batches = batches
+        self._sample = sample
         self.times_s: list[float] = []
         self.decode_s = 0.0
         self.wait_s = 0.0
@@ -169,6 +180,8 @@ class _Meter:
                 raise UnitError("decode", "ForeignFrames", f"expected frames of {self._unit_id}, got {batch.unit_id}")
             self.times_s.extend(batch.times_s.tolist())
             self.decode_s += batch.decode_s
+            if self._sample is not None:
+                self._sample.see(batch)
             yield batch.item, batch.frames
 
 

@@ -1,0 +1,214 @@
+"""Units that a run shows with their frames and with what compression left of them: recorded by the model actors.
+
+Whether a unit is taken follows from a hash of its id, so actors agree without asking each other and a repeated unit
+replaces its own record. Recording never raises: what cannot be recorded is logged and left out.
+"""
+
+import base64
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from lightkv import LightKVConfig
+from pipeline import storage
+from pipeline.answerer import Answer
+from pipeline.config import JobConfig, Storage
+from pipeline.decode import FrameBatch
+from pipeline.encode import Encoded
+from pipeline.run import Work
+
+VERSION = 1
+_WIDTH_PX, _QUALITY = 320, 85
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which units are recorded (`share` of them all), how many `frames` of each, and the `folder` of the records."""
+
+    folder: str
+    share: float
+    frames: int
+    storage: Storage
+
+    @classmethod
+    def of(cls, job: JobConfig, work: Work) -> "Sampling | None":
+        """About `report.samples` units of this pass, the same ones at every start; None when the job wants none."""
+        if not job.report.enabled or job.report.samples == 0:
+            return None
+        filesystem, path = work.arrow_path(work.manifest)
+        units = pq.read_metadata(path, filesystem=filesystem).num_rows
+        share = min(1.0, job.report.samples / max(units, 1))
+        return cls(folder_of(job.sink.uri), share, job.report.frames, job.storage)
+
+    def sample(self, unit_id: str, step: int = 1) -> "Sample | None":
+        """The record to fill for a unit, or None for most; `step` frames share their patches."""
+        place = int.from_bytes(hashlib.sha256(unit_id.encode()).digest()[:8]) / 2**64
+        return Sample(self, unit_id, step) if place < self.share else None
+
+
+class Sample:
+    """One unit's record: fed with its frames, then with its answers, and written at the end, whatever came of it."""
+
+    def __init__(self, sampling: Sampling, unit_id: str, step: int) -> None:
+        self._sampling = sampling
+        self._unit_id = unit_id
+        self._frames = _Spread(sampling.frames, step)
+        self._step = step
+        self._answered: dict[str, Any] = {}
+
+    def see(self, batch: FrameBatch) -> None:
+        """Keep some of a batch's frames, small."""
+        with self._harmless():
+            self._frames.add(batch)
+
+    def answered(
+        self,
+        encoded: Encoded,
+        prompts: Sequence[dict[str, str]],
+        answers: Sequence[Answer],
+        config: LightKVConfig | None,
+    ) -> None:
+        """Read off, for the frames kept, into which survivor of which size every patch went, per prompt and stage."""
+        with self._harmless():
+            places = {frame.index: _first_patch(encoded, frame.index, self._step) for frame in self._frames.chosen()}
+            self._answered = {
+                "step": self._step,
+                "grids": encoded.grids,  # items as (steps in time, rows, columns)
+                "places": places,
+                "stages": [{"layer": stage.layer} for stage in config.stages] if config is not None else [],
+                "prompts": [
+                    {"prompt_id": prompt["prompt_id"], "stages": [_stage(*pair, places) for pair in answer.merges]}
+                    for prompt, answer in zip(prompts, answers, strict=True)
+                    if answer.merges is not None
+                ],
+            }
+
+    def write(self, status: str) -> None:
+        """Put the record beside the run's other files."""
+        with self._harmless():
+            places = self._answered.pop("places", {})
+            document = {
+                "version": VERSION,
+                "id": self._unit_id,
+                "status": status,
+                "frames": [frame.document(places.get(frame.index)) for frame in self._frames.chosen()],
+                **self._answered,
+            }
+            name = hashlib.sha256(self._unit_id.encode()).hexdigest()[:32]
+            content = json.dumps(document, separators=(",", ":")).encode()
+            storage.write_bytes_atomic(f"{self._sampling.folder}/{name}.json", content, self._sampling.storage)
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            _LOG.warning("unit %s: its sample was not recorded: %s: %s", self._unit_id, type(error).__name__, error)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A frame kept: the `index`-th of the unit (of an image set: the image), as a JPEG."""
+
+    index: int
+    time_s: float
+    width: int
+    height: int
+    jpeg: bytes
+
+    @classmethod
+    def of(cls, index: int, time_s: float, pixels: np.ndarray) -> "_Frame":
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        if image.width > _WIDTH_PX:
+            image = image.resize((_WIDTH_PX, max(1, round(image.height * _WIDTH_PX / image.width))))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=_QUALITY)
+        return cls(index, time_s, image.width, image.height, buffer.getvalue())
+
+    def document(self, place: tuple[int, int, int] | None) -> dict[str, Any]:
+        """For the record; `place` as `_first_patch` gives it, None where the unit got no answer."""
+        return {
+            "index": self.index,
+            "time_s": self.time_s,
+            "width": self.width,
+            "height": self.height,
+            "jpeg": base64.b64encode(self.jpeg).decode(),
+            "place": place,
+        }
+
+
+class _Spread:
+    """At most `limit` frames, evenly spread over a stream of unknown length: of `step` frames in a row the first."""
+
+    def __init__(self, limit: int, step: int) -> None:
+        self._limit, self._stride = limit, step
+        self._seen = 0
+        self._kept: list[_Frame] = []
+
+    def add(self, batch: FrameBatch) -> None:
+        for pixels, time_s in zip(batch.frames, batch.times_s.tolist(), strict=True):
+            index, self._seen = self._seen, self._seen + 1
+            if index % self._stride == 0 and len(self._kept) == 2 * self._limit:
+                self._kept, self._stride = self._kept[::2], 2 * self._stride
+            if index % self._stride == 0:
+                self._kept.append(_Frame.of(index, time_s, pixels))
+
+    def chosen(self) -> list[_Frame]:
+        picks = np.linspace(0, len(self._kept) - 1, min(self._limit, len(self._kept))).round().astype(int)
+        return [self._kept[pick] for pick in picks]
+
+
+def folder_of(run_uri: str) -> str:
+    """Where a run's samples lie."""
+    return f"{run_uri.rstrip('/')}/_run/samples"
+
+
+def read_samples(run_uri: str, config: Storage, ids: set[str], max_bytes: int) -> tuple[dict[str, dict[str, Any]], int]:
+    """The records of the units `ids` by id, at most `max_bytes` together, and how many were left out."""
+    found: dict[str, dict[str, Any]] = {}
+    left_out = 0
+    for entry in storage.list_files(folder_of(run_uri), config, missing_ok=True):
+        if not entry.uri.endswith(".json"):
+            continue
+        max_bytes -= entry.size_bytes
+        document = json.loads(storage.read_bytes(entry.uri, config)) if max_bytes >= 0 else None
+        if document is None or document.get("version") != VERSION:
+            left_out += 1
+        elif document["id"] in ids:
+            found[document["id"]] = document
+    return found, left_out
+
+
+def _first_patch(encoded: Encoded, frame: int, step: int) -> tuple[int, int, int]:
+    """A frame's patches among all of the unit's: the number of its first one, then rows and columns."""
+    item, t = (0, frame // step) if encoded.modality == "video" else (frame, 0)
+    before = sum(t * y * x for t, y, x in encoded.grids[:item])
+    _, y, x = encoded.grids[item]
+    return before + t * y * x, y, x
+
+
+def _stage(target: np.ndarray, size: np.ndarray, places: dict[int, tuple[int, int, int]]) -> dict[str, int | list[str]]:
+    """What a stage left, of the unit and in the frames shown; see `Answer.merges` for target and size [V].
+
+    Per frame, patches row by row: `target` as base64 of little-endian int32, `size` of uint16 (65,535: that or more).
+    """
+    cuts = [slice(first, first + y * x) for first, y, x in places.values()]
+    return {
+        "left": int((target == np.arange(len(target))).sum()),
+        "target": [_base64(target[cut], "<i4") for cut in cuts],
+        "size": [_base64(size[cut].clip(max=65535), "<u2") for cut in cuts],
+    }
+
+
+def _base64(values: np.ndarray, dtype: str) -> str:
+    return base64.b64encode(values.astype(dtype).tobytes()).decode()
