@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from pipeline.config import JobConfig, load_config
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, StoppedError
 
 
 def parser(description: str, *, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -68,9 +68,12 @@ def load(arguments: argparse.Namespace) -> JobConfig:
 
 
 def main_guard(main: Callable[[], int]) -> None:
-    """Run a job's `main` and exit: user errors become one line on stderr and exit code 2."""
+    """Run a job's `main` and exit: user errors become one line on stderr and exit code 2, an end on request 0."""
     try:
         sys.exit(main())
+    except StoppedError as stopped:
+        print(f"{stopped}; the same command goes on where this one stopped", file=sys.stderr)
+        sys.exit(0)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,25 +1,39 @@
-"""The model actor: a resident captioner, fed by frame streams."""
+"""The model actor: a resident captioner, fed by frame streams. It may die at any moment; what it worked on is known."""
 
+import faulthandler
+import logging
+import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
+import ray
+import torch
 from ray.actor import ActorHandle
 
+from pipeline.attempts import Turn
 from pipeline.captioner import Captioner
 from pipeline.config import JobConfig
+from pipeline.decode import FrameBatch
+from pipeline.errors import UnitError
 from pipeline.schema import rows_table
 from pipeline.stream import FrameStream
 
 
 class CaptionActor:
-    """What Ray Data keeps alive: takes blocks of units, gives blocks of rows, one row per unit."""
+    """What Ray Data keeps alive: takes blocks of units, gives blocks of rows, one row per unit.
 
-    def __init__(self, job: JobConfig, run_id: str, progress: ActorHandle) -> None:
+    Only a unit that `attempts` lets pass enters the model; while the job drains, units give no row and stay open.
+    """
+
+    def __init__(self, job: JobConfig, run_id: str, attempts: ActorHandle) -> None:
         self._job = job
-        self._progress = progress
+        self._attempts = attempts
+        process = ray.get_runtime_context().get_actor_id()
+        ray.get(attempts.loading.remote(process))
         self._captioner = Captioner(job, run_id)
+        attempts.loaded.remote(process)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         waiting = deque(batch.to_pylist())
@@ -29,7 +43,64 @@ class CaptionActor:
                 unit = waiting.popleft()
                 streams.append((unit, FrameStream(unit, self._job, self._captioner.sizing)))
             unit, stream = streams.popleft()
-            row = self._captioner.row(unit, stream)
+            turn = ray.get(self._attempts.start.remote(unit["id"]))
+            if turn.draining:
+                for _, late in [(unit, stream), *streams]:
+                    late.close()
+                yield rows_table([])
+                return
+            yield rows_table([self._row(unit, stream, turn)])
+
+    def _row(self, unit: dict[str, Any], stream: FrameStream, turn: Turn) -> dict[str, Any]:
+        unit = unit | {"attempts": unit["attempts"] + turn.attempt - 1}
+        try:
+            if turn.go:
+                with _Watch(self._job.model.timeout_s) as watch:
+                    row = self._captioner.row(unit, watch.over(stream))
+            else:
+                row = self._captioner.failed_row(unit, self._given_up(turn))
+        except torch.AcceleratorError:
+            # The device is lost to this process: a new one gets the unit, as after any other death.
+            logging.getLogger(__name__).exception("the device failed on unit %s", unit["id"])
+            os._exit(1)
+        finally:
             stream.close()
-            self._progress.add.remote(row["status"], len(row["frame_times_s"]), row["error_type"])
-            yield rows_table([row])
+        self._attempts.end.remote(unit["id"], row["status"], tried=turn.go)
+        return row
+
+    def _given_up(self, turn: Turn) -> UnitError:
+        return UnitError(
+            "generate",
+            "ModelCrashed",
+            f"the model's process ended {turn.attempt} times while it worked on this unit: killed, out of memory, or "
+            f"silent for model.timeout_s = {self._job.model.timeout_s:g} s; jobs.retry tries it again",
+        )
+
+
+class _Watch:
+    """Ends this process when the model is silent for too long, even in native code; waiting for frames does not count.
+
+    The decoders have a limit of their own, and waiting for a free CPU has none.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+
+    def __enter__(self) -> "_Watch":
+        self._begin()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        faulthandler.cancel_dump_traceback_later()
+
+    def over(self, batches: Iterable[FrameBatch]) -> Iterator[FrameBatch]:
+        """The batches, with the clock stopped while the next one is awaited."""
+        faulthandler.cancel_dump_traceback_later()
+        for batch in batches:
+            self._begin()
+            yield batch
+            faulthandler.cancel_dump_traceback_later()
+        self._begin()
+
+    def _begin(self) -> None:
+        faulthandler.dump_traceback_later(self._timeout_s, exit=True)

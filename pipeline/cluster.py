@@ -1,4 +1,4 @@
-"""Joining or starting a Ray cluster, and the progress display."""
+"""Joining or starting a Ray cluster, the count of attempts on it, and the progress display."""
 
 import logging
 import os
@@ -12,9 +12,13 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import pipeline
+from pipeline.attempts import Attempts
 from pipeline.config import JobConfig
+from pipeline.errors import RunError, StoppedError
+from pipeline.run import Work
 from pipeline.summary import clock
 
 
@@ -41,7 +45,10 @@ def connect(job: JobConfig) -> Iterator[None]:
             "object_store_memory": job.ray.object_store_bytes,
             "include_dashboard": False,
         }
-    ray.init(**options)
+    try:
+        ray.init(**options)
+    except SystemExit:  # Ray's answer to a SIGTERM while it starts
+        raise StoppedError("the job was asked to end") from None
     try:
         yield
     finally:
@@ -49,11 +56,21 @@ def connect(job: JobConfig) -> Iterator[None]:
 
 
 @contextmanager
-def progress_display(job: JobConfig, total: int, done_before: int) -> Iterator[ActorHandle]:
-    """A line that is kept up to date in a terminal, and a line per interval in a log; yields the counting actor."""
-    actor: Any = ray.remote(num_cpus=0)(Progress)
-    counter = actor.remote()
-    ray.get(counter.state.remote())
+def attempts_of(job: JobConfig, work: Work) -> Iterator[ActorHandle]:
+    """The actor that counts starts of the units of `work`; beside the driver, with which the run ends anyway."""
+    actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    handle = actor.options(scheduling_strategy=here).remote(work.attempts, job.storage, job.run)
+    ray.get(handle.state.remote())
+    yield handle
+    fault = ray.get(handle.state.remote())["fault"]
+    if fault is not None:
+        raise RunError(fault)
+
+
+@contextmanager
+def progress_display(job: JobConfig, attempts: ActorHandle, total: int, done_before: int) -> Iterator[None]:
+    """A line that is kept up to date in a terminal, and a line per interval in a log."""
     stop = threading.Event()
     display = _Display(total, done_before)
     interval_s = min(job.run.progress_interval_s, 1.0) if display.terminal else job.run.progress_interval_s
@@ -61,38 +78,18 @@ def progress_display(job: JobConfig, total: int, done_before: int) -> Iterator[A
     def watch() -> None:
         while not stop.wait(interval_s):
             try:
-                display.show(ray.get(counter.state.remote(), timeout=interval_s))
+                display.show(ray.get(attempts.state.remote(), timeout=interval_s)["units"])
             except ray.exceptions.RayError:  # a display never ends a job
                 continue
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
     thread.start()
     try:
-        yield counter
+        yield
     finally:
         stop.set()
         thread.join()
         display.end()
-
-
-class Progress:
-    """Counts finished units while the job runs. Only a display: what is true stands in the rows."""
-
-    def __init__(self) -> None:
-        self._counts: dict[str, int] = {}
-        self._errors: dict[str, int] = {}
-        self._frames = 0
-
-    def add(self, status: str, frames: int, error_type: str | None) -> None:
-        """Count one unit."""
-        self._counts[status] = self._counts.get(status, 0) + 1
-        self._frames += frames
-        if error_type is not None:
-            self._errors[error_type] = self._errors.get(error_type, 0) + 1
-
-    def state(self) -> dict[str, Any]:
-        """Counts so far."""
-        return {"units": dict(self._counts), "frames": self._frames, "errors": dict(self._errors)}
 
 
 class _Display:
@@ -102,12 +99,12 @@ class _Display:
         self._before = done_before
         self._started = time.monotonic()
 
-    def show(self, state: dict[str, dict[str, int]]) -> None:
-        now = sum(state["units"].values())
+    def show(self, units: dict[str, int]) -> None:
+        now = sum(units.values())
         elapsed_s = time.monotonic() - self._started
         per_hour = 3600 * now / elapsed_s
         left_s = (self._total - self._before - now) / now * elapsed_s if now else None
-        counts = " ".join(f"{status} {count}" for status, count in sorted(state["units"].items()))
+        counts = " ".join(f"{status} {count}" for status, count in sorted(units.items()))
         done = self._before + now
         share = done / self._total if self._total else 1.0
         left = "?" if left_s is None else clock(left_s)

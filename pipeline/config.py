@@ -51,6 +51,12 @@ class Source(_Section):
     max_units: int | None = Field(None, ge=1, description="take only the first so many")
     probe: bool = Field(True, description="open every video while planning: length, size, codec")
     probe_workers: int = Field(8, ge=1, le=256)
+    known: str | None = Field(
+        None, description="a run, or a folder of runs: units that have their row there are left out of the plan"
+    )
+    known_attempts: int = Field(
+        1, ge=1, le=100, description="an error row there is tried again until so many attempts; 1: left to jobs.retry"
+    )
 
     @field_validator("extensions", mode="before")
     @classmethod
@@ -214,6 +220,9 @@ class Run(_Section):
     progress_interval_s: float = Field(10.0, gt=0)
     max_attempts: int = Field(
         3, ge=1, le=100, description="starts of a unit that kills its model process; then it is an error row"
+    )
+    max_given_up: int = Field(
+        20, ge=1, description="such units in a row, none finished in between; then it is not the units: the job ends"
     )
     grace_s: float = Field(25.0, ge=0, description="after SIGTERM: time for the units in the model to be finished")
     lock_timeout_s: float = Field(120.0, gt=0, description="a lock whose owner gave no sign for so long is dead")

@@ -5,6 +5,8 @@ PipelineError
 ├── SourceError      the source cannot be listed or its manifest cannot be read
 ├── RunError         the run directory refuses: locked, or written by another configuration
 └── UnitError        one unit failed; becomes that unit's error row, never the job's end
+
+StoppedError is no failure: the job was asked to end before all was done.
 """
 
 
@@ -22,6 +24,10 @@ class SourceError(PipelineError):
 
 class RunError(PipelineError):
     """A run directory that is locked, or holds a run of another configuration."""
+
+
+class StoppedError(Exception):
+    """The job ended on request; the same command goes on."""
 
 
 class UnitError(PipelineError):

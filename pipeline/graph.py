@@ -26,7 +26,7 @@ class _CleanOnly(IdColumnCheckpointManager):
         return None, 0
 
 
-def build(job: JobConfig, work: Work, progress: ActorHandle) -> ray.data.Dataset:
+def build(job: JobConfig, work: Work, attempts: ActorHandle) -> ray.data.Dataset:
     """Units still to be done → rows; lazy. One row per unit from end to end, which resuming rests on."""
     filesystem, manifest = work.arrow_path(work.open_units)
     actors = job.ray.actors
@@ -35,7 +35,7 @@ def build(job: JobConfig, work: Work, progress: ActorHandle) -> ray.data.Dataset
     units = units.repartition(target_num_rows_per_block=actors.batch_units)
     return units.map_batches(
         CaptionActor,
-        fn_constructor_args=(job, work.run_id, progress),
+        fn_constructor_args=(job, work.run_id, attempts),
         batch_size=actors.batch_units,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=actors.min, max_size=actors.max),
@@ -44,7 +44,7 @@ def build(job: JobConfig, work: Work, progress: ActorHandle) -> ray.data.Dataset
     )
 
 
-def execute(job: JobConfig, work: Work, progress: ActorHandle) -> None:
+def execute(job: JobConfig, work: Work, attempts: ActorHandle) -> None:
     """Run the graph into the run's data folder; a file counts once its checkpoint is committed."""
     context = ray.data.DataContext.get_current()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
@@ -64,7 +64,7 @@ def execute(job: JobConfig, work: Work, progress: ActorHandle) -> None:
     )
     filesystem, path = work.arrow_path(work.data)
     try:
-        build(job, work, progress).write_parquet(
+        build(job, work, attempts).write_parquet(
             path,
             filesystem=filesystem,
             mode="append",

@@ -5,9 +5,9 @@ The holder owns the highest numbered file in `lock/` and rewrites it as a sign o
 exactly one of several takers can do. A holder that was only asleep notices, and its job ends.
 """
 
-import _thread
 import json
 import os
+import signal
 import socket
 import threading
 import time
@@ -61,7 +61,9 @@ class RunLock:
             try:
                 if self._numbers()[-1:] != [self._number]:
                     self.lost.set()
-                    _thread.interrupt_main()
+                    signal.pthread_kill(
+                        threading.main_thread().ident or 0, signal.SIGINT
+                    )  # wakes it from native waits, too
                     return
                 storage.write_bytes_atomic(self._path(self._number), self._content(), self._config)
             except Exception:  # a storage that is away for a while must not end the job; a late sign is a sign

@@ -6,6 +6,7 @@
     uri/_run/manifest.parquet      every unit of the run
     uri/_run/open.parquet          the units this start still has to do
     uri/_run/checkpoint/           ids whose rows are committed
+    uri/_run/attempts.json         units that were started and have not ended, and how often
     uri/_run/lock/                 who is running
     uri/_run/retry-N/              a repetition of error rows, in the same form
     uri/_run/summary.json          what happened
@@ -39,6 +40,7 @@ class Work:
         self.manifest = f"{folder}/manifest.parquet"
         self.open_units = f"{folder}/open.parquet"
         self.checkpoint = f"{folder}/checkpoint"
+        self.attempts = f"{folder}/attempts.json"
         self._config = config
 
     def has_manifest(self) -> bool:
@@ -52,10 +54,14 @@ class Work:
     def prepare(self) -> tuple[int, int]:
         """Write the units that are still open; returns (units in all, units done before)."""
         units = read_table(self.manifest, self._config)
-        done = self._done_ids()
-        open_units = units.filter(pc.invert(pc.is_in(units["id"], value_set=done)))
+        open_units = self._open(units)
         self._write(open_units, self.open_units)
         return units.num_rows, units.num_rows - open_units.num_rows
+
+    def counts(self) -> tuple[int, int]:
+        """Units in all, and units whose rows are committed."""
+        units = read_table(self.manifest, self._config, ["id"])
+        return units.num_rows, units.num_rows - self._open(units).num_rows
 
     def rows(self, columns: list[str] | None = None) -> pa.Table:
         """The rows written so far."""
@@ -71,6 +77,9 @@ class Work:
     def arrow_path(self, uri: str) -> tuple[Any, str]:
         """`uri` as pyarrow's filesystem and path."""
         return storage.arrow_filesystem(uri, self._config)
+
+    def _open(self, units: pa.Table) -> pa.Table:
+        return units.filter(pc.invert(pc.is_in(units["id"], value_set=self._done_ids())))
 
     def _done_ids(self) -> pa.Array:
         committed = [uri for uri in self._files(self.checkpoint) if not uri.endswith(".pending.parquet")]
@@ -148,7 +157,7 @@ class RunDirectory:
         return loaded
 
 
-def read_table(uri: str, config: Storage) -> pa.Table:
-    """A Parquet file as a table."""
+def read_table(uri: str, config: Storage, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file as a table; `columns`: these alone."""
     filesystem, path = storage.arrow_filesystem(uri, config)
-    return pq.read_table(path, filesystem=filesystem)
+    return pq.read_table(path, columns=columns, filesystem=filesystem)

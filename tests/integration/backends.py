@@ -1,16 +1,51 @@
-"""Decoder backends that misbehave, by file name."""
+"""Decoder backends that misbehave, by file name: `crash…` and `hang…` in the decoder, `poison…` in the model."""
 
 import os
 import time
+
+import numpy as np
 
 from pipeline.frame_sources import DecordSource
 
 
 def dangerous(path, index, size):
-    """decord, but `crash…` kills the process and `hang…` never comes back."""
+    """decord, but `crash…` kills its process, `hang…` never comes back, and `poison…` kills who takes its frames.
+
+    A `poison-once…` does so the first time only, which a file beside it remembers.
+    """
     name = os.path.basename(path)
     if name.startswith("crash"):
         os.kill(os.getpid(), 9)
     if name.startswith("hang"):
         time.sleep(3600)
-    return DecordSource(path, index, size)
+    source = DecordSource(path, index, size)
+    if name.startswith("poison"):
+        return _Poisoned(source, f"{path}.taken" if name.startswith("poison-once") else None)
+    return source
+
+
+class _Poisoned:
+    def __init__(self, source, marker):
+        self._source, self._marker = source, marker
+
+    def read(self, picks):
+        frames = self._source.read(picks)
+        if self._marker is not None:
+            if os.path.exists(self._marker):
+                return frames
+            open(self._marker, "x").close()
+        return frames.view(_Frames)
+
+    def close(self):
+        self._source.close()
+
+
+class _Frames(np.ndarray):
+    """Frames that kill the process which unpickles them."""
+
+    def __reduce_ex__(self, protocol):
+        return _die, ()
+
+
+def _die():
+    os.kill(os.getpid(), 9)

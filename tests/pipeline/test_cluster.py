@@ -3,7 +3,7 @@
 import io
 import sys
 
-from pipeline.cluster import Progress, _Display
+from pipeline.cluster import _Display
 
 
 class _Terminal(io.StringIO):
@@ -13,12 +13,9 @@ class _Terminal(io.StringIO):
 
 def _show(monkeypatch, stream):
     monkeypatch.setattr(sys, "stderr", stream)
-    progress = Progress()
-    progress.add("ok", 8, None)
-    progress.add("error", 0, "Broken")
     display = _Display(total=10, done_before=3)
-    display.show(progress.state())
-    display.show(progress.state())
+    display.show({"ok": 1, "error": 1})
+    display.show({"ok": 1, "error": 1})
     display.end()
     return stream.getvalue()
 
@@ -35,11 +32,3 @@ def test_terminal_line_is_overwritten_and_cleared(monkeypatch):
     assert "\n" not in text
     assert text.startswith("\r")
     assert text.endswith("\r\033[K")
-
-
-def test_counts_are_by_status_and_by_type_of_error():
-    progress = Progress()
-    for _ in range(2):
-        progress.add("error", 0, "Broken")
-    progress.add("ok", 5, None)
-    assert progress.state() == {"units": {"error": 2, "ok": 1}, "frames": 5, "errors": {"Broken": 2}}

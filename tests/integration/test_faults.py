@@ -1,0 +1,178 @@
+"""What kills the model's process, ends the job on request, or starts it twice: no unit is lost, doubled or mixed up."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.mini.world import render_demo
+from tests.integration.jobs import ROOT, command, environment, rows_by_name, run
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    render_demo(folder, 3)
+    return [path.read_bytes() for path in sorted(folder.glob("*.mp4"))]
+
+
+@pytest.fixture(scope="module")
+def expected(clips, tmp_path_factory):
+    """The answers of an undisturbed run, by clip."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    videos = write(folder / "videos", clips, "a", "b", "c")
+    run("caption", f"source.uri={videos}", f"sink.uri={folder / 'out'}", "ray.num_cpus=2")
+    rows = rows_by_name(folder / "out")
+    return [rows[f"{name}.mp4"]["text"] for name in "abc"]
+
+
+def write(folder, clips, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        (folder / f"{name}.mp4").write_bytes(clips[number % len(clips)])
+    return folder
+
+
+def start(job, *overrides):
+    return subprocess.Popen(
+        command(job, *overrides), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError("\n".join(process.communicate()))
+        time.sleep(0.05)
+
+
+def model_processes(driver):
+    """The processes that hold a model, of a local job."""
+    found = []
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            if "CaptionActor" in process.name() or "MapBatches(CaptionActor)" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def committed(out):
+    return [p for p in (out / "_run" / "checkpoint").glob("*.parquet") if "pending" not in p.name]
+
+
+def test_unit_that_kills_its_model_process_is_an_error_row_and_retry_heals_it(clips, expected, tmp_path):
+    videos = write(tmp_path / "videos", clips, "a", "poison", "poison-once", "b")
+    out = tmp_path / "out"
+    overrides = [f"source.uri={videos}", f"sink.uri={out}", "ray.num_cpus=2", "ray.actors.batch_units=2"]
+    run("caption", *overrides, "run.max_attempts=2", "decode.backend=tests.integration.backends:dangerous")
+    rows = rows_by_name(out)
+    assert {n: (r["status"] == "error", r["error_type"], r["attempts"]) for n, r in rows.items()} == {
+        "a.mp4": (False, None, 1),
+        "b.mp4": (False, None, 1),
+        "poison.mp4": (True, "ModelCrashed", 2),
+        "poison-once.mp4": (False, None, 2),
+    }
+    assert [rows[n]["text"] for n in ("a.mp4", "poison-once.mp4", "b.mp4")] == [expected[0], expected[2], expected[0]]
+    assert "ended 2 times" in rows["poison.mp4"]["error_message"]
+    run("retry", *overrides)
+    healed = rows_by_name(out)["poison.mp4"]
+    assert (healed["text"], healed["attempts"]) == (expected[1], 3)
+
+
+def test_killed_model_process_costs_nothing_but_its_time(clips, expected, tmp_path):
+    videos = write(tmp_path / "videos", clips, *(f"{n:02d}" for n in range(12)))
+    out = tmp_path / "out"
+    process = start("caption", f"source.uri={videos}", f"sink.uri={out}", "ray.num_cpus=2", "sink.rows_per_file=1",
+                    "ray.actors.batch_units=2")  # fmt: skip
+    wait_for(lambda: committed(out), process)
+    (model,) = model_processes(process)
+    model.kill()
+    output = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    rows = rows_by_name(out)
+    assert [rows[f"{n:02d}.mp4"]["text"] for n in range(12)] == expected * 4
+    assert all(row["status"] == "ok" for row in rows.values())
+
+
+def test_job_asked_to_end_finishes_what_is_in_the_model_and_the_same_command_goes_on(clips, expected, tmp_path):
+    videos = write(tmp_path / "videos", clips, *(f"{n:02d}" for n in range(60)))
+    out = tmp_path / "out"
+    overrides = [f"source.uri={videos}", f"sink.uri={out}", "ray.num_cpus=2", "run.grace_s=60"]
+    process = start("caption", *overrides)
+    attempts = out / "_run" / "attempts.json"
+    wait_for(lambda: attempts.exists() and attempts.read_text() != "{}", process)
+    second = run("caption", *overrides, check=False)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "asked to end" in errors.splitlines()[-1]
+    assert json.loads(attempts.read_text()) == {}, "an end on request is no unit's fault"
+    done = pq.read_table(out).num_rows
+    assert 0 < done < 60
+    assert not (out / "_run" / "lock" / "000001.json").exists()
+
+    # While it ran, another one on the same output was refused.
+    assert (second.returncode, second.stderr.count("\n")) == (2, 1)
+    assert "locked by process" in second.stderr
+
+    run("caption", *overrides)
+    rows = rows_by_name(out)
+    assert [rows[f"{n:02d}.mp4"]["text"] for n in range(60)] == expected * 20
+    assert all(row["attempts"] == 1 for row in rows.values())
+
+
+def test_full_disk_ends_the_job_with_a_line_and_room_lets_it_go_on(clips, tmp_path):
+    videos = write(tmp_path / "videos", clips, "a", "b", "c")
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=True)
+    try:
+        overrides = [f"source.uri={videos}", f"sink.uri={small / 'out'}", "ray.num_cpus=2"]
+        filler = small / "filler"
+        process = start("caption", *overrides)
+        wait_for((small / "out" / "_run" / "open.parquet").exists, process)
+        with filler.open("wb") as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(b"\0" * 4096)
+                file.flush()
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 2, errors
+        assert "error: " in errors.splitlines()[-1]
+        assert "No space left" in errors.splitlines()[-1]
+        filler.unlink()
+        run("caption", *overrides)
+        assert len(rows_by_name(small / "out")) == 3
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def test_frames_beyond_the_object_store_slow_the_job_and_harm_no_unit(clips, expected, tmp_path):
+    videos = write(tmp_path / "videos", clips, "a", "b", "c")
+    out = tmp_path / "out"
+    run(
+        "caption",
+        f"source.uri={videos}",
+        f"sink.uri={out}",
+        "ray.num_cpus=2",
+        "ray.object_store_bytes=83886080",
+        "decode.prefetch_units=16",
+        "frames.fps=24",
+        "frames.max_frames=512",
+        "frames.min_px=589824",
+        "frames.max_px=1000000",
+        "frames.batch_frames=64",
+        "model.max_new_tokens=1",
+    )
+    assert len(rows_by_name(out)) == 3
