@@ -76,7 +76,7 @@ ROW_SCHEMA = pa.schema(
         pa.field("generate_s", pa.float64()),
         pa.field("started_at", pa.timestamp("us", "UTC")),  # the model actor took the unit up; its own clock
         pa.field("finished_at", pa.timestamp("us", "UTC")),
-        pa.field("actor", pa.string()),  # id of the model actor; another one after every restart
+        pa.field("actor", pa.string()),  # id of the model actor, which it keeps when its process is replaced
         pa.field("peak_memory_bytes", pa.int64()),
         pa.field("code_version", pa.string(), nullable=False),
         pa.field("config_hash", pa.string(), nullable=False),

@@ -1,11 +1,15 @@
 """Units and rows for tests of what happens around them."""
 
-from pipeline.schema import rows_table, units_table
+from pipeline.schema import ROW_SCHEMA, rows_table, units_table
+
+
+def unit(id_, **values):
+    base = {"kind": "video", "uris": ["a.mp4"], "prompts": [{"prompt_id": "p", "prompt": "?"}], "attempts": 0}
+    return base | values | {"id": id_}
 
 
 def units(*ids, **common):
-    base = {"kind": "video", "uris": ["a.mp4"], "prompts": [{"prompt_id": "p", "prompt": "?"}], "attempts": 0}
-    return units_table([base | common | {"id": id_} for id_ in ids])
+    return units_table([unit(id_, **common) for id_ in ids])
 
 
 def row(id_, status="ok", **values):
@@ -22,7 +26,7 @@ def row(id_, status="ok", **values):
     }
     if status == "error":
         base |= {"error_stage": "decode", "error_type": "Broken", "error_message": "bad"}
-    return base | values
+    return dict.fromkeys(ROW_SCHEMA.names) | base | values
 
 
 def rows(*values):

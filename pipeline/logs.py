@@ -1,0 +1,137 @@
+"""Structured logs: one JSON object per line, through the standard logging module.
+
+    {"time": "2026-01-31T12:00:00.123456+00:00", "level": "INFO", "event": "unit finished", "run": "…", "actor": "…",
+     "unit": "…", "uri": "s3://bucket/a.mp4", "status": "ok", "seconds": 1.24, …}
+
+Model actors write them into files of Ray's session folder, where `ray logs`, the dashboard and log collectors find
+them. The driver's terminal shows text, or the same lines with `run.log_format: json`. What a prompt says and what
+gives access (credentials, signatures of URLs) is left out.
+"""
+
+import datetime
+import json
+import logging
+import logging.handlers
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+_FILE_BYTES, _FILES = 64 << 20, 4
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
+_NAMES = r"secret|password|signature|access_?key|(?:session|security|auth|api)[_-]?token"
+_PATTERNS = (
+    (re.compile(r"(\w://)[^\s/@]+@"), r"\1"),  # user:password@host
+    (re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+"), r"\1?…"),  # signatures and tokens travel in query strings
+    (re.compile(rf"(?i)\b(\w*(?:{_NAMES})\w*['\"]?\s*[=:]\s*['\"]?)[^\s'\",&]+"), r"\1…"),
+)
+
+
+def event(logger: logging.Logger, name: str, *, level: int = logging.INFO, **fields: Any) -> None:
+    """Log an event with its fields; fields that are None are left out."""
+    logger.log(level, name, extra={"fields": {key: value for key, value in fields.items() if value is not None}})
+
+
+def unit_ended(logger: logging.Logger, unit: dict[str, Any], row: dict[str, Any]) -> None:
+    """Log what came of a unit: finished, or failed with stage, type and message."""
+    common = {
+        "unit": row["id"],
+        "uri": row["uri"],
+        "start_s": row["start_s"],
+        "status": row["status"],
+        "attempt": row["attempts"],
+        "seconds": round((row["finished_at"] - row["started_at"]).total_seconds(), 4),
+    }
+    if row["error_type"] is None:
+        parts = ("decode_s", "wait_s", "queue_s", "encode_s", "prefill_s", "generate_s")
+        times = {name: round(row[name], 4) for name in parts if row[name] is not None}
+        sizes = {name: row[name] for name in ("vision_tokens", "kept_tokens", "kv_bytes")}
+        event(logger, "unit finished", **common, frames=len(row["frame_times_s"] or ()), **sizes, **times)
+        return
+    message = row["error_message"]
+    for prompt in unit["prompts"]:
+        message = message.replace(prompt["prompt"], "…") if prompt["prompt"].strip() else message
+    failure = {"error_stage": row["error_stage"], "error_type": row["error_type"], "error_message": message}
+    if row["status"] == "skipped":
+        event(logger, "unit skipped", **common, **failure)
+    else:
+        event(logger, "unit failed", level=logging.WARNING, **common, **failure)
+
+
+class JsonLines(logging.Formatter):
+    """Records as JSON, one per line; `context` stands in every one. Works for records of other libraries, too."""
+
+    def __init__(self, **context: str) -> None:
+        super().__init__()
+        self._context = context
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="microseconds"),
+            "level": record.levelname,
+            "event": record.getMessage(),
+            **self._context,
+            "logger": record.name,
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps({key: _clean(value) for key, value in line.items()}, ensure_ascii=False, default=str)
+
+
+@contextmanager
+def to_terminal(log_format: Literal["text", "json"]) -> Iterator[None]:
+    """The driver's logs on stderr for the block: warnings as text, or every event as JSON."""
+    handler = logging.StreamHandler()
+    if log_format == "json":
+        handler.setFormatter(JsonLines())
+    else:
+        handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        handler.setLevel(logging.WARNING)
+    with _attached(logging.getLogger("pipeline"), handler):
+        yield
+
+
+@contextmanager
+def to_folder(folder: str | Path, name: str, **context: str) -> Iterator[None]:
+    """Events into `folder/lightkv-NAME.jsonl` for the block, a new file every 64 MiB; errors on stderr, too."""
+    path = Path(folder) / f"lightkv-{name}.jsonl"
+    lines = logging.handlers.RotatingFileHandler(path, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8")
+    lines.setFormatter(JsonLines(**context))
+    errors = logging.StreamHandler()
+    errors.setLevel(logging.ERROR)
+    with _attached(logging.getLogger("pipeline"), lines, errors):
+        yield
+    lines.close()
+
+
+def redacted(text: str) -> str:
+    """`text` without what gives access: credentials of this process, user parts and query strings of URLs."""
+    for name in _SECRETS:
+        if secret := os.environ.get(name):
+            text = text.replace(secret, "…")
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+@contextmanager
+def _attached(logger: logging.Logger, *handlers: logging.Handler) -> Iterator[None]:
+    level, propagate = logger.level, logger.propagate
+    for handler in handlers:
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _clean(value: Any) -> Any:
+    return redacted(value) if isinstance(value, str) else value
