@@ -9,6 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 import pydantic
 import yaml
@@ -29,14 +30,40 @@ class Prompt(_Section):
 
 
 class Storage(_Section):
-    """How `s3://` is reached. Credentials come from the usual AWS chain (environment, profile, role) alone."""
+    """How `s3://` is reached. Credentials come from the usual AWS chain (environment, profile, role) alone.
 
-    endpoint_url: str | None = Field(None, description="an S3-compatible server; null: AWS")
+    Connections are encrypted and certificates verified, by the authorities in AWS_CA_BUNDLE where it is set; only an
+    `endpoint_url` that says http:// is reached without.
+    """
+
+    endpoint_url: str | None = Field(
+        None, description="an S3-compatible server, https://host[:port] (http:// only by its name); null: AWS"
+    )
     region: str | None = None
     path_style: bool = Field(False, description="bucket in the path instead of the host name")
     anonymous: bool = Field(False, description="public buckets: sign nothing")
-    max_attempts: int = Field(5, ge=1, le=20, description="tries per request on 5xx, throttling and timeouts")
-    timeout_s: float = Field(60.0, gt=0, description="connect and read timeout of one request")
+    max_attempts: int = Field(
+        5, ge=1, le=20, description="tries per request, on 5xx, throttling, timeouts, resets and cut answers"
+    )
+    timeout_s: float = Field(30.0, gt=0, description="longest silence while connecting or reading, per try")
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        # Not a validator of the field: its errors repeat the value, which may hold a password.
+        if self.endpoint_url is None:
+            return self
+        parts = urlsplit(self.endpoint_url)
+        if "@" in self.endpoint_url:
+            raise ValueError(
+                "endpoint_url: expected https://host[:port], got one with a user or password in it; take them out and "
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role"
+            )
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(
+                f"endpoint_url: expected https://host[:port], or http:// for a server without encryption, "
+                f"got {self.endpoint_url!r}"
+            )
+        return self
 
 
 class Source(_Section):
@@ -218,6 +245,9 @@ class Run(_Section):
     """The run's own behaviour."""
 
     progress_interval_s: float = Field(10.0, gt=0)
+    log_format: Literal["text", "json"] = Field(
+        "text", description="of the terminal: progress and a table, or one JSON object per line"
+    )
     max_attempts: int = Field(
         3, ge=1, le=100, description="starts of a unit that kills its model process; then it is an error row"
     )

@@ -1,6 +1,7 @@
 """One video or image of a unit, reachable by range or as a local file."""
 
 import errno
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ import av.error
 
 from pipeline.config import Storage
 from pipeline.errors import UnitError
-from pipeline.storage import Entry, StorageError, faults, filesystem, is_s3, stat
+from pipeline.storage import Entry, StorageError, faults, is_s3, local_path, open_entry, stat
 
 _COPY_BLOCK_BYTES = 16 << 20
 _RANGE_BLOCK_BYTES = 1 << 20
@@ -57,7 +58,7 @@ class Media:
     def local_path(self, max_bytes: int) -> str:
         """A path to the whole content: the file's own, or that of a local copy which no name points to."""
         if not self.remote:
-            return filesystem(self.uri, self._storage)[1]
+            return os.path.abspath(local_path(self.uri))
         if self._copy is None:
             if self.entry.size_bytes > max_bytes:
                 raise UnitError(
@@ -86,15 +87,8 @@ class Media:
             return bytes(source.read())
 
     def _opened(self, **caching: Any) -> Any:
-        fs, path = filesystem(self.uri, self._storage)
-        with fetching(), faults(self.uri):
-            if not self.remote:
-                return open(path, "rb")
-            file = fs.open(path, "rb", **caching)
-            if str(file.details["ETag"]).strip('"') != self.entry.etag:
-                file.close()
-                raise StorageError("Changed", f"the object changed while it was opened: {self.uri}")
-            return file
+        with fetching():
+            return open_entry(self.entry, self._storage, **caching)
 
     def close(self) -> None:
         for file in self._open:

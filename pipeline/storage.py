@@ -1,28 +1,24 @@
 """Files behind one kind of name: a local path, `file://…`, or `s3://bucket/key` on AWS or a compatible server.
 
 Every function takes the URI and the `Storage` section of the configuration. Credentials come from the usual AWS
-chain (environment, profile, role) and appear in no message. What goes wrong is raised as `StorageError` in one line.
+chain (environment, profile, role) and appear in no message. What goes wrong is raised as `StorageError` in one line,
+on S3 after `storage.max_attempts` tries where trying again may help.
 """
 
-import functools
 import os
-import time
+import stat as modes
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from typing import IO, Any
+from urllib.parse import unquote
 
-import botocore.exceptions as boto
-import fsspec
 import pyarrow.fs
 
 from pipeline.config import Storage
 from pipeline.storage_errors import StorageError, error_code, faults
-
-_CONFLICT_TRIES = 5  # conditional puts that meet another one in flight (HTTP 409)
 
 
 @dataclass(frozen=True)
@@ -55,40 +51,41 @@ def join(base: str, *names: str) -> str:
     return base
 
 
-def filesystem(uri: str, storage: Storage) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The fsspec file system behind `uri` (one per process and configuration) and the path in it."""
-    if is_s3(uri):
-        return _s3(storage), _key(uri)
-    return _local(), os.path.abspath(local_path(uri))
-
-
 def arrow_filesystem(uri: str, storage: Storage) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The same for pyarrow, which Ray reads and writes Parquet with; pickles to other machines."""
-    if is_s3(uri):
-        key = _key(uri)
-        with faults(uri):
-            return _arrow_s3(storage, key.partition("/")[0]), key
-    return pyarrow.fs.LocalFileSystem(), os.path.abspath(local_path(uri))
+    """The pyarrow file system behind `uri`, which Ray reads and writes Parquet with, and the path in it.
+
+    It pickles to other machines. What it raises becomes a `StorageError` within `faults`.
+    """
+    if not is_s3(uri):
+        return pyarrow.fs.LocalFileSystem(), _path(uri)
+    from pipeline.s3_arrow import arrow_s3
+
+    key = _key(uri)
+    with faults(uri):
+        return arrow_s3(storage, key.partition("/")[0]), key
 
 
 def stat(uri: str, storage: Storage) -> Entry:
     """One file's size and etag, now."""
-    fs, path = filesystem(uri, storage)
     with faults(uri):
-        info = fs.info(path)
-        if info["type"] == "directory":
-            raise StorageError("NotAFile", f"expected a file, got a folder: {uri}")
-        return _entry(uri, info)
+        if not is_s3(uri):
+            return _entry_of_path(uri, _path(uri))
+        found = _s3().info(_key(uri), storage)
+        if found["type"] == "directory":
+            raise IsADirectoryError(uri)
+        return _entry_of_object(uri, found)
 
 
 def exists(uri: str, storage: Storage) -> bool:
     """Whether there is a file or a folder; an unreachable server or a missing bucket is an error, not a no."""
-    fs, path = filesystem(uri, storage)
     with faults(uri):
         try:
-            fs.info(path)
-        except FileNotFoundError as error:
-            if isinstance(error.__cause__, boto.ClientError) and error_code(error) == "NoSuchBucket":
+            if is_s3(uri):
+                _s3().info(_key(uri), storage)
+            else:
+                os.stat(_path(uri))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            if error_code(error) == "NoSuchBucket":
                 raise
             return False
     return True
@@ -96,25 +93,40 @@ def exists(uri: str, storage: Storage) -> bool:
 
 def is_folder(uri: str, storage: Storage) -> bool:
     """Whether `uri` is a folder; a URI that names nothing is an error."""
-    fs, path = filesystem(uri, storage)
     with faults(uri):
-        return bool(fs.info(path)["type"] == "directory")
+        if is_s3(uri):
+            return bool(_s3().info(_key(uri), storage)["type"] == "directory")
+        return modes.S_ISDIR(os.stat(_path(uri)).st_mode)
 
 
 def read_bytes(uri: str, storage: Storage) -> bytes:
-    fs, path = filesystem(uri, storage)
+    """The whole content of a file, of one version of it."""
     with faults(uri):
-        return bytes(fs.cat_file(path))
+        if is_s3(uri):
+            return bytes(_s3().get(_key(uri), storage))
+        return Path(_path(uri)).read_bytes()
+
+
+def open_entry(entry: Entry, storage: Storage, **caching: Any) -> IO[bytes]:
+    """A file as it was seen, to be read by range; `caching` is fsspec's, for S3.
+
+    Reading raises what the libraries raise, within `faults` a `StorageError`: Changed when the object is another now.
+    """
+    with faults(entry.uri):
+        if not is_s3(entry.uri):
+            return open(_path(entry.uri), "rb")
+        file: IO[bytes] = _s3().ObjectFile(_key(entry.uri), storage, size=entry.size_bytes, etag=entry.etag, **caching)
+        return file
 
 
 def write_bytes_atomic(uri: str, data: bytes, storage: Storage) -> None:
     """Readers see the old content or the new, never a part; folders are made as needed."""
-    fs, path = filesystem(uri, storage)
     with faults(uri):
         if is_s3(uri):
-            fs.pipe_file(path, data)
+            _s3().put(_key(uri), data, storage)
             return
-        with _written_beside(Path(path), data) as temporary:
+        path = Path(_path(uri))
+        with _written_beside(path, data) as temporary:
             os.replace(temporary, path)
 
 
@@ -124,11 +136,11 @@ def create_exclusive(uri: str, data: bytes, storage: Storage) -> bool:
     `data` must be unique to the caller: a put that is repeated after a lost answer finds its own object, and only
     the content tells it from another's.
     """
-    fs, path = filesystem(uri, storage)
     with faults(uri):
         if is_s3(uri):
-            return _put_new(fs, path, data)
-        with _written_beside(Path(path), data) as temporary:
+            return bool(_s3().put_new(_key(uri), data, storage))
+        path = Path(_path(uri))
+        with _written_beside(path, data) as temporary:
             try:
                 os.link(temporary, path)
             except FileExistsError:
@@ -138,14 +150,12 @@ def create_exclusive(uri: str, data: bytes, storage: Storage) -> bool:
 
 def delete(uri: str, storage: Storage) -> None:
     """Remove one file; one that is not there is fine."""
-    fs, path = filesystem(uri, storage)
     with faults(uri):
         if is_s3(uri):
-            bucket, _, key = path.partition("/")
-            fs.call_s3("delete_object", Bucket=bucket, Key=key)
+            _s3().delete(_key(uri), storage)
             return
         with suppress(FileNotFoundError):
-            os.unlink(path)
+            os.unlink(_path(uri))
 
 
 def list_files(uri: str, storage: Storage, *, recursive: bool = True, missing_ok: bool = False) -> list[Entry]:
@@ -153,14 +163,12 @@ def list_files(uri: str, storage: Storage, *, recursive: bool = True, missing_ok
 
     A local folder that does not exist is an error unless `missing_ok`; S3 knows no folders, only names.
     """
-    fs, path = filesystem(uri, storage)
     with faults(uri):
         if is_s3(uri):
-            found = fs.find(path, detail=True, maxdepth=None if recursive else 1)
-            return sorted(
-                (_entry(f"s3://{name}", info) for name, info in found.items() if not name.endswith("/")),
-                key=lambda entry: entry.uri,
-            )
+            found = _s3().list_objects(_key(uri), storage, recursive=recursive)
+            entries = (_entry_of_object(f"s3://{path}", info) for path, info in found if not path.endswith("/"))
+            return sorted(entries, key=lambda entry: entry.uri)
+        path = _path(uri)
         if missing_ok and not os.path.lexists(path):
             return []
         if not os.path.isdir(path):
@@ -168,17 +176,40 @@ def list_files(uri: str, storage: Storage, *, recursive: bool = True, missing_ok
         return sorted(_walk(path, recursive), key=lambda entry: entry.uri)
 
 
+def _s3() -> Any:
+    """`pipeline.s3`, whose libraries take longer to load than the rest of this package; local files do without."""
+    from pipeline import s3
+
+    return s3
+
+
 def _key(uri: str) -> str:
-    key = uri.removeprefix("s3://")
-    if not key.partition("/")[0]:
+    """`bucket/key`."""
+    path = uri.removeprefix("s3://")
+    bucket = path.partition("/")[0]
+    if "@" in bucket:  # what stands before it may be a secret: it is not repeated
+        raise StorageError(
+            "InvalidUri",
+            "expected s3://bucket/key, got a name with credentials in it; take them out and set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role",
+        )
+    if not bucket:
         raise StorageError("InvalidUri", f"expected s3://bucket/key, got {uri!r}")
-    return key
+    return path
 
 
-def _entry(uri: str, info: dict[str, Any]) -> Entry:
-    if is_s3(uri):
-        return Entry(uri, int(info["size"]), str(info["ETag"]).strip('"'))
-    found = os.stat(info["name"])
+def _path(uri: str) -> str:
+    return os.path.abspath(local_path(uri))
+
+
+def _entry_of_object(uri: str, info: dict[str, Any]) -> Entry:
+    return Entry(uri, int(info["size"] if "size" in info else info["Size"]), str(info["ETag"]).strip('"'))
+
+
+def _entry_of_path(uri: str, path: str) -> Entry:
+    found = os.stat(path)
+    if modes.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(uri)
     return Entry(uri, found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}")
 
 
@@ -189,7 +220,7 @@ def _walk(root: str, recursive: bool) -> Iterator[Entry]:
         for name in names:
             path = os.path.join(folder, name)
             if os.path.isfile(path):  # no sockets, no dangling links
-                yield _entry(path, {"name": path})
+                yield _entry_of_path(path, path)
 
 
 @contextmanager
@@ -205,92 +236,3 @@ def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _put_new(fs: Any, path: str, data: bytes) -> bool:
-    bucket, _, key = path.partition("/")
-    for attempt in range(_CONFLICT_TRIES):
-        try:
-            fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-            return True
-        except OSError as error:
-            # moto and AWS answer PreconditionFailed, which s3fs makes FileExistsError or a plain OSError.
-            if isinstance(error, FileExistsError) or error_code(error) in ("PreconditionFailed", "412"):
-                return bool(fs.cat_file(path) == data)
-            if error_code(error) not in ("ConditionalRequestConflict", "409") or attempt == _CONFLICT_TRIES - 1:
-                raise
-            time.sleep(0.1 * 2**attempt)
-    return False
-
-
-@functools.cache
-def _local() -> fsspec.AbstractFileSystem:
-    return fsspec.filesystem("file")
-
-
-@functools.cache
-def _s3(storage: Storage) -> Any:
-    import s3fs  # half of this module's import time, and local files do without
-
-    checksums = "when_required" if storage.endpoint_url else "when_supported"
-    _endpoint(storage)
-    fs = s3fs.S3FileSystem(
-        anon=storage.anonymous,
-        endpoint_url=storage.endpoint_url,
-        client_kwargs={"region_name": storage.region} if storage.region else {},
-        config_kwargs={
-            "s3": {"addressing_style": "path" if storage.path_style else "auto"},  # auto with an endpoint: path
-            "retries": {"total_max_attempts": storage.max_attempts, "mode": "standard"},
-            "connect_timeout": storage.timeout_s,
-            "read_timeout": storage.timeout_s,
-            # Servers other than AWS reject or miscompute the newer checksums.
-            "request_checksum_calculation": checksums,
-            "response_checksum_validation": checksums,
-        },
-        use_listings_cache=False,  # another worker may just have written
-        skip_instance_cache=True,
-    )
-    fs.retries = min(2, storage.max_attempts)  # for bodies cut short; requests are retried inside botocore
-    return fs
-
-
-def _endpoint(storage: Storage) -> tuple[str, str]:
-    """Scheme and host of the configured server; empty for AWS."""
-    parts = urlsplit(storage.endpoint_url or "")
-    if storage.endpoint_url and not (parts.scheme in ("http", "https") and parts.netloc):
-        raise StorageError(
-            "InvalidUri", f"expected storage.endpoint_url as http(s)://host, got {storage.endpoint_url!r}"
-        )
-    return parts.scheme, parts.netloc + parts.path.rstrip("/")
-
-
-class _ArrowS3(pyarrow.fs.S3FileSystem):
-    """pyarrow's S3 that is built anew, environment included, in the process it is unpickled in."""
-
-    _made: tuple[Callable[..., Any], tuple[Any, ...]]
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return self._made
-
-
-def _arrow_s3(storage: Storage, bucket: str) -> pyarrow.fs.S3FileSystem:
-    options: dict[str, Any] = {}
-    region = storage.region
-    if storage.endpoint_url:
-        # The C++ SDK takes this from the environment only; see _s3 for the reason.
-        os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-        os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-        options["scheme"], options["endpoint_override"] = _endpoint(storage)
-    elif region is None and not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
-        with suppress(OSError):
-            region = pyarrow.fs.resolve_s3_region(bucket)
-    fs = _ArrowS3(
-        anonymous=storage.anonymous,
-        region=region,
-        connect_timeout=storage.timeout_s,
-        request_timeout=storage.timeout_s,
-        retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=storage.max_attempts),
-        **options,
-    )
-    fs._made = (_arrow_s3, (storage, bucket))
-    return fs

@@ -1,5 +1,6 @@
-"""What storage can refuse, in one line each, whichever library said it."""
+"""What storage can refuse, in one line each, whichever library said it: s3fs and botocore, pyarrow, the system."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,10 +8,26 @@ import botocore.exceptions as boto
 
 from pipeline.errors import SourceError
 
+_ARROW = re.compile(r"AWS Error (\w+) during (\w+) operation")
+_ARROW_KINDS = {
+    "NETWORK_CONNECTION": "Unreachable",
+    "REQUEST_TIMEOUT": "Unreachable",
+    "SLOW_DOWN": "Unavailable",
+    "SERVICE_UNAVAILABLE": "Unavailable",
+    "INTERNAL_FAILURE": "Unavailable",
+    "THROTTLING": "Unavailable",
+    "ACCESS_DENIED": "AccessDenied",
+    "SIGNATURE_DOES_NOT_MATCH": "AccessDenied",
+    "INVALID_ACCESS_KEY_ID": "AccessDenied",
+    "NO_SUCH_KEY": "NotFound",
+    "NO_SUCH_BUCKET": "NotFound",
+    "RESOURCE_NOT_FOUND": "NotFound",
+}
+
 
 class StorageError(SourceError):
-    """Storage refused. `kind`: NotFound | NotAFile | AccessDenied | Credentials | Unreachable |
-    Changed | InvalidUri | Storage."""
+    """Storage refused. `kind`: NotFound | NotAFile | AccessDenied | Credentials | Unreachable (no answer, or none that
+    is whole) | Unavailable (5xx, throttling) | Changed | InvalidUri | Storage."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(kind, message)
@@ -35,18 +52,25 @@ def faults(uri: str) -> Iterator[None]:
 def _fault(uri: str, error: Exception) -> StorageError:
     detail = " ".join(str(error).split())
     code = error_code(error)
+    refused = client_error(error)
+    status = refused.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if refused else 0
     match error:
+        case OSError() if found := _ARROW.search(detail):
+            return StorageError(_ARROW_KINDS.get(found[1], "Storage"), f"{uri}: {detail}")
         case FileNotFoundError() if code == "NoSuchBucket":
             return StorageError("NotFound", f"no such bucket: {uri}")
         case FileNotFoundError() | NotADirectoryError():
             return StorageError("NotFound", f"no such file: {uri}")
         case IsADirectoryError():
             return StorageError("NotAFile", f"expected a file, got a folder: {uri}")
-        case OSError() if type(error).__name__ == "FileExpired" or code in ("PreconditionFailed", "412"):
+        case OSError() if code in ("PreconditionFailed", "412"):
             return StorageError("Changed", f"the object changed while it was read: {uri}")
         case PermissionError():
             hint = "check the credentials and the policy" if uri.startswith("s3://") else "check the permissions"
             return StorageError("AccessDenied", f"access denied: {uri} ({detail}); {hint}")
+        case OSError() if status >= 500 or status == 429:
+            hint = "the storage is overloaded or has a fault; try again later, or raise storage.max_attempts"
+            return StorageError("Unavailable", f"refused for now: {uri} (HTTP {status} {code}); {hint}")
         case (
             boto.NoCredentialsError()
             | boto.PartialCredentialsError()
@@ -55,6 +79,9 @@ def _fault(uri: str, error: Exception) -> StorageError:
         ):
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role, or storage.anonymous"
             return StorageError("Credentials", f"no usable credentials for {uri} ({detail}); {hint}")
+        case boto.SSLError():
+            hint = "name its authority's certificate in AWS_CA_BUNDLE, or check storage.endpoint_url"
+            return StorageError("Unreachable", f"the server of {uri} could not prove who it is ({detail}); {hint}")
         case boto.ConnectionError() | boto.HTTPClientError() | TimeoutError() | ConnectionError():
             hint = "check storage.endpoint_url, storage.region and the network"
             return StorageError("Unreachable", f"cannot reach the storage of {uri} ({detail}); {hint}")
@@ -63,9 +90,12 @@ def _fault(uri: str, error: Exception) -> StorageError:
     return StorageError("Storage", f"{uri}: {detail or type(error).__name__}")
 
 
+def client_error(error: BaseException) -> boto.ClientError | None:
+    """S3's refusal behind `error`; s3fs keeps the original as its cause."""
+    return next((one for one in (error, error.__cause__) if isinstance(one, boto.ClientError)), None)
+
+
 def error_code(error: BaseException) -> str:
-    """The S3 error code behind `error`; s3fs keeps the original as its cause."""
-    for one in (error, error.__cause__):
-        if isinstance(one, boto.ClientError):
-            return str(one.response.get("Error", {}).get("Code", ""))
-    return ""
+    """The S3 error code behind `error`, or nothing."""
+    refused = client_error(error)
+    return str(refused.response.get("Error", {}).get("Code", "")) if refused else ""
