@@ -29,23 +29,26 @@ class _Poisoned:
         self._source, self._marker = source, marker
 
     def read(self, picks):
-        frames = self._source.read(picks)
-        if self._marker is not None:
-            if os.path.exists(self._marker):
-                return frames
-            open(self._marker, "x").close()
-        return frames.view(_Frames)
+        frames = self._source.read(picks).view(_Frames)
+        frames.marker = self._marker
+        return frames
 
     def close(self):
         self._source.close()
 
 
 class _Frames(np.ndarray):
-    """Frames that kill the process which unpickles them."""
+    """Frames that kill the process which unpickles them; with a `marker`, the first one only."""
+
+    marker = None
 
     def __reduce_ex__(self, protocol):
-        return _die, ()
+        return _take, (np.array(self), self.marker)
 
 
-def _die():
+def _take(frames, marker):
+    if marker is not None:
+        if os.path.exists(marker):
+            return frames
+        open(marker, "x").close()
     os.kill(os.getpid(), 9)

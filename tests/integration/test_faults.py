@@ -1,11 +1,9 @@
 """What kills the model's process, ends the job on request, or starts it twice: no unit is lost, doubled or mixed up."""
 
 import json
-import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
@@ -103,7 +101,7 @@ def test_killed_model_process_costs_nothing_but_its_time(clips, expected, tmp_pa
     assert process.returncode == 0, output
     rows = rows_by_name(out)
     assert [rows[f"{n:02d}.mp4"]["text"] for n in range(12)] == expected * 4
-    assert all(row["status"] == "ok" for row in rows.values())
+    assert {row["error_type"] for row in rows.values()} == {None}
 
 
 def test_job_asked_to_end_finishes_what_is_in_the_model_and_the_same_command_goes_on(clips, expected, tmp_path):
@@ -143,10 +141,8 @@ def test_full_disk_ends_the_job_with_a_line_and_room_lets_it_go_on(clips, tmp_pa
         filler = small / "filler"
         process = start("caption", *overrides)
         wait_for((small / "out" / "_run" / "open.parquet").exists, process)
-        with filler.open("wb") as file, pytest.raises(OSError, match="No space"):
-            while True:
-                file.write(b"\0" * 4096)
-                file.flush()
+        with pytest.raises(OSError, match="No space"):
+            filler.write_bytes(bytes(1 << 20))
         _, errors = process.communicate(timeout=240)
         assert process.returncode == 2, errors
         assert "error: " in errors.splitlines()[-1]
