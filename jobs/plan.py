@@ -61,7 +61,7 @@ def summarise(config: JobConfig) -> "tuple[PlanSummary, str | None]":
 def text(summary: "PlanSummary", config: JobConfig) -> str:
     """The plan as a table: one column per kind of unit, and the sum of several."""
     columns = dict(sorted(summary.by_kind.items()))
-    if len(columns) > 1:
+    if len(columns) != 1:
         columns["total"] = summary.total
     rows = [("", list(columns))]
     rows += [(name, [show(one) for one in columns.values()]) for name, show in _rows(summary, config)]
@@ -75,6 +75,8 @@ def text(summary: "PlanSummary", config: JobConfig) -> str:
         lines.append(f"{summary.ignored_files:,} other files in the source are left out")
     if summary.repeated_rows:
         lines.append(f"{summary.repeated_rows:,} manifest rows repeat another one and are planned once")
+    if config.source.known:
+        lines.append(f"{summary.known_units:,} units have their row under {config.source.known} and are left out")
     errors = list(summary.probe_errors.values())
     lines += [f"likely to fail: {error}" for error in errors[:_SHOWN_ERRORS]]
     if len(errors) > _SHOWN_ERRORS:

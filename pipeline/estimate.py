@@ -58,6 +58,7 @@ class PlanSummary:
     by_kind: dict[str, Totals] = field(default_factory=dict)
     ignored_files: int = 0
     repeated_rows: int = 0
+    known_units: int = 0  # that earlier runs answered
     probe_errors: dict[str, str] = field(default_factory=dict)  # uri → why
 
 
@@ -72,10 +73,7 @@ def estimate_plan(
     """Add up `table` of UNIT_SCHEMA; tokens and costs need `model_config` (transformers') and its `encoder`."""
     tokens = _token_counter(encoder, config.frames) if encoder is not None else None
     cost = _cost_counter(model_config, compression, config)
-    metadata = {key.decode(): int(value) for key, value in (table.schema.metadata or {}).items()}
-    summary = PlanSummary(
-        ignored_files=metadata.get("ignored_files", 0), repeated_rows=metadata.get("repeated_rows", 0)
-    )
+    summary = PlanSummary(**{key.decode(): int(value) for key, value in (table.schema.metadata or {}).items()})
     seen: set[str] = set()
     for batch in table.to_batches(max_chunksize=4096):
         for unit in batch.to_pylist():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,11 +10,13 @@ import pyarrow as pa
 
 from pipeline.config import Clips, JobConfig
 from pipeline.errors import ConfigError, SourceError
+from pipeline.known import Known
 from pipeline.probe import Probe, probe_all
 from pipeline.schema import UNIT_SCHEMA, unit_id, units_table
 from pipeline.sources import Item, find
 
 _BATCH_ITEMS = 4096
+_KNOWN_ITEMS = 256
 _SHOWN_ERRORS = 5
 _ROUND_DIGITS = 6  # of clip bounds, in seconds
 
@@ -21,21 +24,26 @@ _ROUND_DIGITS = 6  # of clip bounds, in seconds
 def plan_units(config: JobConfig) -> pa.Table:
     """All units of `config.source` as a table of UNIT_SCHEMA; the same source gives the same ids in the same order.
 
-    Rows of a manifest that ask the same of the same are planned once. The schema's metadata counts what was left
-    out: `ignored_files`, `repeated_rows`. Raises `SourceError`, or `ConfigError` where clips need a probe.
+    Rows of a manifest that ask the same of the same are planned once, and units that the runs under `source.known`
+    answered not at all. The schema's metadata counts what was left out: `ignored_files`, `repeated_rows`,
+    `known_units`. Raises `SourceError`, or `ConfigError` where clips need a probe.
     """
     if config.clips.length_s is not None and not config.source.probe:
         raise ConfigError("clips.length_s needs the length of every video: set source.probe to true")
-    found = find(config)
-    items = itertools.islice(found.items, config.source.max_units)
+    found, wanted = find(config), config.source.max_units or sys.maxsize
+    known = Known(config, config.source.known) if config.source.known else None
     tables, ids = [UNIT_SCHEMA.empty_table()], _Ids()
-    while batch := list(itertools.islice(items, _BATCH_ITEMS)):
-        probes = _probes(batch, config)
-        units = (unit for item in batch for unit in _units(item, probes, config))
-        tables.append(units_table([unit for unit in units if ids.take(unit)]))
+    planned = left_out = 0
+    while planned < wanted and (batch := list(itertools.islice(found.items, _items_at_once(wanted - planned, known)))):
+        probes = _probes(batch, config, known)
+        table = units_table([u for item in batch for u in _units(item, probes, config) if ids.take(u)])
+        tables.append(known.open(table) if known else table)
+        planned += len(tables[-1])
+        left_out += len(table) - len(tables[-1])
     ids.check(config.source.uri)
-    table = pa.concat_tables(tables).combine_chunks().slice(0, config.source.max_units)
-    return table.replace_schema_metadata({"ignored_files": str(found.ignored), "repeated_rows": str(ids.repeated)})
+    counts = {"ignored_files": found.ignored, "repeated_rows": ids.repeated, "known_units": left_out}
+    table = pa.concat_tables(tables).combine_chunks().slice(0, wanted)
+    return table.replace_schema_metadata({name: str(count) for name, count in counts.items()})
 
 
 def cut(start_s: float | None, end_s: float | None, duration_s: float | None, clips: Clips) -> list[tuple[Any, Any]]:
@@ -62,11 +70,17 @@ def cut(start_s: float | None, end_s: float | None, duration_s: float | None, cl
     return bounds
 
 
-def _probes(items: list[Item], config: JobConfig) -> dict[str, Probe]:
+def _items_at_once(wanted: int, known: Known | None) -> int:
+    """How many items to look at next for `wanted` units: each gives one at least, unless it is known."""
+    return min(_BATCH_ITEMS, max(wanted, _KNOWN_ITEMS if known else 1))
+
+
+def _probes(items: list[Item], config: JobConfig, known: Known | None) -> dict[str, Probe]:
     if not config.source.probe:
         return {}
-    uris = [uri for item in items for uri in item.uris]
-    return probe_all(uris, config.storage, workers=config.source.probe_workers)
+    before = known.probes(items) if known else {}
+    uris = [uri for item in items for uri in item.uris if uri not in before]
+    return before | probe_all(uris, config.storage, workers=config.source.probe_workers)
 
 
 def _units(item: Item, probes: dict[str, Probe], config: JobConfig) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,10 @@ import pytest
 
 from jobs.cli import main_guard
 from jobs.plan import main
+from pipeline.config import load_config
+from pipeline.plan import plan_units
 from tests.models import save_tiny_llava
+from tests.pipeline.test_known import record
 from tests.videos import render
 
 
@@ -72,6 +75,18 @@ def test_image_sets_and_videos_have_a_column_each(folder, run):
     assert out.splitlines()[0].split() == ["images", "video", "total"]
     assert out.splitlines()[1].split() == ["units", "1", "1", "2"]
     assert "1 manifest rows repeat another one" in out
+
+
+def test_units_of_earlier_runs_are_counted_as_left_out(folder, run, tmp_path):
+    overrides = [f"source.uri={folder}/videos", "sink.uri=out"]
+    record(tmp_path / "run=1", plan_units(load_config(None, overrides)), ["ok", None])
+    options = ("--set", f"source.known={tmp_path}", "--set", f"model.path={folder}/model")
+    _, out, _ = run(*options)
+    assert f"1 units have their row under {tmp_path} and are left out" in out
+    assert json.loads(run("--json", *options)[1])["known_units"] == 1
+    record(tmp_path / "run=2", plan_units(load_config(None, overrides)))
+    assert json.loads(run("--json", *options)[1])["total"]["units"] == 0
+    assert run(*options)[1].splitlines()[1].split() == ["units", "0"]
 
 
 def test_without_compression_nothing_is_called_compressed(folder, run):

@@ -44,7 +44,7 @@ def test_a_folder_becomes_probed_units(folder):
     assert text["size_bytes"] == 8
     assert {u["attempts"] for u in (long, short, text)} == {0}
     assert long["prompts"] == [{"prompt_id": "caption", "prompt": "Describe the video."}]
-    assert table.schema.metadata == {b"ignored_files": b"1", b"repeated_rows": b"0"}
+    assert table.schema.metadata == {b"ignored_files": b"1", b"repeated_rows": b"0", b"known_units": b"0"}
 
 
 def test_the_same_source_gives_the_same_plan(folder):
