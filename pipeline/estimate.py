@@ -73,7 +73,9 @@ def estimate_plan(
     """Add up `table` of UNIT_SCHEMA; tokens and costs need `model_config` (transformers') and its `encoder`."""
     tokens = _token_counter(encoder, config.frames) if encoder is not None else None
     cost = _cost_counter(model_config, compression, config)
-    summary = PlanSummary(**{key.decode(): int(value) for key, value in (table.schema.metadata or {}).items()})
+    summary = PlanSummary()
+    for name, count in (table.schema.metadata or {}).items():
+        setattr(summary, name.decode(), int(count))
     seen: set[str] = set()
     for batch in table.to_batches(max_chunksize=4096):
         for unit in batch.to_pylist():
