@@ -3,8 +3,12 @@
 import faulthandler
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,13 +16,17 @@ import ray
 import torch
 from ray.actor import ActorHandle
 
+from pipeline import logs
 from pipeline.attempts import Turn
 from pipeline.captioner import Captioner
 from pipeline.config import JobConfig
 from pipeline.decode import FrameBatch
 from pipeline.errors import UnitError
+from pipeline.metrics import ActorMetrics
 from pipeline.schema import rows_table
 from pipeline.stream import FrameStream
+
+_LOG = logging.getLogger(__name__)
 
 
 class CaptionActor:
@@ -30,10 +38,18 @@ class CaptionActor:
     def __init__(self, job: JobConfig, run_id: str, attempts: ActorHandle) -> None:
         self._job = job
         self._attempts = attempts
-        process = ray.get_runtime_context().get_actor_id()
-        ray.get(attempts.loading.remote(process))
+        self._metrics = ActorMetrics(run_id)
+        self._logs = ExitStack()  # open as long as this process
+        context = ray.get_runtime_context()
+        self._id = context.get_actor_id()
+        folder = Path(context.get_temp_dir(), context.get_session_name(), "logs")
+        self._logs.enter_context(logs.to_folder(folder, f"actor-{os.getpid()}", run=run_id, actor=self._id))
+        ray.get(attempts.loading.remote(self._id))
+        began = time.perf_counter()
         self._captioner = Captioner(job, run_id)
-        attempts.loaded.remote(process)
+        attempts.loaded.remote(self._id)
+        load_s = round(time.perf_counter() - began, 3)
+        logs.event(_LOG, "actor started", model=job.model.name, load_s=load_s, pid=os.getpid())
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         waiting = deque(batch.to_pylist())
@@ -42,14 +58,28 @@ class CaptionActor:
             while waiting and len(streams) <= self._job.decode.prefetch_units:
                 unit = waiting.popleft()
                 streams.append((unit, FrameStream(unit, self._job, self._captioner.sizing)))
+            self._metrics.streams(asked=len(streams), running=sum(stream.running() for _, stream in streams))
             unit, stream = streams.popleft()
+            started = datetime.now(UTC)
             turn = ray.get(self._attempts.start.remote(unit["id"]))
             if turn.draining:
                 for _, late in [(unit, stream), *streams]:
                     late.close()
                 yield rows_table([])
                 return
-            yield rows_table([self._row(unit, stream, turn)])
+            row = self._row(unit, stream, turn)
+            row |= {"queue_s": stream.queue_s, "actor": self._id}
+            row |= {"started_at": started, "finished_at": datetime.now(UTC)}
+            self._tell(unit, row, turn)
+            yield rows_table([row])
+        self._metrics.streams(asked=0, running=0)
+
+    def _tell(self, unit: dict[str, Any], row: dict[str, Any], turn: Turn) -> None:
+        """Metrics and logs: what came of a unit, and that an earlier start of it ended with its process."""
+        if turn.attempt > int(turn.go):
+            self._metrics.crashed_attempt()
+        self._metrics.observe(row)
+        logs.unit_ended(_LOG, unit, row)
 
     def _row(self, unit: dict[str, Any], stream: FrameStream, turn: Turn) -> dict[str, Any]:
         unit = unit | {"attempts": unit["attempts"] + turn.attempt - 1}
@@ -61,7 +91,7 @@ class CaptionActor:
                 row = self._captioner.failed_row(unit, self._given_up(turn))
         except torch.AcceleratorError:
             # The device is lost to this process: a new one gets the unit, as after any other death.
-            logging.getLogger(__name__).exception("the device failed on unit %s", unit["id"])
+            _LOG.exception("the device failed on unit %s", unit["id"])
             os._exit(1)
         finally:
             stream.close()

@@ -15,11 +15,15 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import pipeline
+from pipeline import logs
 from pipeline.attempts import Attempts
 from pipeline.config import JobConfig
 from pipeline.errors import RunError, StoppedError
+from pipeline.metrics import DriverMetrics
 from pipeline.run import Work
 from pipeline.summary import clock
+
+_LOG = logging.getLogger(__name__)
 
 
 def cluster_address(job: JobConfig) -> str | None:
@@ -31,7 +35,8 @@ def cluster_address(job: JobConfig) -> str | None:
 def connect(job: JobConfig) -> Iterator[None]:
     """A cluster for the block: the one this job was submitted to, the configured one, or a local one."""
     address = cluster_address(job)
-    options: dict[str, object] = {"log_to_driver": True, "logging_level": logging.WARNING}
+    # What workers print comes with a prefix, which is no JSON.
+    options: dict[str, object] = {"log_to_driver": job.run.log_format == "text", "logging_level": logging.WARNING}
     if address:
         options["address"] = address
         source = Path(pipeline.__path__[0]).parent
@@ -69,18 +74,22 @@ def attempts_of(job: JobConfig, work: Work) -> Iterator[ActorHandle]:
 
 
 @contextmanager
-def progress_display(job: JobConfig, attempts: ActorHandle, total: int, done_before: int) -> Iterator[None]:
-    """A line that is kept up to date in a terminal, and a line per interval in a log."""
+def progress_display(job: JobConfig, work: Work, attempts: ActorHandle, total: int, done_before: int) -> Iterator[None]:
+    """A line that is kept up to date in a terminal, a line per interval in a log; and the open units as a metric."""
     stop = threading.Event()
-    display = _Display(total, done_before)
+    display = _Display(total, done_before, job.run.log_format)
     interval_s = min(job.run.progress_interval_s, 1.0) if display.terminal else job.run.progress_interval_s
 
     def watch() -> None:
-        while not stop.wait(interval_s):
-            try:
-                display.show(ray.get(attempts.state.remote(), timeout=interval_s)["units"])
-            except ray.exceptions.RayError:  # a display never ends a job
-                continue
+        with DriverMetrics(work.run_id) as metrics:
+            metrics.open_units(total - done_before)
+            while not stop.wait(interval_s):
+                try:
+                    units = ray.get(attempts.state.remote(), timeout=interval_s)["units"]
+                except ray.exceptions.RayError:  # a display never ends a job
+                    continue
+                metrics.open_units(total - done_before - sum(units.values()))
+                display.show(units)
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
     thread.start()
@@ -93,8 +102,9 @@ def progress_display(job: JobConfig, attempts: ActorHandle, total: int, done_bef
 
 
 class _Display:
-    def __init__(self, total: int, done_before: int) -> None:
-        self.terminal = sys.stderr.isatty()
+    def __init__(self, total: int, done_before: int, log_format: str) -> None:
+        self.terminal = sys.stderr.isatty() and log_format == "text"
+        self._json = log_format == "json"
         self._total = total
         self._before = done_before
         self._started = time.monotonic()
@@ -104,6 +114,11 @@ class _Display:
         elapsed_s = time.monotonic() - self._started
         per_hour = 3600 * now / elapsed_s
         left_s = (self._total - self._before - now) / now * elapsed_s if now else None
+        if self._json:
+            logs.event(
+                _LOG, "progress", units=units, done=self._before + now, total=self._total, per_hour=round(per_hour)
+            )
+            return
         counts = " ".join(f"{status} {count}" for status, count in sorted(units.items()))
         done = self._before + now
         share = done / self._total if self._total else 1.0

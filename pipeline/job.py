@@ -1,8 +1,10 @@
 """A captioning job from configuration to summary: new, taken up again, or repeated over its error rows."""
 
 import json
+import logging
 import time
 
+from pipeline import logs
 from pipeline.captioner import lightkv_config
 from pipeline.cluster import attempts_of, cluster_address, connect, progress_display
 from pipeline.config import JobConfig
@@ -16,6 +18,8 @@ from pipeline.run import RunDirectory, Work, read_table
 from pipeline.summary import columns, summarise, table
 from pipeline.termination import Termination
 
+_LOG = logging.getLogger(__name__)
+
 
 def caption(job: JobConfig) -> Work:
     """Start the run under `job.sink.uri`, or take it up again, and finish it; prints and keeps its summary.
@@ -24,13 +28,13 @@ def caption(job: JobConfig) -> Work:
     """
     check_model(job)
     run = RunDirectory(job)
-    with Termination(job.run.grace_s) as termination, run.lock():
+    with logs.to_terminal(job.run.log_format), Termination(job.run.grace_s) as termination, run.lock():
         work = run.open()
         if not work.has_manifest():
             work.write_manifest(plan_units(job))
         started = time.monotonic()
-        done_before = _do_open_units(job, work, termination)
-        _summarise(run, work, wall_s=time.monotonic() - started, done_before=done_before)
+        _do_open_units(job, work, termination)
+        _summarise(run, work, work, wall_s=time.monotonic() - started)
         _check_complete(work, work, termination)
     return work
 
@@ -42,15 +46,14 @@ def retry(job: JobConfig) -> Work:
     """
     check_model(job)
     run = RunDirectory(job)
-    with Termination(job.run.grace_s) as termination, run.lock():
+    with logs.to_terminal(job.run.log_format), Termination(job.run.grace_s) as termination, run.lock():
         work = run.resume_only()
         started = time.monotonic()
         number, again = open_retry(run, work)
         _do_open_units(job, again, termination)
         _check_complete(again, work, termination)
-        repeated = merge_rows(run, work, number)
-        rows = work.rows(["id"]).num_rows
-        _summarise(run, work, wall_s=time.monotonic() - started, done_before=rows - repeated)
+        merge_rows(run, work, number)
+        _summarise(run, work, again, wall_s=time.monotonic() - started)
     return work
 
 
@@ -63,18 +66,18 @@ def check_model(job: JobConfig) -> None:
         pick_device(job.model.device)
 
 
-def _do_open_units(job: JobConfig, work: Work, termination: Termination) -> int:
-    """Run what is not done of `work`; returns how many units were done before."""
+def _do_open_units(job: JobConfig, work: Work, termination: Termination) -> None:
+    """Run what is not done of `work`."""
     total, done_before = work.prepare()
+    logs.event(_LOG, "run started", run=work.run_id, units=total, done_before=done_before, output=work.data)
     if total > done_before:
         with (
             connect(job),
             attempts_of(job, work) as attempts,
-            progress_display(job, attempts, total, done_before),
+            progress_display(job, work, attempts, total, done_before),
             termination.draining(attempts.drain.remote),
         ):
             execute(job, work, attempts)
-    return done_before
 
 
 def _check_complete(work: Work, main: Work, termination: Termination) -> None:
@@ -86,14 +89,13 @@ def _check_complete(work: Work, main: Work, termination: Termination) -> None:
         raise RunError(f"expected a row of every unit, but {state}; the same command does the others")
 
 
-def _summarise(run: RunDirectory, work: Work, *, wall_s: float, done_before: int) -> None:
-    summary = summarise(
-        read_table(work.manifest, run.job.storage),
-        work.rows(columns()),
-        run_id=work.run_id,
-        wall_s=wall_s,
-        done_before=done_before,
-    )
+def _summarise(run: RunDirectory, work: Work, done: Work, *, wall_s: float) -> None:
+    """Write and show the summary of `work`, whose units of `done` were this start's to do."""
+    units, opened = (read_table(uri, run.job.storage) for uri in (work.manifest, done.open_units))
+    summary = summarise(units, work.rows(columns()), run_id=work.run_id, wall_s=wall_s, this_start=opened["id"])
     run.write("summary.json", json.dumps(summary, indent=2).encode())
+    if run.job.run.log_format == "json":
+        logs.event(_LOG, "run ended", run=work.run_id, output=work.data, summary=summary)
+        return
     print(table(summary))
     print(f"rows: {work.data}\nsummary: {run.meta}/summary.json")

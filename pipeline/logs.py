@@ -57,7 +57,8 @@ def unit_ended(logger: logging.Logger, unit: dict[str, Any], row: dict[str, Any]
     if row["status"] == "skipped":
         event(logger, "unit skipped", **common, **failure)
     else:
-        event(logger, "unit failed", level=logging.WARNING, **common, **failure)
+        name = "unit given up" if row["error_type"] == "ModelCrashed" else "unit failed"
+        event(logger, name, level=logging.WARNING, **common, **failure)
 
 
 class JsonLines(logging.Formatter):
@@ -78,19 +79,22 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps({key: _clean(value) for key, value in line.items()}, ensure_ascii=False, default=str)
+        return json.dumps(_clean(line), ensure_ascii=False, default=str)
 
 
 @contextmanager
 def to_terminal(log_format: Literal["text", "json"]) -> Iterator[None]:
-    """The driver's logs on stderr for the block: warnings as text, or every event as JSON."""
+    """The driver's logs on stderr for the block: warnings as text, or every event as JSON, Ray's warnings too."""
     handler = logging.StreamHandler()
-    if log_format == "json":
-        handler.setFormatter(JsonLines())
-    else:
+    if log_format == "text":
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         handler.setLevel(logging.WARNING)
-    with _attached(logging.getLogger("pipeline"), handler):
+        with _attached(logging.getLogger("pipeline"), handler):
+            yield
+        return
+    handler.setFormatter(JsonLines())
+    rays = logging.getLogger("ray")
+    with _attached(logging.getLogger("pipeline"), handler), _reformatted(rays.handlers, JsonLines()):
         yield
 
 
@@ -133,5 +137,21 @@ def _attached(logger: logging.Logger, *handlers: logging.Handler) -> Iterator[No
         logger.propagate = propagate
 
 
+@contextmanager
+def _reformatted(handlers: list[logging.Handler], formatter: logging.Formatter) -> Iterator[None]:
+    before = [(handler, handler.formatter) for handler in handlers]
+    for handler in handlers:
+        handler.setFormatter(formatter)
+    try:
+        yield
+    finally:
+        for handler, was in before:
+            handler.setFormatter(was)
+
+
 def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _clean(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(inner) for inner in value]
     return redacted(value) if isinstance(value, str) else value

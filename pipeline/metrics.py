@@ -8,7 +8,7 @@ stands in the rows. Labels are bounded: run, status, stage and error type, never
 
 import threading
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
@@ -73,15 +73,18 @@ _METRICS = {
 
 
 class _Run:
-    """Registered metrics of one process, labelled with its run."""
+    """Registered metrics of one process, labelled with its run; gauges are set again until `close`."""
 
     def __init__(self, run_id: str, specs: tuple[Spec, ...]) -> None:
+        self._gauges: dict[tuple[Spec, tuple[tuple[str, str], ...]], float] = {}
+        self._stop = threading.Event()
         self._metrics: dict[Spec, Any] = {
             spec: _METRICS[spec.kind](spec.name, spec.description, ("run", *spec.labels)).set_default_tags(
                 {"run": run_id}
             )
             for spec in specs
         }
+        threading.Thread(target=self._repeat, name="metrics", daemon=True).start()
 
     def count(self, spec: Spec, value: float | None, **labels: str) -> None:
         if value:
@@ -91,7 +94,16 @@ class _Run:
         self._metrics[spec].observe(value, labels)
 
     def set(self, spec: Spec, value: float, **labels: str) -> None:
+        self._gauges = {**self._gauges, (spec, tuple(labels.items())): value}
         self._metrics[spec].set(value, labels)
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def _repeat(self) -> None:
+        while not self._stop.wait(_REPEAT_S):
+            for (spec, labels), value in self._gauges.items():
+                self._metrics[spec].set(value, dict(labels))
 
 
 class ActorMetrics:
@@ -99,8 +111,6 @@ class ActorMetrics:
 
     def __init__(self, run_id: str) -> None:
         self._run = _Run(run_id, _ACTOR)
-        self._streams = {"asked": 0, "running": 0}
-        threading.Thread(target=self._repeat, name="metrics", daemon=True).start()
 
     def observe(self, row: dict[str, Any]) -> None:
         """Count one row (`ROW_SCHEMA`)."""
@@ -126,24 +136,21 @@ class ActorMetrics:
 
     def streams(self, *, asked: int, running: int) -> None:
         """How many decode streams this actor asked for, and how many of them have a CPU and run, or ended."""
-        self._streams = {"asked": asked, "running": running}
-        self._show()
-
-    def _show(self) -> None:
-        for state, count in self._streams.items():
-            self._run.set(STREAMS, count, state=state)
-
-    def _repeat(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(_REPEAT_S):
-            self._show()
+        self._run.set(STREAMS, asked, state="asked")
+        self._run.set(STREAMS, running, state="running")
 
 
 class DriverMetrics:
-    """What the driver tells: how much there is left to do; to be told again at least every 10 s, see above."""
+    """What the driver tells for a `with` block: how much there is left to do."""
 
     def __init__(self, run_id: str) -> None:
         self._run = _Run(run_id, (OPEN_UNITS,))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run.close()
 
     def open_units(self, count: int) -> None:
         """How many units have no row yet."""

@@ -3,6 +3,7 @@
 Imports no torch, so that a decoding process starts in a moment.
 """
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,9 +43,13 @@ def check_length(unit: dict[str, Any], clips: Clips) -> None:
 
 
 class FrameStream:
-    """A running decode task, read batch by batch; its crash, hang or failure is raised as a `UnitError`."""
+    """A running decode task, read batch by batch; its crash, hang or failure is raised as a `UnitError`.
+
+    queue_s   time its reader waited until the task had a CPU and a process
+    """
 
     def __init__(self, unit: dict[str, Any], job: JobConfig, sizing: Sizing) -> None:
+        self.queue_s = 0.0
         self._decode = job.decode
         self._refs = decode_task.options(
             num_cpus=job.decode.num_cpus,
@@ -56,6 +61,7 @@ class FrameStream:
 
     def __iter__(self) -> Iterator[FrameBatch]:
         running = False
+        began = time.perf_counter()
         while True:
             # Waiting for a free CPU has no limit (the cluster may be growing); a running decoder has one.
             ready, _ = ray.wait([self._refs], timeout=self._decode.timeout_s if running else None)
@@ -76,8 +82,14 @@ class FrameStream:
                 raise item
             if item is None:
                 running = True
+                self.queue_s = time.perf_counter() - began
             else:
                 yield item
+
+    def running(self) -> bool:
+        """Whether the task got its CPU, also when it is through; to be asked before reading only."""
+        ready, _ = ray.wait([self._refs], timeout=0)
+        return bool(ready)
 
     def close(self) -> None:
         """End the task, also one that hangs in native code."""

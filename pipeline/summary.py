@@ -1,10 +1,21 @@
-"""What a run did, from its rows: one JSON object, and a table for people."""
+"""What a run did, from its rows: one JSON object, and a table for people.
+
+Where the time went and how fast it was is told of the rows of this start alone, actor by actor. An actor's time runs
+from its first unit's start to its last row's end, by its own clock; loading the model comes before it. Within it the
+actor waits for a CPU to decode on (queue), waits for frames (wait), works (encode, prefill, generate), or does
+something else (other: hand-over of units and rows, tokenising, units that failed in the model, restarts).
+
+    speed of light = work ÷ actors' time: the rate of finished units as a share of what the same models would do if
+    they never waited, at the speed they had here. Decoders that slow the models down while both work (cores or memory
+    bandwidth that they share) lower the rate and this bound alike; `jobs/benchmark_pipeline.py` measures that, too.
+"""
 
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+WORK = ("encode", "prefill", "generate")
 STATUSES = ("ok", "truncated", "skipped", "error")
 _COLUMNS = [
     "id",
@@ -20,9 +31,13 @@ _COLUMNS = [
     "kv_bytes_uncompressed",
     "decode_s",
     "wait_s",
+    "queue_s",
     "encode_s",
     "prefill_s",
     "generate_s",
+    "started_at",
+    "finished_at",
+    "actor",
 ]
 
 
@@ -31,14 +46,18 @@ def columns() -> list[str]:
     return list(_COLUMNS)
 
 
-def summarise(units: pa.Table, rows: pa.Table, *, run_id: str, wall_s: float, done_before: int) -> dict[str, Any]:
-    """The summary of a run (JSON-able): `units` of the manifest, `rows` so far, and this start's wall time."""
+def summarise(
+    units: pa.Table, rows: pa.Table, *, run_id: str, wall_s: float, this_start: pa.ChunkedArray
+) -> dict[str, Any]:
+    """The summary of a run (JSON-able): `units` of the manifest, `rows` so far; of this start, its wall time and the
+    ids it had to do."""
     counts = {status: pc.sum(pc.equal(rows["status"], status)).as_py() or 0 for status in STATUSES}
     answered = rows.filter(pc.is_in(rows["status"], value_set=pa.array(["ok", "truncated"])))
     seconds = {
         name: round(_total(rows, f"{name}_s"), 3) for name in ("decode", "wait", "encode", "prefill", "generate")
     }
-    this_start = rows.num_rows - done_before
+    fresh = rows.filter(pc.is_in(rows["id"], value_set=this_start.combine_chunks()))
+    speed = _speed(fresh)
     saved = _total(answered, "kv_bytes_uncompressed") - _total(answered, "kv_bytes")
     return {
         "run_id": run_id,
@@ -52,12 +71,13 @@ def summarise(units: pa.Table, rows: pa.Table, *, run_id: str, wall_s: float, do
         "kv_bytes": int(_total(answered, "kv_bytes")),
         "kv_bytes_saved": int(saved),
         "seconds": seconds,
-        "bottleneck": _bottleneck(seconds),
+        "bottleneck": _bottleneck(speed["seconds"]),
         "this_start": {
-            "units": this_start,
-            "done_before": done_before,
+            "units": fresh.num_rows,
+            "done_before": rows.num_rows - fresh.num_rows,
             "wall_s": round(wall_s, 2),
-            "units_per_hour": round(3600 * this_start / wall_s, 1) if wall_s > 0 else None,
+            "units_per_hour": round(3600 * fresh.num_rows / wall_s, 1) if wall_s > 0 else None,
+            **speed,
         },
     }
 
@@ -86,6 +106,7 @@ def table(summary: dict[str, Any]) -> str:
             "speed",
             f"{start['units']:,} units in {start['wall_s']:,.0f} s: {start['units_per_hour'] or 0:,.0f} per hour",
         ),
+        *_light(start),
     ]
     return "\n".join(f"{name:<14} {text}" for name, text in lines)
 
@@ -128,20 +149,59 @@ def _hours(units: pa.Table, answered: pa.Table) -> float:
     return (pc.sum(pc.subtract(end, begin)).as_py() or 0.0) / 3600
 
 
+def _speed(rows: pa.Table) -> dict[str, Any]:
+    """Where the actors' time went, in seconds by stage, and how far that is from models that never wait."""
+    timed = rows.filter(pc.and_(pc.is_valid(rows["started_at"]), pc.is_valid(rows["finished_at"])))
+    spans = timed.group_by("actor").aggregate([("started_at", "min"), ("finished_at", "max")]).to_pylist()
+    actors_s = sum((span["finished_at_max"] - span["started_at_min"]).total_seconds() for span in spans)
+    queue_s = _total(timed, "queue_s")
+    seconds = {"queue": queue_s, "wait": max(_total(timed, "wait_s") - queue_s, 0.0)}
+    seconds |= {name: _total(timed, f"{name}_s") for name in WORK}
+    seconds["other"] = max(actors_s - sum(seconds.values()), 0.0)
+    work_s, possible = sum(seconds[name] for name in WORK), actors_s > 0
+    steady = 3600 * timed.num_rows * len(spans) / actors_s if possible else None
+    return {
+        "actors": len(spans),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "steady_units_per_hour": round(steady, 1) if steady else None,
+        "models_alone_units_per_hour": round(steady * actors_s / work_s, 1) if steady and work_s > 0 else None,
+        "speed_of_light": round(min(work_s / actors_s, 1.0), 4) if possible else None,
+    }
+
+
+def _light(start: dict[str, Any]) -> list[tuple[str, str]]:
+    if start["models_alone_units_per_hour"] is None:
+        return []
+    return [
+        (
+            "speed of light",
+            f"{start['speed_of_light']:.0%}: {start['steady_units_per_hour']:,.0f} units per hour once the models were "
+            f"loaded, of {start['models_alone_units_per_hour']:,.0f} if they never waited",
+        )
+    ]
+
+
+_ADVICE = {
+    "encode": "fewer or smaller frames (frames.fps, frames.max_px), or more actors",
+    "prefill": "lower lightkv.retention, fewer frames, or more actors",
+    "generate": "lower model.max_new_tokens, or more actors",
+    "other": "between units, or on units that failed in the model: raise ray.actors.batch_units, see the errors",
+}
+
+
 def _bottleneck(seconds: dict[str, float]) -> str:
-    """Where the model actors' time went; `decode_s` runs beside them and counts only as far as they waited."""
-    busy = {name: seconds[name] for name in ("wait", "encode", "prefill", "generate")}
-    total = sum(busy.values())
+    """What took most of the actors' time, what to do about it, and how long they waited for frames in all."""
+    total = sum(seconds.values())
     if total == 0:
         return "nothing ran"
-    name = max(busy, key=lambda key: busy[key])
-    advice = {
-        "wait": "waited for frames: add CPUs, or raise decode.prefetch_units",
-        "encode": "fewer or smaller frames (frames.fps, frames.max_px), or more actors",
-        "prefill": "lower lightkv.retention, fewer frames, or more actors",
-        "generate": "lower model.max_new_tokens, or more actors",
-    }
-    return f"{name} ({busy[name] / total:.0%} of the actors' time): {advice[name]}"
+    queue, wait = seconds["queue"] / total, seconds["wait"] / total
+    shares = {"wait": queue + wait} | {name: seconds[name] / total for name in _ADVICE}
+    name = max(shares, key=lambda key: shares[key])
+    told = f"{name} ({shares[name]:.0%} of the actors' time): "
+    if name != "wait":
+        return f"{told}{_ADVICE[name]}; they waited {queue + wait:.0%} of it for frames"
+    advice = "add CPUs, or lower decode.num_cpus" if queue > wait else "raise decode.prefetch_units, or add CPUs"
+    return f"{told}{queue:.0%} for a free CPU to decode on, {wait:.0%} for the frames themselves; {advice}"
 
 
 def _total(rows: pa.Table, column: str) -> float:

@@ -1,8 +1,10 @@
 """The progress display, in a terminal and in a log."""
 
 import io
+import json
 import sys
 
+from pipeline import logs
 from pipeline.cluster import _Display
 
 
@@ -11,12 +13,13 @@ class _Terminal(io.StringIO):
         return True
 
 
-def _show(monkeypatch, stream):
+def _show(monkeypatch, stream, log_format="text"):
     monkeypatch.setattr(sys, "stderr", stream)
-    display = _Display(total=10, done_before=3)
-    display.show({"ok": 1, "error": 1})
-    display.show({"ok": 1, "error": 1})
-    display.end()
+    with logs.to_terminal(log_format):
+        display = _Display(total=10, done_before=3, log_format=log_format)
+        display.show({"ok": 1, "error": 1})
+        display.show({"ok": 1, "error": 1})
+        display.end()
     return stream.getvalue()
 
 
@@ -32,3 +35,9 @@ def test_terminal_line_is_overwritten_and_cleared(monkeypatch):
     assert "\n" not in text
     assert text.startswith("\r")
     assert text.endswith("\r\033[K")
+
+
+def test_progress_as_json_is_an_event_per_interval(monkeypatch):
+    lines = [json.loads(line) for line in _show(monkeypatch, _Terminal(), "json").splitlines()]
+    assert len(lines) == 2
+    assert {"event": "progress", "done": 5, "total": 10, "units": {"ok": 1, "error": 1}}.items() <= lines[0].items()
