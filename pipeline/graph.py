@@ -9,9 +9,11 @@ from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, ExecutionResources
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.checkpoint.checkpoint_filter import IdColumnCheckpointManager
+from ray.exceptions import RayError
 
 from pipeline.actor import CaptionActor
 from pipeline.config import JobConfig
+from pipeline.errors import RunError
 from pipeline.run import Work
 
 
@@ -45,7 +47,10 @@ def build(job: JobConfig, work: Work, attempts: ActorHandle) -> ray.data.Dataset
 
 
 def execute(job: JobConfig, work: Work, attempts: ActorHandle) -> None:
-    """Run the graph into the run's data folder; a file counts once its checkpoint is committed."""
+    """Run the graph into the run's data folder; a file counts once its checkpoint is committed.
+
+    Raises `RunError` with the cause in a line when Ray cannot go on; what is committed stays.
+    """
     context = ray.data.DataContext.get_current()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context.enable_progress_bars = False  # the job has its own display
@@ -71,8 +76,16 @@ def execute(job: JobConfig, work: Work, attempts: ActorHandle) -> None:
             min_rows_per_file=job.sink.rows_per_file,
             compression=job.sink.compression,
         )
+    except (RayError, OSError) as error:
+        raise RunError(f"the job cannot go on: {_cause(error)}; rows in {work.data} stay, fix it and repeat") from error
     finally:
         context.checkpoint_config = None
+
+
+def _cause(error: Exception) -> str:
+    """The last line of what Ray tells, in which the cause stands after a traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip()[:300]
 
 
 def _gpus(job: JobConfig) -> float:
