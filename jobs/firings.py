@@ -1,0 +1,84 @@
+"""What a schedule has fired, kept in object storage: one numbered JSON file per firing.
+
+Only one of several schedulers can create the next number, so a firing is claimed once. The highest number is the
+last firing, and while it has not ended there is no next one.
+"""
+
+import datetime
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Self
+
+from pipeline import storage as st
+from pipeline.config import Storage
+
+State = Literal["claimed", "submitted", "ended"]
+
+
+@dataclass(frozen=True)
+class Firing:
+    """One firing: `claimed` by a scheduler, `submitted` to the cluster, `ended` with the job's status."""
+
+    number: int
+    time: datetime.datetime  # when it was due, UTC, whole seconds
+    owner: str  # of the claim
+    since: datetime.datetime  # of the state
+    state: State = "claimed"
+    attempt: int = 1  # submissions of it, this one included
+    status: str | None = None  # at the end: SUCCEEDED | FAILED | STOPPED, or LOST with its cluster
+    exit_code: int | None = None
+
+    @property
+    def stamp(self) -> str:
+        """The time as it stands in names."""
+        return f"{self.time:%Y-%m-%dT%H-%M-%SZ}"
+
+    def become(self, state: State, since: datetime.datetime, **changes: Any) -> Self:
+        """The firing in its next state."""
+        return replace(self, state=state, since=since, **changes)
+
+
+class Firings:
+    """The firings of one schedule, under `uri`."""
+
+    def __init__(self, uri: str, config: Storage) -> None:
+        self._uri = uri.rstrip("/")
+        self._config = config
+
+    def last(self) -> Firing | None:
+        """The firing with the highest number."""
+        numbers = self._numbers()
+        return self._read(numbers[-1]) if numbers else None
+
+    def at(self, time: datetime.datetime) -> Firing | None:
+        """The firing that was due at `time`; firings follow each other in time."""
+        for number in reversed(self._numbers()):
+            firing = self._read(number)
+            if firing.time <= time:
+                return firing if firing.time == time else None
+        return None
+
+    def claim(self, firing: Firing) -> bool:
+        """Add a firing; False when another scheduler has taken its number."""
+        return st.create_exclusive(self._path(firing.number), _content(firing), self._config)
+
+    def write(self, firing: Firing) -> None:
+        """Put a firing's new state in the place of its old one."""
+        st.write_bytes_atomic(self._path(firing.number), _content(firing), self._config)
+
+    def _numbers(self) -> list[int]:
+        names = (entry.uri.rsplit("/", 1)[-1] for entry in st.list_files(self._uri, self._config, missing_ok=True))
+        return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
+
+    def _path(self, number: int) -> str:
+        return f"{self._uri}/{number:08d}.json"
+
+    def _read(self, number: int) -> Firing:
+        fields = json.loads(st.read_bytes(self._path(number), self._config))
+        times = {name: datetime.datetime.fromisoformat(fields[name]) for name in ("time", "since")}
+        return Firing(**fields | times)
+
+
+def _content(firing: Firing) -> bytes:
+    times = {"time": firing.time.isoformat(), "since": firing.since.isoformat()}
+    return json.dumps(asdict(firing) | times).encode()

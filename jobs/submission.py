@@ -1,0 +1,93 @@
+"""Jobs on a Ray cluster, over the address of its head: submitted once per id, and asked for."""
+
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import JobConfig, load_config
+from pipeline.errors import ConfigError, RunError
+
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a cluster says about a job."""
+
+    status: str  # PENDING | RUNNING | SUCCEEDED | FAILED | STOPPED
+    exit_code: int | None  # of the driver, once it has ended by itself
+    message: str
+    run: str | None  # the output folder it was submitted for
+
+    @property
+    def ended(self) -> bool:
+        return self.status in _ENDED
+
+
+class Cluster:
+    """A cluster that may be out of reach: every call connects anew and raises what Ray's client raises."""
+
+    def __init__(self, address: str, runtime_env: dict[str, Any]) -> None:
+        self._address = address
+        self._runtime_env = runtime_env
+
+    def submit(self, id: str, command: str, run: str) -> bool:
+        """Start `command`; False when the cluster has a job of this id and `run` already.
+
+        Raises `RunError` when the id belongs to another run.
+        """
+        client = self._client()
+        try:
+            client.submit_job(
+                entrypoint=command, submission_id=id, runtime_env=self._runtime_env, metadata={"run": run}
+            )
+        except RuntimeError:  # refused, or a repetition after a lost answer: what the cluster has decides
+            found = self._find(client, id)
+            if found is None:
+                raise
+            if found.run != run:
+                raise RunError(f"submission {id} belongs to {found.run}, not to {run}: choose another --name") from None
+            return False
+        return True
+
+    def find(self, id: str) -> Submission | None:
+        """The job of this id; None when the cluster does not know it."""
+        return self._find(self._client(), id)
+
+    def log_tail(self, id: str, lines: int) -> str:
+        """The last lines of a job's output."""
+        return "\n".join(self._client().get_job_logs(id).splitlines()[-lines:])
+
+    def _client(self) -> Any:
+        from ray.job_submission import JobSubmissionClient  # a second to import: help and refusals must not
+
+        return JobSubmissionClient(self._address)
+
+    def _find(self, client: Any, id: str) -> Submission | None:
+        try:
+            found = client.get_job_info(id)
+        except RuntimeError:
+            if any(job.submission_id == id for job in client.list_jobs()):
+                raise
+            return None
+        run = (found.metadata or {}).get("run")
+        return Submission(str(found.status.value), found.driver_exit_code, found.message or "", run)
+
+
+def command(job: JobConfig) -> str:
+    """The shell command that runs `job` on any machine: its configuration travels in `--set`."""
+    values = job.model_dump(mode="json", exclude_defaults=True)
+    overrides = [f"{key}={json.dumps(value)}" for key, value in _leaves(values)]
+    if load_config(None, overrides) != job:
+        raise ConfigError("the configuration cannot be told in --set options: write small numbers without exponents")
+    return shlex.join(["python", "-m", "jobs.caption", *(f"--set={override}" for override in overrides)])
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
