@@ -109,6 +109,7 @@ class ObjectFile(AbstractBufferedFile):
         super().__init__(connect(storage), path, "rb", size=size, **caching)
 
     def _fetch_range(self, start: int, end: int) -> bytes:
+        end = min(end, self.size)
         return get(self.path, self._storage, etag=self._etag, span=(start, end)) if end > start else b""
 
 

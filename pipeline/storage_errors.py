@@ -8,7 +8,7 @@ import botocore.exceptions as boto
 
 from pipeline.errors import SourceError
 
-_ARROW = re.compile(r"AWS Error (\w+) during (\w+) operation")
+_ARROW = re.compile(r"AWS Error (\w+)(?: \(HTTP status (\d+)\))? during \w+ operation")
 _ARROW_KINDS = {
     "NETWORK_CONNECTION": "Unreachable",
     "REQUEST_TIMEOUT": "Unreachable",
@@ -50,13 +50,14 @@ def faults(uri: str) -> Iterator[None]:
 
 
 def _fault(uri: str, error: Exception) -> StorageError:
-    detail = " ".join(str(error).split())
+    detail = " ".join(str(error).split()) or type(error).__name__
     code = error_code(error)
     refused = client_error(error)
     status = refused.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) if refused else 0
     match error:
         case OSError() if found := _ARROW.search(detail):
-            return StorageError(_ARROW_KINDS.get(found[1], "Storage"), f"{uri}: {detail}")
+            again = "Unavailable" if found[2] and found[2] >= "500" else "Storage"
+            return StorageError(_ARROW_KINDS.get(found[1], again), f"{uri}: {detail}")
         case FileNotFoundError() if code == "NoSuchBucket":
             return StorageError("NotFound", f"no such bucket: {uri}")
         case FileNotFoundError() | NotADirectoryError():
@@ -70,7 +71,8 @@ def _fault(uri: str, error: Exception) -> StorageError:
             return StorageError("AccessDenied", f"access denied: {uri} ({detail}); {hint}")
         case OSError() if status >= 500 or status == 429:
             hint = "the storage is overloaded or has a fault; try again later, or raise storage.max_attempts"
-            return StorageError("Unavailable", f"refused for now: {uri} (HTTP {status} {code}); {hint}")
+            said = f"HTTP {status}" if code.isdigit() else f"HTTP {status} {code}"
+            return StorageError("Unavailable", f"refused for now: {uri} ({said}); {hint}")
         case (
             boto.NoCredentialsError()
             | boto.PartialCredentialsError()
@@ -87,7 +89,7 @@ def _fault(uri: str, error: Exception) -> StorageError:
             return StorageError("Unreachable", f"cannot reach the storage of {uri} ({detail}); {hint}")
         case boto.ParamValidationError() | boto.InvalidRegionError():
             return StorageError("InvalidUri", f"cannot be asked for: {uri} ({detail})")
-    return StorageError("Storage", f"{uri}: {detail or type(error).__name__}")
+    return StorageError("Storage", f"{uri}: {detail}")
 
 
 def client_error(error: BaseException) -> boto.ClientError | None:
