@@ -4,6 +4,8 @@ Whether a unit is taken follows from a hash of its id, so actors agree without a
 replaces its own record. Recording never raises: what cannot be recorded is logged and left out.
 """
 
+from __future__ import annotations
+
 import base64
 import hashlib
 import io
@@ -12,19 +14,21 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from lightkv import LightKVConfig
 from pipeline import storage
-from pipeline.answerer import Answer
 from pipeline.config import JobConfig, Storage
-from pipeline.decode import FrameBatch
-from pipeline.encode import Encoded
 from pipeline.run import Work
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the page is made without it
+    from lightkv import LightKVConfig
+    from pipeline.answerer import Answer
+    from pipeline.decode import FrameBatch
+    from pipeline.encode import Encoded
 
 VERSION = 1
 _WIDTH_PX, _QUALITY = 320, 85
@@ -41,7 +45,7 @@ class Sampling:
     storage: Storage
 
     @classmethod
-    def of(cls, job: JobConfig, work: Work) -> "Sampling | None":
+    def of(cls, job: JobConfig, work: Work) -> Sampling | None:
         """About `report.samples` units of this pass, the same ones at every start; None when the job wants none."""
         if not job.report.enabled or job.report.samples == 0:
             return None
@@ -50,7 +54,7 @@ class Sampling:
         share = min(1.0, job.report.samples / max(units, 1))
         return cls(folder_of(job.sink.uri), share, job.report.frames, job.storage)
 
-    def sample(self, unit_id: str, step: int = 1) -> "Sample | None":
+    def sample(self, unit_id: str, step: int = 1) -> Sample | None:
         """The record to fill for a unit, or None for most; `step` frames share their patches."""
         place = int.from_bytes(hashlib.sha256(unit_id.encode()).digest()[:8]) / 2**64
         return Sample(self, unit_id, step) if place < self.share else None
@@ -127,7 +131,7 @@ class _Frame:
     jpeg: bytes
 
     @classmethod
-    def of(cls, index: int, time_s: float, pixels: np.ndarray) -> "_Frame":
+    def of(cls, index: int, time_s: float, pixels: np.ndarray) -> _Frame:
         image = Image.fromarray(np.ascontiguousarray(pixels))
         if image.width > _WIDTH_PX:
             image = image.resize((_WIDTH_PX, max(1, round(image.height * _WIDTH_PX / image.width))))
