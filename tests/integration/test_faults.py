@@ -73,7 +73,7 @@ def committed(out):
 def test_unit_that_kills_its_model_process_is_an_error_row_and_retry_heals_it(clips, expected, tmp_path):
     videos = write(tmp_path / "videos", clips, "a", "poison", "poison-once", "b")
     out = tmp_path / "out"
-    overrides = [f"source.uri={videos}", f"sink.uri={out}", "ray.num_cpus=2", "ray.actors.batch_units=2"]
+    overrides = [f"source.uri={videos}", f"sink.uri={out}", "ray.num_cpus=2", "ray.actors.batch_units=1"]
     run("caption", *overrides, "run.max_attempts=2", "decode.backend=tests.integration.backends:dangerous")
     rows = rows_by_name(out)
     assert {n: (r["status"] == "error", r["error_type"], r["attempts"]) for n, r in rows.items()} == {
