@@ -23,7 +23,7 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.run import RunDirectory
 
 LOG = logging.getLogger("jobs.schedule")
-_POLL_S = 15.0
+_POLL_S, _IDLE_S = 15.0, 60.0  # between looks at a run, and at a schedule that has nothing to do
 _ON_TIME_S = 60.0  # a firing that starts later was missed
 _CLAIM_S = 120.0  # a claim that is not submitted by then is taken up by whoever sees it
 _BACKOFF_S, _LONGEST_BACKOFF_S = 5.0, 300.0
@@ -136,7 +136,7 @@ class Scheduler:
         now = self._clock.now()
         due = self._due(last, now)
         if due is None:
-            return min(_POLL_S, (next(self._schedule.after(now)) - now).total_seconds())
+            return min(_IDLE_S, (next(self._schedule.after(now)) - now).total_seconds())
         try:
             firing = self._claim(due)
         except RunError as taken:
