@@ -5,10 +5,10 @@ import signal
 import subprocess
 import time
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from jobs.soak import processes
 from pipeline.mini.world import render_demo
 from tests.integration.jobs import ROOT, command, environment, rows_by_name, run
 
@@ -54,18 +54,6 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.05)
 
 
-def model_processes(driver):
-    """The processes that hold a model, of a local job."""
-    found = []
-    for process in psutil.Process(driver.pid).children(recursive=True):
-        try:
-            if "CaptionActor" in process.name() or "MapBatches(CaptionActor)" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def committed(out):
     return [p for p in (out / "_run" / "checkpoint").glob("*.parquet") if "pending" not in p.name]
 
@@ -95,7 +83,7 @@ def test_killed_model_process_costs_nothing_but_its_time(clips, expected, tmp_pa
     process = start("caption", f"source.uri={videos}", f"sink.uri={out}", "ray.num_cpus=2", "sink.rows_per_file=1",
                     "ray.actors.batch_units=2")  # fmt: skip
     wait_for(lambda: committed(out), process)
-    (model,) = model_processes(process)
+    (model,) = processes(process.pid, "CaptionActor")
     model.kill()
     output = process.communicate(timeout=240)
     assert process.returncode == 0, output
