@@ -3,7 +3,6 @@
 A run writes its page at its end; this makes it again, or makes one of a run that is still going or was killed.
 """
 
-import json
 from pathlib import Path
 
 from jobs.cli import load, main_guard, parser
@@ -40,7 +39,8 @@ def main() -> int:
 
 def _only_storage(run: str, overrides: list[str]) -> JobConfig:
     """A configuration that says where the run is and how it is reached; its own lies in the run."""
-    return load_config(None, ["source.uri=unused", f"sink.uri={json.dumps(run)}", *overrides])
+    job = load_config(None, ["source.uri=unused", "sink.uri=unused", *overrides])
+    return job.model_copy(update={"sink": job.sink.model_copy(update={"uri": run})})
 
 
 if __name__ == "__main__":

@@ -178,19 +178,26 @@ def folder_of(run_uri: str) -> str:
 
 
 def read_samples(run_uri: str, config: Storage, ids: set[str], max_bytes: int) -> tuple[dict[str, dict[str, Any]], int]:
-    """The records of the units `ids` by id, at most `max_bytes` together, and how many were left out."""
+    """The records of the units `ids` by id, at most `max_bytes` together, and how many files were left out."""
     found: dict[str, dict[str, Any]] = {}
     left_out = 0
     for entry in storage.list_files(folder_of(run_uri), config, missing_ok=True):
-        if not entry.uri.endswith(".json"):
-            continue
         max_bytes -= entry.size_bytes
-        document = json.loads(storage.read_bytes(entry.uri, config)) if max_bytes >= 0 else None
-        if document is None or document.get("version") != VERSION:
+        document = _document(storage.read_bytes(entry.uri, config)) if max_bytes >= 0 else None
+        if document is None:
             left_out += 1
         elif document["id"] in ids:
             found[document["id"]] = document
     return found, left_out
+
+
+def _document(content: bytes) -> dict[str, Any] | None:
+    """A record; None if it is none, or of another version."""
+    try:
+        document = json.loads(content)
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) and document.get("version") == VERSION else None
 
 
 def _first_patch(encoded: Encoded, frame: int, step: int) -> tuple[int, int, int]:
