@@ -1,92 +1,129 @@
-"""`ray job submit` against a running head: the job runs there, and its exit code comes back."""
+"""`ray job submit` against a running head: jobs run there, their exit codes come back, stopped ones can be resumed."""
 
-import contextlib
-import os
-import signal
-import socket
+import json
 import subprocess
-import sys
 import time
-import urllib.request
-from pathlib import Path
 
+import boto3
+import pyarrow.parquet as pq
 import pytest
+from ray.job_submission import JobSubmissionClient
 
+from jobs.submission import Cluster
+from pipeline.config import load_config
+from pipeline.errors import RunError
 from pipeline.mini.world import render_demo
+from tests.integration.head import RAY, running_head
 from tests.integration.jobs import ROOT, SMALL, environment, rows_by_name
+from tests.s3 import CREDENTIALS, server
 
 pytestmark = pytest.mark.integration
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory):
-    """A head node of its own, ended by its own process group: `ray stop` would end other clusters too."""
-    port, dashboard, agent, client = (_free_port() for _ in range(4))
-    log = (tmp_path_factory.mktemp("head") / "log").open("w+")
-    # Loopback of its own: 127.0.0.1 would be rewritten to the host's outer address.
-    options = ["--node-ip-address=127.0.0.2", f"--port={port}", "--num-cpus=2", "--object-store-memory=200000000"]
-    options += ["--dashboard-host=127.0.0.2", f"--dashboard-port={dashboard}"]
-    # These have fixed defaults, which another Ray on this machine may hold; without its agent a head takes no jobs.
-    options += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
-    process = subprocess.Popen(
-        [RAY, "start", "--head", "--block", *options],
-        env=environment(),
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    address = f"http://127.0.0.2:{dashboard}"
-    deadline = time.monotonic() + 90
-    while not _answers(f"{address}/api/version"):
-        log.seek(0)
-        assert process.poll() is None, log.read()
-        assert time.monotonic() < deadline, log.read()
-        time.sleep(0.5)
-    yield address
-    os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(20)
-    subprocess.run(["pkill", "-9", "-g", str(process.pid)], check=False)
+    with running_head(tmp_path_factory.mktemp("head") / "log") as head:
+        yield head
 
 
-def _answers(url):
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    render_demo(folder, 2)
+    return folder
 
 
-def _submit(head, *overrides):
-    job = ["python", "-m", "jobs.caption", *(f"--set={o}" for o in [*SMALL, *overrides])]
-    return subprocess.run(
-        [RAY, "job", "submit", "--address", head, "--working-dir", ".", "--", *job],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def _ended(client, id, timeout_s=120):
+    """The job's details once it has ended."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := client.get_job_info(id)).status.is_terminal():
+        assert time.monotonic() < deadline, client.get_job_logs(id)
+        time.sleep(0.2)
+    return found
 
 
-def test_submitted_job_captions_on_the_cluster(head, tmp_path):
-    render_demo(tmp_path / "videos", 2)
-    done = _submit(head, f"source.uri={tmp_path / 'videos'}", f"sink.uri={tmp_path / 'out'}")
+def test_submitted_job_captions_on_the_cluster(head, videos, tmp_path):
+    done = head.submit(f"source.uri={videos}", f"sink.uri={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 2 finished" in done.stdout
-    rows = rows_by_name(tmp_path / "out")
+    rows = rows_by_name(tmp_path)
     assert {row["status"] for row in rows.values()} <= {"ok", "truncated"}
     assert len(rows) == 2
 
 
-def test_submitted_job_that_is_refused_fails_the_submission(head, tmp_path):
-    done = _submit(head, "source.uri=/nowhere", f"sink.uri={tmp_path / 'out'}", "frames.fsp=1")
+def test_submitted_job_that_is_refused_fails_the_submission_with_exit_code_2(head, tmp_path):
+    done = head.submit("source.uri=/nowhere", f"sink.uri={tmp_path / 'out'}", "frames.fsp=1")
     assert done.returncode != 0
     assert "did you mean fps?" in done.stdout + done.stderr
+    failed = [job for job in JobSubmissionClient(head.address).list_jobs() if str(tmp_path) in job.entrypoint]
+    assert [(job.status.value, job.driver_exit_code) for job in failed] == [("FAILED", 2)]
+
+
+def test_credentials_of_a_submission_reach_every_worker(head, videos):
+    """S3 keys stand in the runtime environment alone; code comes with it, too."""
+    with server("submitted") as storage:
+        client = boto3.client("s3", endpoint_url=storage.endpoint_url, **_keys())
+        for path in videos.glob("*.mp4"):
+            client.upload_file(str(path), "submitted", f"in/{path.name}")
+        overrides = ["source.uri=s3://submitted/in", "sink.uri=s3://submitted/out", *SMALL]
+        overrides += [f"storage.endpoint_url={storage.endpoint_url}", "storage.region=us-east-1"]
+        jobs = JobSubmissionClient(head.address)
+        id = jobs.submit_job(
+            entrypoint=" ".join(["python -m jobs.caption", *(f"--set={one}" for one in overrides)]),
+            runtime_env={"working_dir": str(ROOT), "env_vars": CREDENTIALS},
+        )
+        found = _ended(jobs, id)
+        assert (found.status.value, found.driver_exit_code) == ("SUCCEEDED", 0), jobs.get_job_logs(id)
+        assert "2 of 2 finished" in jobs.get_job_logs(id)
+        assert "error 0" in jobs.get_job_logs(id)
+
+
+def _keys():
+    return {
+        "aws_access_key_id": CREDENTIALS["AWS_ACCESS_KEY_ID"],
+        "aws_secret_access_key": CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+        "region_name": "us-east-1",
+    }
+
+
+def _job(videos, out, *overrides):
+    return load_config(None, [*SMALL, f"source.uri={videos}", f"sink.uri={out}", *overrides])
+
+
+def test_stopped_job_drains_and_the_same_job_submitted_again_does_the_rest(head, videos, tmp_path):
+    job = _job(videos, tmp_path, "clips.length_s=0.5", "sink.rows_per_file=1", "ray.actors.batch_units=1")
+    cluster, client = Cluster(head.address, str(ROOT)), JobSubmissionClient(head.address)
+    assert cluster.submit("stopped-1", job)
+    deadline = time.monotonic() + 120
+    while not any((tmp_path / "data").glob("*.parquet")):
+        assert not client.get_job_info("stopped-1").status.is_terminal(), client.get_job_logs("stopped-1")
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    subprocess.run(
+        [RAY, "job", "stop", "--address", head.address, "stopped-1"], env=environment(), check=True, timeout=120
+    )
+    assert _ended(client, "stopped-1").status.value == "STOPPED"
+    log = client.get_job_logs("stopped-1")
+    assert "the job was asked to end" in log
+    planned = pq.read_table(tmp_path / "_run" / "manifest.parquet")["id"].to_pylist()
+    before = pq.read_table(tmp_path)["id"].to_pylist()
+    assert 0 < len(before) < len(planned)
+    assert cluster.submit("stopped-2", job)
+    assert _ended(client, "stopped-2").driver_exit_code == 0, client.get_job_logs("stopped-2")
+    assert sorted(pq.read_table(tmp_path)["id"].to_pylist()) == sorted(planned)
+    assert json.loads((tmp_path / "_run" / "summary.json").read_text())["this_start"]["done_before"] == len(before)
+
+
+def test_a_submission_of_one_id_runs_once(head, videos, tmp_path):
+    cluster = Cluster(head.address, None)
+    refused = _job(videos, tmp_path / "out", "model.name=nobody/nothing")
+    assert cluster.find("once") is None
+    assert cluster.submit("once", refused)
+    assert not cluster.submit("once", refused)
+    with pytest.raises(RunError, match="submission once belongs to"):
+        cluster.submit("once", _job(videos, tmp_path / "other"))
+    _ended(JobSubmissionClient(head.address), "once")
+    found = cluster.find("once")
+    assert (found.status, found.exit_code, found.run) == ("FAILED", 2, str(tmp_path / "out"))
+    assert "error: model.name nobody/nothing" in cluster.log_tail("once", 5)
+    assert not cluster.submit("once", refused)
