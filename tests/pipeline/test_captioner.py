@@ -201,6 +201,50 @@ def test_unexpected_exception_becomes_a_row(mini):
     assert (row["status"], row["error_type"], row["error_message"]) == ("error", "ZeroDivisionError", "oops")
 
 
+def _cpu_allocation():
+    torch.empty(10**15)
+
+
+def _device_allocation():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def _object_allocation():
+    raise MemoryError
+
+
+@pytest.mark.parametrize("allocate", [_cpu_allocation, _device_allocation, _object_allocation])
+def test_memory_that_runs_out_is_one_error_type_and_the_next_unit_is_answered(mini, allocate):
+    def frames():
+        yield next(_batches())
+        allocate()
+
+    before = mini.row(_unit(), _batches())["answers"]
+    row = mini.row(_unit(), frames())
+    assert (row["status"], row["error_stage"], row["error_type"]) == ("error", "generate", "OutOfMemory")
+    assert mini.row(_unit(), _batches())["answers"] == before
+
+
+def test_lost_device_is_not_a_row(mini):
+    def frames():
+        yield next(_batches())
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError):
+        mini.row(_unit(), frames())
+
+
+def test_unit_that_is_given_up_has_a_row_that_says_why(mini):
+    row = mini.failed_row(_unit() | {"attempts": 2}, UnitError("generate", "ModelCrashed", "it died"))
+    assert (row["status"], row["error_type"], row["error_message"], row["attempts"], row["text"]) == (
+        "error",
+        "ModelCrashed",
+        "it died",
+        3,
+        None,
+    )
+
+
 def test_answer_cut_at_the_limit_is_marked_truncated(mini):
     row = Captioner(_job("model.max_new_tokens=1"), "run").row(_unit(), _batches())
     assert row["status"] == "truncated"
