@@ -46,7 +46,7 @@ class CaptionActor:
         self._logs.enter_context(logs.to_folder(folder, f"actor-{os.getpid()}", run=run_id, actor=self._id))
         ray.get(attempts.loading.remote(self._id))
         began = time.perf_counter()
-        self._captioner = Captioner(job, run_id)
+        self._captioner = self._load(run_id)
         attempts.loaded.remote(self._id)
         load_s = round(time.perf_counter() - began, 3)
         logs.event(_LOG, "actor started", model=job.model.name, load_s=load_s, pid=os.getpid())
@@ -57,7 +57,7 @@ class CaptionActor:
         while waiting or streams:
             while waiting and len(streams) <= self._job.decode.prefetch_units:
                 unit = waiting.popleft()
-                streams.append((unit, FrameStream(unit, self._job, self._captioner.sizing)))
+                streams.append((unit, self._open(unit)))
             self._metrics.streams(asked=len(streams), running=sum(stream.running() for _, stream in streams))
             unit, stream = streams.popleft()
             started = datetime.now(UTC)
@@ -73,6 +73,12 @@ class CaptionActor:
             self._tell(unit, row, turn)
             yield rows_table([row])
         self._metrics.streams(asked=0, running=0)
+
+    def _load(self, run_id: str) -> Captioner:
+        return Captioner(self._job, run_id)
+
+    def _open(self, unit: dict[str, Any]) -> FrameStream:
+        return FrameStream(unit, self._job, self._captioner.sizing)
 
     def _tell(self, unit: dict[str, Any], row: dict[str, Any], turn: Turn) -> None:
         """Metrics and logs: what came of a unit, and that an earlier start of it ended with its process."""

@@ -28,15 +28,17 @@ class _CleanOnly(IdColumnCheckpointManager):
         return None, 0
 
 
-def build(job: JobConfig, work: Work, attempts: ActorHandle) -> ray.data.Dataset:
-    """Units still to be done → rows; lazy. One row per unit from end to end, which resuming rests on."""
+def build(
+    job: JobConfig, work: Work, attempts: ActorHandle, actor: type[CaptionActor] = CaptionActor
+) -> ray.data.Dataset:
+    """Units still to be done → rows of `actor`; lazy. One row per unit from end to end, which resuming rests on."""
     filesystem, manifest = work.arrow_path(work.open_units)
     actors = job.ray.actors
     units = ray.data.read_parquet(manifest, filesystem=filesystem)
     # A small manifest is one block, which one actor would take whole.
     units = units.repartition(target_num_rows_per_block=actors.batch_units)
     return units.map_batches(
-        CaptionActor,
+        actor,
         fn_constructor_args=(job, work.run_id, attempts),
         batch_size=actors.batch_units,
         batch_format="pyarrow",
@@ -46,7 +48,7 @@ def build(job: JobConfig, work: Work, attempts: ActorHandle) -> ray.data.Dataset
     )
 
 
-def execute(job: JobConfig, work: Work, attempts: ActorHandle) -> None:
+def execute(job: JobConfig, work: Work, attempts: ActorHandle, actor: type[CaptionActor] = CaptionActor) -> None:
     """Run the graph into the run's data folder; a file counts once its checkpoint is committed.
 
     Raises `RunError` with the cause in a line when Ray cannot go on; what is committed stays.
@@ -69,7 +71,7 @@ def execute(job: JobConfig, work: Work, attempts: ActorHandle) -> None:
     )
     filesystem, path = work.arrow_path(work.data)
     try:
-        build(job, work, attempts).write_parquet(
+        build(job, work, attempts, actor).write_parquet(
             path,
             filesystem=filesystem,
             mode="append",
