@@ -75,9 +75,8 @@ def main() -> int:
     except (zoneinfo.ZoneInfoNotFoundError, ValueError):
         raise ConfigError(f"--timezone: expected a name such as Europe/Berlin, got {arguments.timezone!r}") from None
     schedule = Schedule(arguments.name, arguments.cron, timezone, arguments.missed, arguments.attempts)
-    runtime_env = {"working_dir": arguments.working_dir} if arguments.working_dir else {}
-    clock = Clock()
-    scheduler = Scheduler(schedule, lambda: load(arguments), Cluster(arguments.address, runtime_env), clock)
+    clock, cluster = Clock(), Cluster(arguments.address, arguments.working_dir)
+    scheduler = Scheduler(schedule, lambda: load(arguments), cluster, clock)
     signal.signal(signal.SIGTERM, clock.stop)
     with _logging():
         if arguments.once is None:

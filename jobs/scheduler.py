@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import cronsim
 
 from jobs.firings import Firing, Firings
-from jobs.submission import Submission, command
+from jobs.submission import Submission
 from pipeline import logs
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError, RunError
@@ -62,7 +62,7 @@ class Schedule:
 class Jobs(Protocol):
     """Where jobs run: `jobs.submission.Cluster`, or a stand-in."""
 
-    def submit(self, id: str, command: str, run: str) -> bool: ...
+    def submit(self, id: str, job: JobConfig) -> bool: ...
     def find(self, id: str) -> Submission | None: ...
     def log_tail(self, id: str, lines: int) -> str: ...
 
@@ -178,8 +178,7 @@ class Scheduler:
         if firing.state == "claimed":
             if firing.owner != self._owner and (now - firing.since).total_seconds() < _CLAIM_S:
                 return firing
-            job = self._job(firing)
-            new = self._jobs.submit(self._id(firing), command(job), job.sink.uri)
+            new = self._jobs.submit(self._id(firing), self._job(firing))
             self._log("submitted" if new else "was submitted", firing=firing.stamp, submission=self._id(firing))
             firing = firing.become("submitted", now)
             self._firings.write(firing)

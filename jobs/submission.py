@@ -1,6 +1,7 @@
 """Jobs on a Ray cluster, over the address of its head: submitted once per id, and asked for."""
 
 import json
+import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 from pipeline.config import JobConfig, load_config
 from pipeline.errors import ConfigError, RunError
 
+_STOP_S = 15  # from the end of the grace to the end of the job
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -29,19 +31,25 @@ class Submission:
 class Cluster:
     """A cluster that may be out of reach: every call connects anew and raises what Ray's client raises."""
 
-    def __init__(self, address: str, runtime_env: dict[str, Any]) -> None:
+    def __init__(self, address: str, working_dir: str | None) -> None:
+        """`working_dir`: code to send along; None: the cluster has it."""
         self._address = address
-        self._runtime_env = runtime_env
+        self._code = {"working_dir": working_dir} if working_dir else {}
 
-    def submit(self, id: str, command: str, run: str) -> bool:
-        """Start `command`; False when the cluster has a job of this id and `run` already.
+    def submit(self, id: str, job: JobConfig) -> bool:
+        """Start captioning; False when the cluster has a job of this id and output already.
 
-        Raises `RunError` when the id belongs to another run.
+        Raises `RunError` when the id belongs to another output.
         """
-        client = self._client()
+        client, run = self._client(), job.sink.uri
+        # Ray kills a job three seconds after it was asked to stop, unless this says otherwise.
+        patience = {"RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(job.run.grace_s) + _STOP_S)}
         try:
             client.submit_job(
-                entrypoint=command, submission_id=id, runtime_env=self._runtime_env, metadata={"run": run}
+                entrypoint=command(job),
+                submission_id=id,
+                runtime_env={**self._code, "env_vars": patience},
+                metadata={"run": run},
             )
         except RuntimeError:  # refused, or a repetition after a lost answer: what the cluster has decides
             found = self._find(client, id)

@@ -55,12 +55,12 @@ class FakeJobs:
         self.overlaps = 0
         self.away_until = None
 
-    def submit(self, id, command, run):
+    def submit(self, id, job):
         self._reach()
         if id in self.submitted:
             return False
         self.overlaps += any(end > self.clock.now() for end, *_ in self.ends.values())
-        self.submitted[id], self.runs[id] = command, run
+        self.submitted[id], self.runs[id] = command(job), job.sink.uri
         status, code = self.results.pop(0) if self.results else ("SUCCEEDED", 0)
         self.ends[id] = (self.clock.now() + datetime.timedelta(seconds=self.seconds), status, code)
         return True

@@ -1,0 +1,130 @@
+"""Create a RayJob for one firing of a Kubernetes CronJob, and wait for its end.
+
+The RayJob of `--template` is created under `--name`, and the output folder in its entrypoint is named alike
+(`run=TEMPLATE'S NAME` becomes `run=NAME`). One that exists already is waited for: a pod that was started again
+neither starts a second run nor loses the first. Runs inside a pod, whose service account may create and get rayjobs.
+"""
+
+import argparse
+import json
+import os
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs.cli import main_guard
+from pipeline.errors import ConfigError, RunError
+
+_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+_ENDED = ("Complete", "Failed", "ValidationFailed")
+_TIMEOUT_S = 30.0
+_LONGEST_WAIT_S = 300.0
+
+
+@dataclass(frozen=True)
+class RayJobs:
+    """The RayJobs of the pod's own namespace, over the API server; the token is read anew, because it changes."""
+
+    server: str
+    account: Path = _ACCOUNT
+
+    def create(self, job: dict[str, Any]) -> bool:
+        """Create a RayJob; False when there is one of its name. Raises `ConfigError` where the server refuses it."""
+        try:
+            self._ask("", json.dumps(job).encode())
+        except urllib.error.HTTPError as error:
+            if error.code == 409:
+                return False
+            raise
+        return True
+
+    def status(self, name: str) -> dict[str, Any]:
+        """The status of a RayJob; empty until the operator has seen it."""
+        status: dict[str, Any] = self._ask(f"/{name}").get("status", {})
+        return status
+
+    def _ask(self, path: str, body: bytes | None = None) -> Any:
+        namespace = (self.account / "namespace").read_text().strip()
+        request = urllib.request.Request(
+            f"{self.server}/apis/ray.io/v1/namespaces/{namespace}/rayjobs{path}",
+            data=body,
+            headers={
+                "Authorization": f"Bearer {(self.account / 'token').read_text().strip()}",
+                "Content-Type": "application/json",
+            },
+        )
+        authority = self.account / "ca.crt"
+        context = ssl.create_default_context(cafile=str(authority)) if authority.exists() else None
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code in (400, 401, 403, 404, 422):  # asking again will not change it
+                detail = " ".join(error.read().decode(errors="replace").split())[:500]
+                raise ConfigError(
+                    f"the API server refuses RayJob {path or 'creation'} ({error.code}): {detail}"
+                ) from None
+            raise
+
+
+def main() -> int:
+    """Create and wait; 0 when the run has succeeded, else 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--template", type=Path, required=True, metavar="FILE", help="the RayJob, as YAML")
+    parser.add_argument("--name", required=True, help="of the RayJob and of its output folder; unique to the firing")
+    parser.add_argument("--owner-uid", help="of the Job NAME, with which the RayJob is cleaned up")
+    parser.add_argument("--poll-s", type=float, default=15.0, help="between looks at it")
+    arguments = parser.parse_args()
+    job = named(yaml.safe_load(arguments.template.read_text()), arguments.name, arguments.owner_uid)
+    jobs = RayJobs(_server())
+    _print("created" if _again(lambda: jobs.create(job)) else "found", name=arguments.name)
+    while (status := _again(lambda: jobs.status(arguments.name))).get("jobDeploymentStatus") not in _ENDED:
+        time.sleep(arguments.poll_s)
+    said = {key: status[key] for key in ("jobDeploymentStatus", "jobStatus", "reason", "message") if status.get(key)}
+    _print("ended", name=arguments.name, **said)
+    return 0 if status.get("jobStatus") == "SUCCEEDED" else 1
+
+
+def named(job: dict[str, Any], name: str, owner_uid: str | None) -> dict[str, Any]:
+    """The RayJob of a template under another name, with an output folder of that name."""
+    old, entrypoint = f"run={job['metadata']['name']}", job["spec"]["entrypoint"]
+    if old not in entrypoint:
+        raise ConfigError(f"expected an output folder {old} in the template's entrypoint, got {entrypoint!r}")
+    metadata = {**job["metadata"], "name": name}
+    if owner_uid:
+        metadata["ownerReferences"] = [{"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": owner_uid}]
+    return {**job, "metadata": metadata, "spec": {**job["spec"], "entrypoint": entrypoint.replace(old, f"run={name}")}}
+
+
+def _server() -> str:
+    host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT_HTTPS", "443")
+    if host is None:
+        raise RunError("expected to run in a pod (KUBERNETES_SERVICE_HOST is not set)")
+    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+
+
+def _again(ask: Any) -> Any:
+    """What `ask` gives, tried again for as long as the API server is away."""
+    wait_s = 1.0
+    while True:
+        try:
+            return ask()
+        except OSError as error:
+            _print("failed", error=" ".join(str(error).split()), again_in_s=wait_s)
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+
+def _print(event: str, **fields: Any) -> None:
+    print(json.dumps({"event": event, **fields}), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main_guard(main)
