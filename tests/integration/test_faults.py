@@ -142,21 +142,26 @@ def test_full_disk_ends_the_job_with_a_line_and_room_lets_it_go_on(clips, tmp_pa
         subprocess.run(["umount", "-l", str(small)], check=True)
 
 
-def test_frames_beyond_the_object_store_slow_the_job_and_harm_no_unit(clips, expected, tmp_path):
-    videos = write(tmp_path / "videos", clips, "a", "b", "c")
+def test_frames_beyond_the_object_store_slow_the_job_and_harm_no_unit(clips, tmp_path):
+    videos = write(tmp_path / "videos", clips, *(f"{n:02d}" for n in range(10)))
     out = tmp_path / "out"
+    # Decoded all at once, 64 frames of 256 × 256 of ten units are 126 MB; the store holds 84.
     run(
         "caption",
         f"source.uri={videos}",
         f"sink.uri={out}",
         "ray.num_cpus=2",
         "ray.object_store_bytes=83886080",
-        "decode.prefetch_units=16",
-        "frames.fps=24",
-        "frames.max_frames=512",
-        "frames.min_px=589824",
-        "frames.max_px=1000000",
+        "ray.actors.batch_units=10",
+        "decode.prefetch_units=9",
+        "decode.num_cpus=0.1",
+        "frames.fps=8",
+        "frames.max_frames=64",
+        "frames.min_px=65536",
+        "frames.max_px=65536",
         "frames.batch_frames=64",
         "model.max_new_tokens=1",
     )
-    assert len(rows_by_name(out)) == 3
+    rows = rows_by_name(out)
+    assert {(row["error_type"], len(row["frame_times_s"])) for row in rows.values()} == {(None, 64)}
+    assert len(rows) == 10
