@@ -23,6 +23,7 @@ from pipeline.config import JobConfig
 from pipeline.decode import FrameBatch
 from pipeline.errors import UnitError
 from pipeline.metrics import ActorMetrics
+from pipeline.samples import Sampling
 from pipeline.schema import rows_table
 from pipeline.stream import FrameStream
 
@@ -35,8 +36,9 @@ class CaptionActor:
     Only a unit that `attempts` lets pass enters the model; while the job drains, units give no row and stay open.
     """
 
-    def __init__(self, job: JobConfig, run_id: str, attempts: ActorHandle) -> None:
+    def __init__(self, job: JobConfig, run_id: str, attempts: ActorHandle, sampling: Sampling | None = None) -> None:
         self._job = job
+        self._sampling = sampling
         self._attempts = attempts
         self._metrics = ActorMetrics(run_id)
         self._logs = ExitStack()  # open as long as this process
@@ -75,7 +77,7 @@ class CaptionActor:
         self._metrics.streams(asked=0, running=0)
 
     def _load(self, run_id: str) -> Captioner:
-        return Captioner(self._job, run_id)
+        return Captioner(self._job, run_id, self._sampling)
 
     def _open(self, unit: dict[str, Any]) -> FrameStream:
         return FrameStream(unit, self._job, self._captioner.sizing)

@@ -15,6 +15,7 @@ from pipeline.actor import CaptionActor
 from pipeline.config import JobConfig
 from pipeline.errors import RunError
 from pipeline.run import Work
+from pipeline.samples import Sampling
 
 
 class _CleanOnly(IdColumnCheckpointManager):
@@ -39,7 +40,7 @@ def build(
     units = units.repartition(target_num_rows_per_block=actors.batch_units)
     return units.map_batches(
         actor,
-        fn_constructor_args=(job, work.run_id, attempts),
+        fn_constructor_args=(job, work.run_id, attempts, Sampling.of(job, work)),
         batch_size=actors.batch_units,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=actors.min, max_size=actors.max),

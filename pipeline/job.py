@@ -13,6 +13,7 @@ from pipeline.errors import RunError, StoppedError
 from pipeline.graph import execute
 from pipeline.models import describe, pick_device
 from pipeline.plan import plan_units
+from pipeline.report import write_report
 from pipeline.retry import merge_rows, open_retry
 from pipeline.run import RunDirectory, Work, read_table
 from pipeline.summary import columns, summarise, table
@@ -94,8 +95,11 @@ def _summarise(run: RunDirectory, work: Work, done: Work, *, wall_s: float) -> N
     units, opened = (read_table(uri, run.job.storage) for uri in (work.manifest, done.open_units))
     summary = summarise(units, work.rows(columns()), run_id=work.run_id, wall_s=wall_s, this_start=opened["id"])
     run.write("summary.json", json.dumps(summary, indent=2).encode())
+    page = write_report(run)
     if run.job.run.log_format == "json":
         logs.event(_LOG, "run ended", run=work.run_id, output=work.data, summary=summary)
         return
     print(table(summary))
     print(f"rows: {work.data}\nsummary: {run.meta}/summary.json")
+    if page is not None:
+        print(f"page: {page}")

@@ -45,7 +45,7 @@ _VERSION = "model model_revision lightkv code_version config_hash".split()
 _LOG = logging.getLogger(__name__)
 
 
-def write_report(run: RunDirectory, work: Work) -> str | None:
+def write_report(run: RunDirectory) -> str | None:
     """Write `_run/report.html` and return its URI; None when the job wants none or it cannot be written.
 
     Never raises: a run is not worth less without its page, which `python -m jobs.report` makes at any time.
@@ -68,8 +68,8 @@ def build_report(run_uri: str, config: Storage) -> bytes:
         raise RunError(f"{run_uri}: holds no run; expected one that `python -m jobs.caption` wrote")
     found = json.loads(storage.read_bytes(f"{meta}/run.json", config))
     work = Work(config, found["run_id"], meta, f"{run_uri}/data")
-    brief = work.rows(columns())
-    samples, samples_left_out = read_samples(run_uri, config, set(brief["id"].to_pylist()), MAX_SAMPLE_BYTES)
+    brief = work.rows(["id", "status"])
+    samples, samples_left_out = read_samples(run_uri, config, MAX_SAMPLE_BYTES)
     rows = _rows(work, _choice(brief, samples))
     about = _About(
         uri=run_uri,
@@ -78,7 +78,7 @@ def build_report(run_uri: str, config: Storage) -> bytes:
         configuration=storage.read_bytes(f"{meta}/config.yaml", config).decode(),
         samples_left_out=samples_left_out,
     )
-    return page(about, _summary(meta, config, work, brief), rows, samples).encode()
+    return page(about, _summary(meta, config, work, brief.num_rows), rows, samples).encode()
 
 
 @dataclass(frozen=True)
@@ -147,14 +147,14 @@ def _rows(work: Work, ids: pa.Array | None) -> pa.Table:
     return table.sort_by([("uri", "ascending"), ("start_s", "ascending"), ("id", "ascending")])
 
 
-def _summary(meta: str, config: Storage, work: Work, brief: pa.Table) -> dict[str, Any]:
+def _summary(meta: str, config: Storage, work: Work, finished: int) -> dict[str, Any]:
     """The summary the run wrote; one of all rows, without a wall time, where more came since."""
     if storage.exists(f"{meta}/summary.json", config):
         summary: dict[str, Any] = json.loads(storage.read_bytes(f"{meta}/summary.json", config))
-        if summary["units"]["finished"] == brief.num_rows:
+        if summary["units"]["finished"] == finished:
             return summary
-    units = read_table(work.manifest, config)
-    return summarise(units, brief, run_id=work.run_id, wall_s=0.0, this_start=brief["id"])
+    units, rows = read_table(work.manifest, config), work.rows(columns())
+    return summarise(units, rows, run_id=work.run_id, wall_s=0.0, this_start=rows["id"])
 
 
 def _data(rows: pa.Table) -> dict[str, Any]:

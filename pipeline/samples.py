@@ -177,8 +177,8 @@ def folder_of(run_uri: str) -> str:
     return f"{run_uri.rstrip('/')}/_run/samples"
 
 
-def read_samples(run_uri: str, config: Storage, ids: set[str], max_bytes: int) -> tuple[dict[str, dict[str, Any]], int]:
-    """The records of the units `ids` by id, at most `max_bytes` together, and how many files were left out."""
+def read_samples(run_uri: str, config: Storage, max_bytes: int) -> tuple[dict[str, dict[str, Any]], int]:
+    """The records by unit id, at most `max_bytes` together, and how many files were left out."""
     found: dict[str, dict[str, Any]] = {}
     left_out = 0
     for entry in storage.list_files(folder_of(run_uri), config, missing_ok=True):
@@ -186,7 +186,7 @@ def read_samples(run_uri: str, config: Storage, ids: set[str], max_bytes: int) -
         document = _document(storage.read_bytes(entry.uri, config)) if max_bytes >= 0 else None
         if document is None:
             left_out += 1
-        elif document["id"] in ids:
+        else:
             found[document["id"]] = document
     return found, left_out
 

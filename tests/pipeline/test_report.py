@@ -202,8 +202,8 @@ def test_a_run_without_rows_has_a_page(tmp_path):
 
 def test_the_summary_of_the_run_is_shown_unless_rows_came_since(tmp_path):
     run, work = _run(tmp_path, row("a"))
-    write_report(run, work)
-    made = report._summary(run.meta, run.job.storage, work, work.rows(report.columns()))
+    write_report(run)
+    made = report._summary(run.meta, run.job.storage, work, 1)
     run.write("summary.json", json.dumps(made | {"bottleneck": "told by the run"}).encode())
     assert "told by the run" in _parts(run)[0]
     pq.write_table(rows(row("b")), tmp_path / "data" / "b.parquet")
@@ -216,23 +216,23 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 
 def test_a_run_writes_its_page(tmp_path):
-    run, work = _run(tmp_path, row("a"))
-    assert write_report(run, work) == f"{tmp_path}/_run/report.html"
+    run, _ = _run(tmp_path, row("a"))
+    assert write_report(run) == f"{tmp_path}/_run/report.html"
     assert (tmp_path / "_run" / "report.html").read_bytes().startswith(b"<!doctype html>")
 
 
 def test_a_run_that_wants_no_page_gets_none(tmp_path):
-    run, work = _run(tmp_path, row("a"), configure=["report.enabled=false"])
-    assert write_report(run, work) is None
+    run, _ = _run(tmp_path, row("a"), configure=["report.enabled=false"])
+    assert write_report(run) is None
     assert not (tmp_path / "_run" / "report.html").exists()
 
 
 def test_a_page_that_cannot_be_written_costs_a_line_in_the_log(tmp_path, monkeypatch, caplog):
-    run, work = _run(tmp_path, row("a"))
+    run, _ = _run(tmp_path, row("a"))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run, "write", full)
-    assert write_report(run, work) is None
+    assert write_report(run) is None
     assert "No space left" in caplog.text

@@ -218,12 +218,12 @@ def test_records_are_read_by_id_and_up_to_a_size(tmp_path):
     job = _job(tmp_path)
     for id_ in ("a", "b", "c"):
         _sampling(job).sample(id_).write("ok")
-    found, left_out = read_samples(str(tmp_path), job.storage, {"a", "b"}, 1 << 20)
-    assert (set(found), left_out) == ({"a", "b"}, 0)
-    found, left_out = read_samples(str(tmp_path), job.storage, {"a", "b", "c"}, 100)
+    found, left_out = read_samples(str(tmp_path), job.storage, 1 << 20)
+    assert (set(found), left_out) == ({"a", "b", "c"}, 0)
+    found, left_out = read_samples(str(tmp_path), job.storage, 100)
     assert len(found) + left_out == 3
     assert left_out > 0
-    assert read_samples(f"{tmp_path}/none", job.storage, {"a"}, 1 << 20) == ({}, 0)
+    assert read_samples(f"{tmp_path}/none", job.storage, 1 << 20) == ({}, 0)
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"version": 0, "id": "a"}', ""])
@@ -231,5 +231,5 @@ def test_what_is_no_record_is_left_out(content, tmp_path):
     job = _job(tmp_path)
     _sampling(job).sample("b").write("ok")
     (tmp_path / "_run" / "samples" / "x.json").write_text(content)
-    found, left_out = read_samples(str(tmp_path), job.storage, {"a", "b"}, 1 << 20)
+    found, left_out = read_samples(str(tmp_path), job.storage, 1 << 20)
     assert (set(found), left_out) == ({"b"}, 1)
