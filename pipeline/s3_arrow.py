@@ -40,6 +40,8 @@ def arrow_s3(storage: Storage, bucket: str) -> pyarrow.fs.S3FileSystem:
         region=region,
         connect_timeout=storage.timeout_s,
         request_timeout=storage.timeout_s,
+        # Small files in one request: begun ones in parts cannot be finished twice, should the answer be lost.
+        allow_delayed_open=True,
         retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=storage.max_attempts),
         **options,
     )

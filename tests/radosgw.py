@@ -163,7 +163,6 @@ def _configuration(fsid: str, address: str, folder: Path) -> str:
         "rgw enable usage log": "false",
         "rgw run sync thread": "false",
         "rgw dns name": "localhost",
-        "rgw max listing results": 50,  # several pages are soon needed
     }
     return "[global]\n" + "".join(f"{name} = {value}\n" for name, value in options.items())
 

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import boto3
@@ -98,11 +99,10 @@ def test_folders_are_told_from_files_and_from_nothing(storage):
 
 def test_a_listing_of_more_than_a_page_is_whole(gateway, storage):
     client = _client(gateway)
-    names = [f"{number:03d}" for number in range(120)]
-    for name in names:
-        client.put_object(Bucket="bucket", Key=f"many/{name}", Body=b"")
-    assert client.list_objects_v2(Bucket="bucket", Prefix="many/")["IsTruncated"]
-    assert [entry.uri[-3:] for entry in st.list_files("s3://bucket/many", storage)] == names
+    names = [f"{number:04d}" for number in range(1001)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: client.put_object(Bucket="bucket", Key=f"many/{name}", Body=b""), names))
+    assert [entry.uri[-4:] for entry in st.list_files("s3://bucket/many", storage)] == names
 
 
 def test_of_24_who_create_a_file_exactly_one_wins(storage):
