@@ -25,6 +25,7 @@ from markupsafe import Markup
 from pipeline import storage
 from pipeline.config import Storage
 from pipeline.errors import RunError
+from pipeline.logs import redacted
 from pipeline.run import RunDirectory, Work, read_table
 from pipeline.samples import read_samples
 from pipeline.schema import ROW_SCHEMA
@@ -75,7 +76,7 @@ def build_report(run_uri: str, config: Storage) -> bytes:
         uri=run_uri,
         run_id=found["run_id"],
         started=found["started"],
-        configuration=storage.read_bytes(f"{meta}/config.yaml", config).decode(),
+        configuration=redacted(storage.read_bytes(f"{meta}/config.yaml", config).decode()),
         samples_left_out=samples_left_out,
     )
     return page(about, _summary(meta, config, work, brief.num_rows), rows, samples).encode()
@@ -97,7 +98,8 @@ def page(about: _About, summary: dict[str, Any], rows: pa.Table, samples: dict[s
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"bytes": format_bytes, "clock": clock, "island": _island, "moment": _moment}
+    environment.filters |= {"bytes": format_bytes, "clock": clock, "moment": _moment, "redacted": redacted}
+    environment.filters |= {"island": _island}
     style = (_TEMPLATES / "page.css").read_text(encoding="utf-8")
     script = "\n".join((_TEMPLATES / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS)
     shown = rows["id"].to_pylist()
@@ -165,6 +167,7 @@ def _data(rows: pa.Table) -> dict[str, Any]:
     for row in rows.to_pylist():
         version = tuple(row[name] for name in _VERSION)
         times = row["frame_times_s"] or []
+        row["error_message"] = row["error_message"] and redacted(row["error_message"])
         answers = [
             [
                 prompts.setdefault((answer["prompt_id"], answer["prompt"]), len(prompts)),

@@ -10,6 +10,8 @@
     uri/_run/lock/                 who is running
     uri/_run/retry-N/              a repetition of error rows, in the same form
     uri/_run/summary.json          what happened
+    uri/_run/samples/              units with their frames and what compression left of them
+    uri/_run/report.html           the inspection page
 
 Readers that skip names with a leading underscore (pyarrow, Spark, DuckDB's hive layout) read `uri` as one table.
 """

@@ -7,20 +7,20 @@ replaces its own record. Recording never raises: what cannot be recorded is logg
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline import storage
+from pipeline import logs, storage
 from pipeline.config import JobConfig, Storage
 from pipeline.run import Work
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the page is made without
 VERSION = 1
 _WIDTH_PX, _QUALITY = 320, 85
 _LOG = logging.getLogger(__name__)
+_P = ParamSpec("_P")
 
 
 @dataclass(frozen=True)
@@ -60,21 +61,43 @@ class Sampling:
         return Sample(self, unit_id, step) if place < self.share else None
 
 
+def _harmless(method: Callable[Concatenate[Sample, _P], None]) -> Callable[Concatenate[Sample, _P], None]:
+    """A method of `Sample` that logs instead of raising."""
+
+    @functools.wraps(method)
+    def guarded(sample: Sample, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        if sample.failed:
+            return
+        try:
+            method(sample, *args, **kwargs)
+        except Exception as error:
+            sample.failed = True
+            told = f"{type(error).__name__}: {error}"
+            logs.event(_LOG, "sample not recorded", level=logging.WARNING, unit=sample.unit_id, error=told)
+
+    return guarded
+
+
 class Sample:
-    """One unit's record: fed with its frames, then with its answers, and written at the end, whatever came of it."""
+    """One unit's record: fed with its frames, then with its answers, and written at the end, whatever came of it.
+
+    After a first failure nothing more is recorded: half a record would say wrong things of the other half.
+    """
 
     def __init__(self, sampling: Sampling, unit_id: str, step: int) -> None:
         self._sampling = sampling
-        self._unit_id = unit_id
+        self.unit_id = unit_id
         self._frames = _Spread(sampling.frames, step)
         self._step = step
         self._answered: dict[str, Any] = {}
+        self.failed = False
 
+    @_harmless
     def see(self, batch: FrameBatch) -> None:
         """Keep some of a batch's frames, small."""
-        with self._harmless():
-            self._frames.add(batch)
+        self._frames.add(batch)
 
+    @_harmless
     def answered(
         self,
         encoded: Encoded,
@@ -83,41 +106,33 @@ class Sample:
         config: LightKVConfig | None,
     ) -> None:
         """Read off, for the frames kept, into which survivor of which size every patch went, per prompt and stage."""
-        with self._harmless():
-            places = {frame.index: _first_patch(encoded, frame.index, self._step) for frame in self._frames.chosen()}
-            self._answered = {
-                "step": self._step,
-                "grids": encoded.grids,  # items as (steps in time, rows, columns)
-                "places": places,
-                "stages": [{"layer": stage.layer} for stage in config.stages] if config is not None else [],
-                "prompts": [
-                    {"prompt_id": prompt["prompt_id"], "stages": [_stage(*pair, places) for pair in answer.merges]}
-                    for prompt, answer in zip(prompts, answers, strict=True)
-                    if answer.merges is not None
-                ],
-            }
+        places = {frame.index: _first_patch(encoded, frame.index, self._step) for frame in self._frames.chosen()}
+        self._answered = {
+            "step": self._step,
+            "grids": encoded.grids,  # items as (steps in time, rows, columns)
+            "places": places,
+            "stages": [{"layer": stage.layer} for stage in config.stages] if config is not None else [],
+            "prompts": [
+                {"prompt_id": prompt["prompt_id"], "stages": [_stage(*pair, places) for pair in answer.merges]}
+                for prompt, answer in zip(prompts, answers, strict=True)
+                if answer.merges is not None
+            ],
+        }
 
+    @_harmless
     def write(self, status: str) -> None:
         """Put the record beside the run's other files."""
-        with self._harmless():
-            places = self._answered.pop("places", {})
-            document = {
-                "version": VERSION,
-                "id": self._unit_id,
-                "status": status,
-                "frames": [frame.document(places.get(frame.index)) for frame in self._frames.chosen()],
-                **self._answered,
-            }
-            name = hashlib.sha256(self._unit_id.encode()).hexdigest()[:32]
-            content = json.dumps(document, separators=(",", ":")).encode()
-            storage.write_bytes_atomic(f"{self._sampling.folder}/{name}.json", content, self._sampling.storage)
-
-    @contextmanager
-    def _harmless(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            _LOG.warning("unit %s: its sample was not recorded: %s: %s", self._unit_id, type(error).__name__, error)
+        places = self._answered.pop("places", {})
+        document = {
+            "version": VERSION,
+            "id": self.unit_id,
+            "status": status,
+            "frames": [frame.document(places.get(frame.index)) for frame in self._frames.chosen()],
+            **self._answered,
+        }
+        name = hashlib.sha256(self.unit_id.encode()).hexdigest()[:32]
+        content = json.dumps(document, separators=(",", ":")).encode()
+        storage.write_bytes_atomic(f"{self._sampling.folder}/{name}.json", content, self._sampling.storage)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ function rowNode(place) {
   const said = value(row, "error_message") ?? value(row, "answers")[0]?.[1] ?? "";
   const node = element(
     "div",
-    { id: `row-${place}`, role: "option", class: "row", "aria-posinset": place + 1, "aria-setsize": shown.length, onclick: () => choose(place) },
+    { id: `row-${place}`, role: "option", class: "row", "aria-posinset": place + 1, "aria-setsize": shown.length, onclick: () => openUnit(place) },
     frame
       ? element("img", { class: "thumb", alt: "", src: `data:image/jpeg;base64,${frame.jpeg}` })
       : element("span", { class: "thumb" }),
@@ -105,6 +105,12 @@ function choose(place) {
   try {
     history.replaceState(null, "", `#${encodeURIComponent(value(shown[chosen], "id"))}`);
   } catch { /* a viewer that shows the page without an address */ }
+}
+
+/* The same where the unit may be out of sight, below the list. */
+function openUnit(place) {
+  choose(place);
+  if (matchMedia("(max-width: 60rem)").matches) unitNode.scrollIntoView();
 }
 
 function keepInSight() {
@@ -138,6 +144,7 @@ function startList() {
   list.addEventListener("scroll", drawRows, { passive: true });
   new ResizeObserver(drawRows).observe(list);
   list.addEventListener("keydown", (event) => {
+    if (event.key === "Enter") unitNode.focus();
     const page = Math.max(1, Math.floor(list.clientHeight / ROW_PX) - 1);
     const places = { ArrowDown: chosen + 1, ArrowUp: chosen - 1, PageDown: chosen + page, PageUp: chosen - page, Home: 0, End: shown.length - 1 };
     if (!(event.key in places) || event.altKey || event.ctrlKey || event.metaKey) return;

@@ -27,16 +27,29 @@ document.addEventListener("keydown", (event) => {
   else if (!typing && event.key === "]") step({ stage: view.stage + 1 });
 });
 
+/* Whether the page's address names the row. */
+function isAsked(row) {
+  try {
+    return value(row, "id") === decodeURIComponent(location.hash.slice(1));
+  } catch { // no address that this page wrote
+    return false;
+  }
+}
+
 /* The unit of the address, or the first one that shows survivors. */
 function firstPlace() {
-  const asked = decodeURIComponent(location.hash.slice(1));
   const found = [
-    (row) => value(row, "id") === asked,
+    isAsked,
     (row) => sampleOf(row)?.prompts?.length > 1,
     (row) => sampleOf(row) !== null,
   ].map((fits) => shown.findIndex(fits)).find((place) => place >= 0);
   return found ?? 0;
 }
+
+addEventListener("hashchange", () => {
+  const place = shown.findIndex(isAsked);
+  if (place >= 0) choose(place);
+});
 
 startList();
 applyFilters();

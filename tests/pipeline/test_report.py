@@ -153,6 +153,14 @@ def test_figures_that_are_no_numbers_are_left_empty(tmp_path):
     assert (listed["retention"], listed["decode_s"]) == (None, None)
 
 
+def test_what_gives_access_is_not_on_the_page(tmp_path):
+    broken = row("a", "error", error_message="no answer from https://user:secret1@host/a?X-Amz-Signature=secret2")
+    run, _ = _run(tmp_path, broken, configure=["prompts=[{id: p, text: see https://user:secret3@host}]"])
+    html, _, _ = _parts(run)
+    assert "no answer from https://host/a" in html
+    assert "secret" not in html
+
+
 def test_samples_stand_beside_their_rows_alone(tmp_path):
     run, _ = _run(tmp_path, row("a"), row("b"))
     for unit_id in ("b", "no row yet"):

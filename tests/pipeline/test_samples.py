@@ -203,8 +203,10 @@ def test_a_record_that_fails_costs_the_record_alone(broken, tmp_path, monkeypatc
     job = _job(tmp_path)
     row = Captioner(job, "run", _sampling(job)).row(_unit(), _batches())
     assert row["status"] in ("ok", "truncated")
-    assert "No space left" in caplog.text
-    assert "unit u" in caplog.text
+    (record,) = caplog.records
+    assert (record.message, record.fields["unit"]) == ("sample not recorded", "u")
+    assert "No space left" in record.fields["error"]
+    assert not (tmp_path / "_run").exists()
 
 
 def test_a_repeated_unit_replaces_its_record(tmp_path):
