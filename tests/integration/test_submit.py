@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import time
 
 import boto3
@@ -14,7 +15,7 @@ from pipeline.config import load_config
 from pipeline.errors import RunError
 from pipeline.mini.world import render_demo
 from tests.integration.head import RAY, running_head
-from tests.integration.jobs import ROOT, SMALL, environment, rows_by_name
+from tests.integration.jobs import ROOT, SMALL, environment
 from tests.s3 import CREDENTIALS, server
 
 pytestmark = pytest.mark.integration
@@ -33,22 +34,13 @@ def videos(tmp_path_factory):
     return folder
 
 
-def _ended(client, id, timeout_s=120):
+def _ended(client, id, timeout_s=240):
     """The job's details once it has ended."""
     deadline = time.monotonic() + timeout_s
     while not (found := client.get_job_info(id)).status.is_terminal():
         assert time.monotonic() < deadline, client.get_job_logs(id)
         time.sleep(0.2)
     return found
-
-
-def test_submitted_job_captions_on_the_cluster(head, videos, tmp_path):
-    done = head.submit(f"source.uri={videos}", f"sink.uri={tmp_path}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 of 2 finished" in done.stdout
-    rows = rows_by_name(tmp_path)
-    assert {row["status"] for row in rows.values()} <= {"ok", "truncated"}
-    assert len(rows) == 2
 
 
 def test_submitted_job_that_is_refused_fails_the_submission_with_exit_code_2(head, tmp_path):
@@ -59,31 +51,33 @@ def test_submitted_job_that_is_refused_fails_the_submission_with_exit_code_2(hea
     assert [(job.status.value, job.driver_exit_code) for job in failed] == [("FAILED", 2)]
 
 
-def test_credentials_of_a_submission_reach_every_worker(head, videos):
-    """S3 keys stand in the runtime environment alone; code comes with it, too."""
+def test_submitted_job_captions_on_the_cluster_with_the_code_and_the_credentials_of_its_submission(head, videos):
+    """S3 keys stand in the runtime environment alone, and every worker needs them."""
     with server("submitted") as storage:
-        client = boto3.client("s3", endpoint_url=storage.endpoint_url, **_keys())
+        keys = {
+            "aws_access_key_id": CREDENTIALS["AWS_ACCESS_KEY_ID"],
+            "aws_secret_access_key": CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+        }
+        client = boto3.client("s3", endpoint_url=storage.endpoint_url, region_name="us-east-1", **keys)
         for path in videos.glob("*.mp4"):
             client.upload_file(str(path), "submitted", f"in/{path.name}")
         overrides = ["source.uri=s3://submitted/in", "sink.uri=s3://submitted/out", *SMALL]
         overrides += [f"storage.endpoint_url={storage.endpoint_url}", "storage.region=us-east-1"]
-        jobs = JobSubmissionClient(head.address)
-        id = jobs.submit_job(
-            entrypoint=" ".join(["python -m jobs.caption", *(f"--set={one}" for one in overrides)]),
-            runtime_env={"working_dir": str(ROOT), "env_vars": CREDENTIALS},
+        options = ["--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": CREDENTIALS})]
+        done = subprocess.run(
+            [RAY, "job", "submit", "--address", head.address, *options, "--", "python", "-m", "jobs.caption"]
+            + [f"--set={override}" for override in overrides],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
-        found = _ended(jobs, id)
-        assert (found.status.value, found.driver_exit_code) == ("SUCCEEDED", 0), jobs.get_job_logs(id)
-        assert "2 of 2 finished" in jobs.get_job_logs(id)
-        assert "error 0" in jobs.get_job_logs(id)
-
-
-def _keys():
-    return {
-        "aws_access_key_id": CREDENTIALS["AWS_ACCESS_KEY_ID"],
-        "aws_secret_access_key": CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
-        "region_name": "us-east-1",
-    }
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "2 of 2 finished" in done.stdout
+        assert "error 0" in done.stdout
+        found = client.list_objects_v2(Bucket="submitted", Prefix="out/data/")["Contents"]
+        assert any(one["Key"].endswith(".parquet") for one in found)
 
 
 def _job(videos, out, *overrides):
@@ -94,7 +88,7 @@ def test_stopped_job_drains_and_the_same_job_submitted_again_does_the_rest(head,
     job = _job(videos, tmp_path, "clips.length_s=0.5", "sink.rows_per_file=1", "ray.actors.batch_units=1")
     cluster, client = Cluster(head.address, str(ROOT)), JobSubmissionClient(head.address)
     assert cluster.submit("stopped-1", job)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not any((tmp_path / "data").glob("*.parquet")):
         assert not client.get_job_info("stopped-1").status.is_terminal(), client.get_job_logs("stopped-1")
         assert time.monotonic() < deadline
@@ -127,3 +121,16 @@ def test_a_submission_of_one_id_runs_once(head, videos, tmp_path):
     assert (found.status, found.exit_code, found.run) == ("FAILED", 2, str(tmp_path / "out"))
     assert "error: model.name nobody/nothing" in cluster.log_tail("once", 5)
     assert not cluster.submit("once", refused)
+
+
+def test_a_head_that_goes_stops_its_jobs(head):
+    client = JobSubmissionClient(head.address)
+    id = client.submit_job(entrypoint="sleep 600")
+    subprocess.run(
+        [sys.executable, "-m", "jobs.drain", "--address", head.address],
+        cwd=ROOT,
+        env=environment(),
+        check=True,
+        timeout=120,
+    )
+    assert client.get_job_status(id).value == "STOPPED"
