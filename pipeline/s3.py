@@ -163,5 +163,5 @@ def _passes(error: Exception) -> bool:
         return status >= 500 or status == 429 or error_code(error) in _PASSING_CODES | _CONFLICT_CODES
     if isinstance(error, boto.SSLError):
         return False
-    silence = (boto.HTTPClientError, boto.ConnectionError, ConnectionError, TimeoutError)
+    silence = (boto.HTTPClientError, boto.ConnectionError, boto.CredentialRetrievalError, ConnectionError, TimeoutError)
     return isinstance(error, (*silence, *_CUT))
