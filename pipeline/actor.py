@@ -51,7 +51,8 @@ class CaptionActor:
         self._captioner = self._load(run_id)
         attempts.loaded.remote(self._id)
         load_s = round(time.perf_counter() - began, 3)
-        logs.event(_LOG, "actor started", model=job.model.name, load_s=load_s, pid=os.getpid())
+        threads = torch.get_num_threads()
+        logs.event(_LOG, "actor started", model=job.model.name, load_s=load_s, pid=os.getpid(), threads=threads)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         waiting = deque(batch.to_pylist())

@@ -116,8 +116,9 @@ def redacted(text: str) -> str:
     for name in _SECRETS:
         if secret := os.environ.get(name):
             text = text.replace(secret, "…")
-    for pattern, replacement in _PATTERNS:
-        text = pattern.sub(replacement, text)
+    if "=" in text or ":" in text:  # as every pattern needs
+        for pattern, replacement in _PATTERNS:
+            text = pattern.sub(replacement, text)
     return text
 
 
