@@ -37,7 +37,8 @@ function survivorsSection(sample) {
     view.stage = Math.max(0, Math.min(stage, stages.length));
     view.cursor = null;
     redraw();
-    thumbs[view.frame].button.scrollIntoView({ block: "nearest", inline: "nearest" });
+    const { button } = thumbs[view.frame]; // into sight within the strip; the page stays where it is
+    strip.scrollLeft = Math.min(Math.max(strip.scrollLeft, button.offsetLeft + button.offsetWidth - strip.clientWidth), button.offsetLeft);
   };
   redraw = () => {
     const frame = frames[view.frame];
