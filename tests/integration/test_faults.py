@@ -77,6 +77,24 @@ def test_unit_that_kills_its_model_process_is_an_error_row_and_retry_heals_it(cl
     assert (healed["text"], healed["attempts"]) == (expected[1], 3)
 
 
+def test_model_that_dies_of_every_unit_ends_the_job_with_a_line(clips, tmp_path):
+    videos = write(tmp_path / "videos", clips, "poison-1", "poison-2", "poison-3", "poison-4")
+    ended = run(
+        "caption",
+        f"source.uri={videos}",
+        f"sink.uri={tmp_path / 'out'}",
+        "ray.num_cpus=2",
+        "ray.actors.batch_units=1",
+        "run.max_attempts=1",
+        "run.max_given_up=1",
+        "decode.backend=tests.integration.backends:dangerous",
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert "error: 2 units in a row" in ended.stderr.splitlines()[-1]
+    assert "run.max_given_up" in ended.stderr.splitlines()[-1]
+
+
 def test_killed_model_process_costs_nothing_but_its_time(clips, expected, tmp_path):
     videos = write(tmp_path / "videos", clips, *(f"{n:02d}" for n in range(12)))
     out = tmp_path / "out"
