@@ -83,6 +83,10 @@ class Attempts:
         """From now on no unit enters a model."""
         self._draining = True
 
+    def draining(self) -> bool:
+        """Whether units are held back, on request or because going on makes no sense."""
+        return self._draining
+
     def state(self) -> dict[str, Any]:
         """Units that ended since the start, by status; why the job should end, if it should."""
         return {"units": dict(self._units), "fault": self._fault}

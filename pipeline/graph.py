@@ -1,32 +1,21 @@
 """The job as a Ray Data graph: manifest → model actors → Parquet, and the write that resumes."""
 
+import functools
 import logging
-from typing import Any
 
 import ray
 import ray.data
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, ExecutionResources
 from ray.data.checkpoint import CheckpointConfig
-from ray.data.checkpoint.checkpoint_filter import IdColumnCheckpointManager
 from ray.exceptions import RayError
 
 from pipeline.actor import CaptionActor
 from pipeline.config import JobConfig
 from pipeline.errors import RunError
+from pipeline.ray_hooks import CleanOnly, Drain
 from pipeline.run import Work
 from pipeline.samples import Sampling
-
-
-class _CleanOnly(IdColumnCheckpointManager):
-    """Undoes files that a killed run left half committed; the manifest that is read holds open units only.
-
-    Ray's own filter is an actor that keeps a CPU, with which a one-CPU cluster would never get to read.
-    """
-
-    def load_checkpoint(self, data_file_dir: str | None = None, data_file_filesystem: Any = None) -> tuple[None, int]:
-        self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
-        return None, 0
 
 
 def build(
@@ -58,8 +47,12 @@ def execute(job: JobConfig, work: Work, attempts: ActorHandle, actor: type[Capti
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context.enable_progress_bars = False  # the job has its own display
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would tell how to enable them
+    context.use_datasource_v2 = False  # it starts 32 processes to read the footer of one file
     context.max_consecutive_actor_init_deaths = 2
+    # Nothing moves while an actor works on its units; Ray Data's half an hour is less than a long block takes.
+    context.execution_no_progress_timeout_s = job.ray.actors.batch_units * job.model.timeout_s
     context.execution_options.preserve_order = False
+    context.custom_execution_callback_classes = [functools.partial(Drain, attempts)]
     if job.ray.actors.num_cpus > 0:  # decode tasks are not Ray Data's: keep it from taking their CPUs
         context.execution_options.exclude_resources = ExecutionResources(cpu=job.decode.num_cpus)
     checkpoint_fs, checkpoint_path = work.arrow_path(work.checkpoint)
@@ -68,7 +61,7 @@ def execute(job: JobConfig, work: Work, attempts: ActorHandle, actor: type[Capti
         checkpoint_path=checkpoint_path,
         override_filesystem=checkpoint_fs,
         delete_checkpoint_on_success=False,
-        checkpoint_manager_cls=_CleanOnly,
+        checkpoint_manager_cls=CleanOnly,
     )
     filesystem, path = work.arrow_path(work.data)
     try:
@@ -83,6 +76,7 @@ def execute(job: JobConfig, work: Work, attempts: ActorHandle, actor: type[Capti
         raise RunError(f"the job cannot go on: {_cause(error)}; rows in {work.data} stay, fix it and repeat") from error
     finally:
         context.checkpoint_config = None
+        context.custom_execution_callback_classes = []
 
 
 def _cause(error: Exception) -> str:
