@@ -5,10 +5,10 @@
         ... storage at faulty.endpoint_url ...
         faulty.hits            # how often a rule struck
 
-Faults: `slow_down` (503) and `internal_error` (500) are answers; `drop` closes before the server is asked; `lost`
-asks it and resets the connection without an answer; `reset` and `truncate` break off in the middle of the body, the one
-with a reset, the other with an ordinary end; `short` answers with half the body as if it were all; `stall` falls silent
-in the middle of it.
+Faults: `slow_down` (503), `internal_error` (500) and `forbidden` (403) are answers; `drop` closes before the server is
+asked; `lost` asks it and resets the connection without an answer; `reset` and `truncate` break off in the middle of the
+body, the one with a reset, the other with an ordinary end; `short` answers with half the body as if it were all;
+`stall` falls silent in the middle of it.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 ANSWERS = {
     "slow_down": (503, "SlowDown", "Please reduce your request rate."),
     "internal_error": (500, "InternalError", "We encountered an internal error."),
+    "forbidden": (403, "AccessDenied", "Access Denied"),
 }
 BREAKS = ("drop", "lost", "reset", "truncate", "short", "stall")
 
