@@ -81,6 +81,17 @@ def test_summary_counts_what_the_rows_say(finished):
     assert "bottleneck" in done.stdout
 
 
+def test_the_run_has_its_page_and_the_frames_on_it(finished):
+    out, _, done = finished
+    samples = [json.loads(path.read_text()) for path in (out / "_run" / "samples").iterdir()]
+    rows = rows_by_name(out)
+    assert {sample["id"]: sample["status"] for sample in samples} == {r["id"]: r["status"] for r in rows.values()}
+    assert all(sample["prompts"] for sample in samples if sample["status"] != "error")
+    assert f"page: {out}/_run/report.html" in done.stdout
+    page = (out / "_run" / "report.html").read_text(encoding="utf-8")
+    assert all(row["id"] in page for row in rows.values())
+
+
 def test_progress_is_written_to_a_log_line_by_line(finished):
     assert "/9 units" in finished[2].stderr
     assert "\r" not in finished[2].stderr
