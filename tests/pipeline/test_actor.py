@@ -26,7 +26,7 @@ print("alive")
 
 
 def _run(code):
-    return subprocess.run([sys.executable, "-c", _START + code], capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", _START + code], capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize("code", [_WORKS_TOO_LONG, _WORKS_TOO_LONG_ON_A_BATCH])
