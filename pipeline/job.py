@@ -16,7 +16,7 @@ from pipeline.plan import plan_units
 from pipeline.report import write_report
 from pipeline.retry import merge_rows, open_retry
 from pipeline.run import RunDirectory, Work, read_table
-from pipeline.summary import columns, summarise, table
+from pipeline.summary import UNIT_COLUMNS, columns, summarise, table
 from pipeline.termination import Termination
 
 _LOG = logging.getLogger(__name__)
@@ -32,7 +32,12 @@ def caption(job: JobConfig) -> Work:
     with logs.to_terminal(job.run.log_format), Termination(job.run.grace_s) as termination, run.lock():
         work = run.open()
         if not work.has_manifest():
-            work.write_manifest(plan_units(job))
+            units = plan_units(job)
+            work.write_manifest(units)
+            if job.source.known:
+                left_out = int(units.schema.metadata[b"known_units"])
+                new = f"{len(units):,} are new" if len(units) else "nothing is new"
+                print(f"{left_out:,} units have their row under {job.source.known}, {new}")
         started = time.monotonic()
         _do_open_units(job, work, termination)
         _summarise(run, work, work, wall_s=time.monotonic() - started)
@@ -92,7 +97,8 @@ def _check_complete(work: Work, main: Work, termination: Termination) -> None:
 
 def _summarise(run: RunDirectory, work: Work, done: Work, *, wall_s: float) -> None:
     """Write and show the summary of `work`, whose units of `done` were this start's to do."""
-    units, opened = (read_table(uri, run.job.storage) for uri in (work.manifest, done.open_units))
+    units = read_table(work.manifest, run.job.storage, UNIT_COLUMNS)
+    opened = read_table(done.open_units, run.job.storage, ["id"])
     summary = summarise(units, work.rows(columns()), run_id=work.run_id, wall_s=wall_s, this_start=opened["id"])
     run.write("summary.json", json.dumps(summary, indent=2).encode())
     page = write_report(run)

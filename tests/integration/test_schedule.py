@@ -68,7 +68,9 @@ def test_firings_answer_what_is_new_each_in_a_folder_of_its_own(head, tmp_path):
     client = JobSubmissionClient(head.address)
     jobs = [job.submission_id for job in client.list_jobs() if str(base) in job.entrypoint]
     assert sorted(jobs) == [f"nightly-2026-11-{day}T02-00-00Z" for day in (23, 24, 25)]
-    assert "0 of 0 finished" in client.get_job_logs("nightly-2026-11-25T02-00-00Z")
+    log = client.get_job_logs("nightly-2026-11-25T02-00-00Z")
+    assert f"3 units have their row under {base}, nothing is new" in log
+    assert "0 of 0 finished" in log
 
 
 def test_sigterm_ends_a_waiting_scheduler_whose_head_is_away(tmp_path):
