@@ -19,7 +19,6 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 from markupsafe import Markup
 
 from pipeline import storage
@@ -28,8 +27,7 @@ from pipeline.errors import RunError
 from pipeline.logs import redacted
 from pipeline.run import RunDirectory, Work, read_table
 from pipeline.samples import read_samples
-from pipeline.schema import ROW_SCHEMA
-from pipeline.summary import STATUSES, clock, columns, format_bytes, summarise
+from pipeline.summary import STATUSES, UNIT_COLUMNS, clock, columns, format_bytes, summarise
 
 MAX_ROWS = 20_000  # of larger runs: rows with frames, then errors, then others, evenly spread
 MAX_SAMPLE_BYTES = 96 << 20
@@ -140,13 +138,7 @@ def _choice(brief: pa.Table, samples: Iterable[str]) -> pa.Array | None:
 
 def _rows(work: Work, ids: pa.Array | None) -> pa.Table:
     names = [*_PLAIN, "uris", "frame_times_s", "answers", *_VERSION]
-    if ids is None:
-        table = work.rows(names)
-    else:
-        filesystem, path = work.arrow_path(work.data)
-        dataset = ds.dataset(path, schema=ROW_SCHEMA, format="parquet", filesystem=filesystem)
-        table = dataset.to_table(names, filter=ds.field("id").isin(ids))
-    return table.sort_by([("uri", "ascending"), ("start_s", "ascending"), ("id", "ascending")])
+    return work.rows(names, ids).sort_by([("uri", "ascending"), ("start_s", "ascending"), ("id", "ascending")])
 
 
 def _summary(meta: str, config: Storage, work: Work, finished: int) -> dict[str, Any]:
@@ -155,7 +147,7 @@ def _summary(meta: str, config: Storage, work: Work, finished: int) -> dict[str,
         summary: dict[str, Any] = json.loads(storage.read_bytes(f"{meta}/summary.json", config))
         if summary["units"]["finished"] == finished:
             return summary
-    units, rows = read_table(work.manifest, config), work.rows(columns())
+    units, rows = read_table(work.manifest, config, UNIT_COLUMNS), work.rows(columns())
     return summarise(units, rows, run_id=work.run_id, wall_s=0.0, this_start=rows["id"])
 
 

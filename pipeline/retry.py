@@ -4,6 +4,8 @@ Every data file that holds a repeated unit is rewritten whole under its own name
 any moment, and after a kill at any moment, the output holds exactly one row per unit.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -12,6 +14,8 @@ from pipeline import storage
 from pipeline.config import JobConfig
 from pipeline.run import RunDirectory, Work, read_table
 from pipeline.schema import UNIT_SCHEMA
+
+_FILES_AT_ONCE = 8
 
 
 def open_retry(run: RunDirectory, main: Work) -> tuple[int, Work]:
@@ -31,12 +35,15 @@ def merge_rows(run: RunDirectory, main: Work, number: int) -> int:
     """Replace repeated rows in the run's data files; returns how many. Doing it twice changes nothing."""
     job, work = run.job, run.retry(main, number)
     repeated = work.rows()
-    for uri in main.data_files():
+
+    def renew(uri: str) -> None:
         old = read_table(uri, job.storage)
         fresh = repeated.filter(pc.is_in(repeated["id"], value_set=old["id"].combine_chunks()))
-        if fresh.num_rows:
-            kept = old.filter(pc.invert(pc.is_in(old["id"], value_set=fresh["id"].combine_chunks())))
-            _replace(uri, pa.concat_tables([kept, fresh.cast(kept.schema)]), job)
+        kept = old.filter(pc.invert(pc.is_in(old["id"], value_set=fresh["id"].combine_chunks())))
+        _replace(uri, pa.concat_tables([kept, fresh.cast(kept.schema)]), job)
+
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        list(pool.map(renew, main.files_of(repeated["id"].combine_chunks())))
     run.write(f"retry-{number}/merged", b"")
     return repeated.num_rows
 

@@ -19,6 +19,7 @@ Readers that skip names with a leading underscore (pyarrow, Spark, DuckDB's hive
 import datetime
 import json
 import secrets
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -31,6 +32,8 @@ from pipeline.config import JobConfig, Storage
 from pipeline.errors import RunError
 from pipeline.lock import RunLock
 from pipeline.schema import ROW_SCHEMA
+
+_FILES_AT_ONCE = 256
 
 
 class Work:
@@ -65,12 +68,23 @@ class Work:
         units = read_table(self.manifest, self._config, ["id"])
         return units.num_rows, units.num_rows - self._open(units).num_rows
 
-    def rows(self, columns: list[str] | None = None) -> pa.Table:
-        """The rows written so far."""
-        if not self.data_files():
-            return ROW_SCHEMA.empty_table().select(columns or ROW_SCHEMA.names)
-        filesystem, path = storage.arrow_filesystem(self.data, self._config)
-        return ds.dataset(path, schema=ROW_SCHEMA, format="parquet", filesystem=filesystem).to_table(columns)
+    def rows(
+        self, columns: list[str] | dict[str, pc.Expression] | None = None, ids: pa.Array | None = None
+    ) -> pa.Table:
+        """The rows written so far. `columns`: these alone, by name or computed; `ids`: of these units alone."""
+        wanted = None if ids is None else pc.field("id").isin(ids)
+        none = ds.dataset(ROW_SCHEMA.empty_table()).to_table(columns)
+        parts = self._parts(self.data_files(), ROW_SCHEMA)
+        return pa.concat_tables([none, *(part.to_table(columns, filter=wanted) for part in parts)])
+
+    def files_of(self, ids: pa.Array) -> list[str]:
+        """The URIs of the files that hold rows of these units."""
+        uris = {storage.arrow_filesystem(uri, self._config)[1]: uri for uri in self.data_files()}
+        found: list[str] = []
+        for part in self._parts(list(uris.values()), ROW_SCHEMA):
+            rows = part.to_table(["__filename"], filter=pc.field("id").isin(ids))
+            found += [uris[path] for path in rows["__filename"].unique().to_pylist()]
+        return found
 
     def data_files(self) -> list[str]:
         """The URIs of the files that hold rows."""
@@ -85,11 +99,16 @@ class Work:
 
     def _done_ids(self) -> pa.Array:
         committed = [uri for uri in self._files(self.checkpoint) if not uri.endswith(".pending.parquet")]
-        if not committed:
-            return pa.array([], pa.string())
-        filesystem, _ = storage.arrow_filesystem(self.checkpoint, self._config)
-        paths = [storage.arrow_filesystem(uri, self._config)[1] for uri in committed]
-        return ds.dataset(paths, format="parquet", filesystem=filesystem).to_table(["id"])["id"].combine_chunks()
+        parts = self._parts(committed, pa.schema([("id", pa.string())]))
+        ids = [part.to_table()["id"].combine_chunks() for part in parts]
+        return pa.concat_arrays([pa.array([], pa.string()), *ids])
+
+    def _parts(self, uris: list[str], schema: pa.Schema) -> Iterator[ds.Dataset]:
+        """The files as data sets of some each: one data set keeps the metadata of every file it has read."""
+        for start in range(0, len(uris), _FILES_AT_ONCE):
+            filesystem, _ = storage.arrow_filesystem(uris[start], self._config)
+            paths = [storage.arrow_filesystem(uri, self._config)[1] for uri in uris[start : start + _FILES_AT_ONCE]]
+            yield ds.dataset(paths, schema=schema, format="parquet", filesystem=filesystem)
 
     def _files(self, folder: str) -> list[str]:
         return [e.uri for e in storage.list_files(folder, self._config, missing_ok=True) if e.uri.endswith(".parquet")]

@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 
 WORK = ("encode", "prefill", "generate")
 STATUSES = ("ok", "truncated", "skipped", "error")
+UNIT_COLUMNS = ["id", "start_s", "end_s", "duration_s"]  # of the manifest; rows: `columns()`
 _COLUMNS = [
     "id",
     "status",
     "error_stage",
     "error_type",
     "error_message",
-    "frame_times_s",
     "vision_tokens",
     "kept_tokens",
     "retention",
@@ -41,9 +41,9 @@ _COLUMNS = [
 ]
 
 
-def columns() -> list[str]:
-    """The row columns a summary needs."""
-    return list(_COLUMNS)
+def columns() -> dict[str, pc.Expression]:
+    """What a summary needs of every row: columns, and how many frames were seen instead of the times of all."""
+    return {name: pc.field(name) for name in _COLUMNS} | {"frames": pc.list_value_length(pc.field("frame_times_s"))}
 
 
 def summarise(
@@ -64,7 +64,7 @@ def summarise(
         "units": {"planned": units.num_rows, "finished": rows.num_rows, **counts},
         "errors": _errors(rows),
         "video_hours": round(_hours(units, answered), 4),
-        "frames": pc.sum(pc.list_value_length(answered["frame_times_s"])).as_py() or 0,
+        "frames": int(_total(answered, "frames")),
         "vision_tokens": int(_total(answered, "vision_tokens")),
         "kept_tokens": int(_total(answered, "kept_tokens")),
         "retention": round(pc.mean(answered["retention"]).as_py() or 1.0, 4),

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime, timedelta
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 
 from pipeline.summary import columns, format_bytes, summarise, table
 from tests.pipeline.rows import row, rows, units
@@ -28,6 +29,11 @@ def _at(begin_s, end_s, actor="x"):
     return times | {"actor": actor}
 
 
+def _seen(table_of_rows):
+    """What a summary reads of rows in files."""
+    return ds.dataset(table_of_rows).to_table(columns())
+
+
 def _summary(this_start="acef", **changes):
     """Units a–f have rows, g is open: a and b are answered in six seconds each, the others end at once."""
     table_of_rows = rows(
@@ -40,13 +46,14 @@ def _summary(this_start="acef", **changes):
     )
     manifest = units("a", "b", "c", "d", "e", "f", "g", duration_s=1800.0)
     ids = pa.chunked_array([list(this_start)], pa.string())
-    return summarise(manifest, table_of_rows.select(columns()), run_id="r", wall_s=36.0, this_start=ids)
+    return summarise(manifest, _seen(table_of_rows), run_id="r", wall_s=36.0, this_start=ids)
 
 
 def _of(*values, wall_s=1.0):
     """The part on this start of a run that has these rows alone."""
     table_of_rows = rows(*values)
-    return summarise(units("a"), table_of_rows, run_id="r", wall_s=wall_s, this_start=table_of_rows["id"])["this_start"]
+    ids = table_of_rows["id"]
+    return summarise(units("a"), _seen(table_of_rows), run_id="r", wall_s=wall_s, this_start=ids)["this_start"]
 
 
 def test_units_are_counted_by_status():
@@ -71,7 +78,7 @@ def test_sums_cover_answered_units():
 def test_clips_count_their_own_length():
     manifest = units("a", duration_s=1800.0, start_s=60.0, end_s=96.0)
     answered = rows(row("a", **_ANSWERED))
-    summary = summarise(manifest, answered, run_id="r", wall_s=1.0, this_start=answered["id"])
+    summary = summarise(manifest, _seen(answered), run_id="r", wall_s=1.0, this_start=answered["id"])
     assert summary["video_hours"] == 0.01
 
 
@@ -149,7 +156,7 @@ def test_rows_without_times_give_no_speed_of_light():
 
 def test_run_without_rows_has_a_summary():
     none = pa.chunked_array([[]], pa.string())
-    summary = summarise(units("a"), rows(), run_id="r", wall_s=0.0, this_start=none)
+    summary = summarise(units("a"), _seen(rows()), run_id="r", wall_s=0.0, this_start=none)
     assert summary["units"]["finished"] == 0
     assert summary["bottleneck"] == "nothing ran"
     assert "0 of 1 finished" in table(summary)
