@@ -241,8 +241,12 @@ class Job:
 def job(gateway, storage, tmp_path_factory):
     """The job after its kill and its second start; `first` are its rows."""
     made = Job(gateway, tmp_path_factory.mktemp("videos"))
-    assert run_and_kill("caption", *made.overrides, when=made.interfere)
-    made.refused = made.rival.communicate(timeout=60)
+    try:
+        assert run_and_kill("caption", *made.overrides, when=made.interfere)
+        made.refused = made.rival.communicate(timeout=60)
+    finally:
+        if made.rival is not None:
+            made.rival.kill()
     finished = run("caption", *made.overrides)
     made.outputs += [*made.refused, finished.stdout, finished.stderr]
     made.first = made.rows(storage)
