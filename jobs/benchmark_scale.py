@@ -199,7 +199,7 @@ class StubActor(CaptionActor):
     """The model actor with an answer that is there at once and no frames to wait for."""
 
     def _load(self, run_id: str) -> Captioner:
-        return _Stub(self._job, run_id)
+        return StubCaptioner(self._job, run_id)
 
     def _open(self, unit: dict[str, Any]) -> FrameStream:
         return _NoFrames()
@@ -217,7 +217,9 @@ class BareActor(StubActor):
         yield rows_table([self._captioner.row(unit, ()) for unit in batch.to_pylist()])
 
 
-class _Stub(Captioner):
+class StubCaptioner(Captioner):
+    """A captioner without a model: the same answer to every unit."""
+
     def __init__(self, job: JobConfig, run_id: str) -> None:
         self._fixed = dict.fromkeys(ROW_SCHEMA.names) | {
             "run_id": run_id,

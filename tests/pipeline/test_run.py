@@ -1,6 +1,9 @@
 """The run directory: what is open, what is done, and whose output it is."""
 
+from pathlib import Path
+
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -80,6 +83,20 @@ def test_output_folder_reads_as_one_table_of_rows(tmp_path):
     _commit(work, tmp_path, "x_000000", rows(row("a"), row("b", "error")))
     assert sorted(pq.read_table(tmp_path)["id"].to_pylist()) == ["a", "b"]
     assert work.rows(["id", "status"]).sort_by("id").to_pydict() == {"id": ["a", "b"], "status": ["ok", "error"]}
+
+
+def test_files_are_read_some_at_a_time_and_none_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.run._FILES_AT_ONCE", 2)
+    work = RunDirectory(_job(tmp_path)).open()
+    work.write_manifest(units(*"abcdef"))
+    for number, name in enumerate("abcde"):
+        _commit(work, tmp_path, f"x_{number:06d}", rows(row(name, frame_times_s=[0.0] * number)))
+    assert work.prepare() == (6, 5)
+    frames = {"id": pc.field("id"), "frames": pc.list_value_length(pc.field("frame_times_s"))}
+    assert work.rows(frames).sort_by("id").to_pydict() == {"id": [*"abcde"], "frames": [0, 1, 2, 3, 4]}
+    some = pa.array(["b", "e", "f"])
+    assert work.rows(["id"], some).sort_by("id").to_pydict() == {"id": ["b", "e"]}
+    assert [Path(uri).name for uri in sorted(work.files_of(some))] == ["x_000001-0.parquet", "x_000004-0.parquet"]
 
 
 def test_run_without_rows_reads_as_an_empty_table(tmp_path):
