@@ -1,4 +1,4 @@
-"""Decoder backends that misbehave, by file name: `crash…` and `hang…` in the decoder, `poison…` in the model."""
+"""Decoder backends that take their time, or misbehave by file name: `crash…`, `hang…`, and `poison…` in the model."""
 
 import os
 import time
@@ -6,6 +6,12 @@ import time
 import numpy as np
 
 from pipeline.frame_sources import DecordSource
+
+
+def slow(path, index, size):
+    """decord, a second later: a job that is still there when something happens to its nodes."""
+    time.sleep(1.0)
+    return DecordSource(path, index, size)
 
 
 def dangerous(path, index, size):

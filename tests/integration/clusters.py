@@ -23,7 +23,12 @@ RAY = str(Path(sys.executable).with_name("ray"))
 _HEAD_HOST = "127.0.0.2"  # loopback of its own: 127.0.0.1 would be rewritten to the host's outer address
 _STORE_BYTES = 100_000_000
 _START_S = 180.0
-_HEAD_ID = "f" * 51 + "00000"  # what the provider of fake nodes takes for the head's
+_HEAD_ID, _HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # what the provider of fake nodes takes for the head
+_LISTS = (  # which every configuration must have
+    *(f"{name}_commands" for name in ("initialization", "setup", "head_setup", "worker_setup")),
+    *("head_start_ray_commands", "worker_start_ray_commands"),
+    *("cluster_synced_files", "rsync_exclude", "rsync_filter"),
+)
 
 
 @dataclass
@@ -93,7 +98,8 @@ def autoscaling(head_cpus: int, worker: dict[str, float], most: int, idle_s: flo
         "cluster_name": "fake",
         "max_workers": most,
         "provider": {
-            "type": "fake_multinode",
+            "type": "external",  # its own name, fake_multinode, wants a file that Ray's wheel lacks
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -101,11 +107,13 @@ def autoscaling(head_cpus: int, worker: dict[str, float], most: int, idle_s: flo
             "head_node_id": _HEAD_ID,
             "gcs_address": f"{_HEAD_HOST}:{port}",
         },
-        "available_node_types": {"head": head_type, "worker": worker_type},
-        "head_node_type": "head",
+        "available_node_types": {_HEAD_TYPE: head_type, "worker": worker_type},
+        "head_node_type": _HEAD_TYPE,
         "auth": {},
         "upscaling_speed": 1.0,
         "idle_timeout_minutes": idle_s / 60,
+        **{key: {} for key in ("docker", "file_mounts")},
+        **{key: [] for key in _LISTS},
     }
     variables = environment(
         AUTOSCALER_UPDATE_INTERVAL_S="1",

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.integration
 # The model asks for a GPU, which only worker nodes say they have; it runs on their CPUs.
 ON_WORKERS = [
     "model.device=cpu",
+    "decode.backend=tests.integration.backends:slow",
     "model.max_new_tokens=24",
     "ray.actors.num_gpus=1",
     "ray.actors.min=2",
