@@ -51,7 +51,10 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         job = prepare(Path(folder), arguments.clips, arguments.overrides)
-        pairs = [measure(job, arguments.threads) for _ in range(arguments.repeats)]
+        pairs = []
+        for _ in range(arguments.repeats):
+            pairs.append(measure(job, arguments.threads))
+            print(json.dumps(pairs[-1]), file=sys.stderr, flush=True)
     result = {
         "command": " ".join(["python -m jobs.benchmark_pipeline", *(f"--set {o}" for o in arguments.overrides)]),
         "machine": f"{len(os.sched_getaffinity(0))} CPUs, {platform.machine()}, Python {platform.python_version()}",
