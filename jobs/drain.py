@@ -25,7 +25,7 @@ def main() -> int:
     while going := {
         job.submission_id for job in client.list_jobs() if job.submission_id and not job.status.is_terminal()
     }:
-        for id in going - asked:
+        for id in sorted(going - asked):
             print(f"stopping {id}", flush=True)
             client.stop_job(id)
         asked |= going
