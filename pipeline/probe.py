@@ -66,8 +66,8 @@ def probe(uri: str, storage: Storage) -> Probe:
 def probe_all(
     uris: Sequence[str], storage: Storage, *, workers: int, timeout_s: float | None = None
 ) -> dict[str, Probe]:
-    """Every distinct URI's probe, `workers` at a time; one may take `timeout_s` (None: twice a request's time)."""
-    with _Pool(storage, timeout_s or 2 * storage.timeout_s) as pool:
+    """Every distinct URI's probe, `workers` at a time; one may take `timeout_s` (None: all tries of a request)."""
+    with _Pool(storage, timeout_s or (storage.max_attempts + 1) * storage.timeout_s) as pool:
         return pool.run(list(dict.fromkeys(uris)), workers)
 
 

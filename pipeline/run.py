@@ -75,15 +75,17 @@ class Work:
         wanted = None if ids is None else pc.field("id").isin(ids)
         none = ds.dataset(ROW_SCHEMA.empty_table()).to_table(columns)
         parts = self._parts(self.data_files(), ROW_SCHEMA)
-        return pa.concat_tables([none, *(part.to_table(columns, filter=wanted) for part in parts)])
+        with storage.faults(self.data):
+            return pa.concat_tables([none, *(part.to_table(columns, filter=wanted) for part in parts)])
 
     def files_of(self, ids: pa.Array) -> list[str]:
         """The URIs of the files that hold rows of these units."""
         uris = {storage.arrow_filesystem(uri, self._config)[1]: uri for uri in self.data_files()}
         found: list[str] = []
-        for part in self._parts(list(uris.values()), ROW_SCHEMA):
-            rows = part.to_table(["__filename"], filter=pc.field("id").isin(ids))
-            found += [uris[path] for path in rows["__filename"].unique().to_pylist()]
+        with storage.faults(self.data):
+            for part in self._parts(list(uris.values()), ROW_SCHEMA):
+                rows = part.to_table(["__filename"], filter=pc.field("id").isin(ids))
+                found += [uris[path] for path in rows["__filename"].unique().to_pylist()]
         return found
 
     def data_files(self) -> list[str]:
@@ -100,7 +102,8 @@ class Work:
     def _done_ids(self) -> pa.Array:
         committed = [uri for uri in self._files(self.checkpoint) if not uri.endswith(".pending.parquet")]
         parts = self._parts(committed, pa.schema([("id", pa.string())]))
-        ids = [part.to_table()["id"].combine_chunks() for part in parts]
+        with storage.faults(self.checkpoint):
+            ids = [part.to_table()["id"].combine_chunks() for part in parts]
         return pa.concat_arrays([pa.array([], pa.string()), *ids])
 
     def _parts(self, uris: list[str], schema: pa.Schema) -> Iterator[ds.Dataset]:
@@ -181,4 +184,5 @@ class RunDirectory:
 def read_table(uri: str, config: Storage, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file as a table; `columns`: these alone."""
     filesystem, path = storage.arrow_filesystem(uri, config)
-    return pq.read_table(path, columns=columns, filesystem=filesystem)
+    with storage.faults(uri):
+        return pq.read_table(path, columns=columns, filesystem=filesystem)

@@ -51,7 +51,8 @@ class Sampling:
         if not job.report.enabled or job.report.samples == 0:
             return None
         filesystem, path = work.arrow_path(work.manifest)
-        units = pq.read_metadata(path, filesystem=filesystem).num_rows
+        with storage.faults(work.manifest):
+            units = pq.read_metadata(path, filesystem=filesystem).num_rows
         share = min(1.0, job.report.samples / max(units, 1))
         return cls(folder_of(job.sink.uri), share, job.report.frames, job.storage)
 

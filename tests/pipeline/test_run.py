@@ -7,9 +7,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import load_config
+from pipeline.config import Storage, load_config
 from pipeline.errors import RunError
-from pipeline.run import RunDirectory
+from pipeline.run import RunDirectory, read_table
+from pipeline.storage_errors import StorageError
 from tests.pipeline.rows import row, rows, units
 
 
@@ -103,3 +104,8 @@ def test_run_without_rows_reads_as_an_empty_table(tmp_path):
     work = RunDirectory(_job(tmp_path)).open()
     assert work.rows().num_rows == 0
     assert work.rows(["id"]).column_names == ["id"]
+
+
+def test_file_that_is_gone_is_told_by_its_name(tmp_path):
+    with pytest.raises(StorageError, match=r"no such file: .*/gone\.parquet"):
+        read_table(str(tmp_path / "gone.parquet"), Storage())
