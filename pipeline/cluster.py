@@ -54,6 +54,10 @@ def connect(job: JobConfig) -> Iterator[None]:
         ray.init(**options)
     except SystemExit:  # Ray's answer to a SIGTERM while it starts
         raise StoppedError("the job was asked to end") from None
+    except Exception as error:  # Ray raises plain ones, as when a node of a busy machine starts too slowly
+        reason = " ".join(str(error).split())[:300]
+        what = f"reached at {address}" if address else "started"
+        raise RunError(f"Ray cannot be {what}: {reason}; the same command tries again") from error
     try:
         yield
     finally:

@@ -4,8 +4,13 @@ import io
 import json
 import sys
 
+import pytest
+import ray
+
 from pipeline import logs
-from pipeline.cluster import _Display
+from pipeline.cluster import _Display, connect
+from pipeline.config import load_config
+from pipeline.errors import RunError
 
 
 class _Terminal(io.StringIO):
@@ -41,3 +46,18 @@ def test_progress_as_json_is_an_event_per_interval(monkeypatch):
     lines = [json.loads(line) for line in _show(monkeypatch, _Terminal(), "json").splitlines()]
     assert len(lines) == 2
     assert {"event": "progress", "done": 5, "total": 10, "units": {"ok": 1, "error": 1}}.items() <= lines[0].items()
+
+
+@pytest.mark.parametrize(("options", "what"), [([], "started"), (["ray.address=10.0.0.1:6379"], "reached at 10.0.0.1")])
+def test_ray_that_does_not_come_up_is_told_in_a_line(monkeypatch, options, what):
+    def init(**_):
+        raise Exception("The current node timed out\nduring startup.")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    job = load_config(None, ["source.uri=a", "sink.uri=b", *options])
+    with (
+        pytest.raises(RunError, match=f"Ray cannot be {what}.*: The current node timed out during startup"),
+        connect(job),
+    ):
+        pass
