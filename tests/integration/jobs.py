@@ -71,3 +71,8 @@ def rows_by_name(folder):
     ids = [row["id"] for row in rows]
     assert len(set(ids)) == len(ids)
     return {Path(row["uri"]).name: row for row in rows}
+
+
+def committed(out):
+    """The files of a run on local disk that say which units' rows are committed."""
+    return [p for p in (out / "_run" / "checkpoint").glob("*.parquet") if "pending" not in p.name]

@@ -10,7 +10,7 @@ import pytest
 
 from jobs.soak import processes
 from pipeline.mini.world import render_demo
-from tests.integration.jobs import ROOT, command, environment, rows_by_name, run
+from tests.integration.jobs import ROOT, command, committed, environment, rows_by_name, run
 
 pytestmark = pytest.mark.integration
 
@@ -52,10 +52,6 @@ def wait_for(condition, process, seconds=120):
             process.kill()
             raise AssertionError("\n".join(process.communicate()))
         time.sleep(0.05)
-
-
-def committed(out):
-    return [p for p in (out / "_run" / "checkpoint").glob("*.parquet") if "pending" not in p.name]
 
 
 def test_unit_that_kills_its_model_process_is_an_error_row_and_retry_heals_it(clips, expected, tmp_path):

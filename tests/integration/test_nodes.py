@@ -8,7 +8,7 @@ import pytest
 
 from jobs.soak import Tally, judge, undisturbed, write_manifest
 from tests.integration import clusters
-from tests.integration.jobs import ROOT, command, environment
+from tests.integration.jobs import ROOT, command, committed, environment
 
 pytestmark = pytest.mark.integration
 
@@ -24,10 +24,6 @@ ON_WORKERS = [
     "sink.rows_per_file=2",
 ]
 WORKER = ("--num-cpus=1", "--num-gpus=1")
-
-
-def committed(out):
-    return [p for p in (out / "_run" / "checkpoint").glob("*.parquet") if "pending" not in p.name]
 
 
 def test_lost_node_costs_no_unit(tmp_path):

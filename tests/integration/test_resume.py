@@ -8,7 +8,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pipeline.mini.world import render_demo
-from tests.integration.jobs import run, run_and_kill
+from tests.integration.jobs import committed, run, run_and_kill
 
 pytestmark = pytest.mark.integration
 
@@ -27,11 +27,10 @@ def videos(tmp_path_factory):
 def test_killed_job_finishes_on_local_disk_with_every_unit_once(videos, tmp_path):
     out = tmp_path / "out"
     overrides = [f"source.uri={videos}", f"sink.uri={out}", *STEPS]
-    committed = out / "_run" / "checkpoint"
     killed_early = run_and_kill(
         "caption",
         *overrides,
-        when=lambda: len([p for p in committed.glob("*.parquet") if "pending" not in p.name]) >= 3,
+        when=lambda: len(committed(out)) >= 3,
     )
     done = run("caption", *overrides)
     ids = pq.read_table(out)["id"].to_pylist()
@@ -68,11 +67,11 @@ def test_killed_job_finishes_on_s3_with_every_unit_once(videos, s3):
         *STEPS,
     ]
 
-    def committed():
+    def committed_there():
         found = client.list_objects_v2(Bucket="bucket", Prefix="out/_run/checkpoint/").get("Contents", [])
         return len([o for o in found if o["Key"].endswith(".parquet") and "pending" not in o["Key"]]) >= 3
 
-    assert run_and_kill("caption", *overrides, when=committed, **CREDENTIALS)
+    assert run_and_kill("caption", *overrides, when=committed_there, **CREDENTIALS)
     run("caption", *overrides, **CREDENTIALS)
     filesystem = pyarrow.fs.S3FileSystem(
         endpoint_override=s3.removeprefix("http://"),
