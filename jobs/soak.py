@@ -9,6 +9,7 @@ to finish, error rows are retried, and every unit must have exactly one row with
 import argparse
 import json
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,36 @@ SETTINGS = [
     "ray.num_cpus=2",
     "ray.object_store_bytes=200000000",
 ]
-# What is killed, by the title Ray gives the process, and how often in comparison.
-VICTIMS = {"CaptionActor": 4, "decode_task": 4, "Attempts": 1, "raylet": 1, "driver": 2, "driver asked to end": 1}
-_PAUSE_S = (2.0, 25.0)
+DRIVER, ASKED = "driver", "driver asked to end"
+# Below the driver, by what stands in the command or in the title that Ray gives a process at work.
+TITLES = {"model": "CaptionActor", "decoder": "decode_task", "counter": "ray::Attempts", "raylet": "raylet/raylet "}
+# How often each is hit in every thirteen.
+VICTIMS = {"model": 4, "decoder": 4, "counter": 1, "raylet": 1, DRIVER: 2, ASKED: 1}
+_PAUSE_S = (1.0, 15.0)
+_WAIT_S = 60.0  # for a victim to come up: a decoder is at work for moments only, a model after its start
 _STARTS_PER_ROUND = 200  # a job that never gets on is a failure of its own
 _PROMPTS = ("describe the video .", "how many objects are there ?")
+
+
+class Chance:
+    """What is random: the pauses, and whose turn it is; every victim has had its turns before one has more."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self._turns: list[str] = []
+
+    def pause_s(self) -> float:
+        return self._random.uniform(*_PAUSE_S)
+
+    def victim(self) -> str:
+        """Who is next, until it is `hit`."""
+        if not self._turns:
+            self._turns = self._random.sample(list(VICTIMS), sum(VICTIMS.values()), counts=list(VICTIMS.values()))
+        return self._turns[-1]
+
+    def hit(self) -> str:
+        """The victim has had its turn."""
+        return self._turns.pop()
 
 
 @dataclass
@@ -65,11 +92,18 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--units", metavar="N", type=int, default=120, help="units of a round")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write what happened here, too")
+    parser.add_argument(
+        "--json", metavar="FILE", type=Path, help="write what happened here, too: jobs/results/soak.json"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         tally = soak(Path(name), arguments.minutes * 60, arguments.units, arguments.seed)
-    result = {"command": f"python -m jobs.soak --minutes {arguments.minutes:g}"} | report(tally)
+    result = {
+        "command": f"python -m jobs.soak --minutes {arguments.minutes:g}",
+        "machine": f"{len(os.sched_getaffinity(0))} CPUs, {platform.machine()}, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in ("ray", "torch", "decord")},
+        "minutes": arguments.minutes,
+    } | report(tally)
     print(json.dumps(result, indent=2))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -78,7 +112,7 @@ def main() -> int:
 
 def soak(folder: Path, seconds: float, units: int, seed: int) -> Tally:
     """Rounds until the time is up."""
-    chance, tally = random.Random(seed), Tally()
+    chance, tally = Chance(seed), Tally()
     answers = undisturbed(folder / "videos")
     until = time.monotonic() + seconds
     while tally.rounds == 0 or time.monotonic() < until:
@@ -143,7 +177,7 @@ def report(tally: Tally) -> dict[str, Any]:
         "rounds": tally.rounds,
         "units": tally.units,
         "driver_starts": tally.starts,
-        "kills": dict(sorted(tally.kills.items())),
+        "kills": {victim: tally.kills[victim] for victim in VICTIMS},
         "rounds_with_error_rows_retried": tally.repeated_errors,
         **{
             name: {"units": len(ids), "first": ids[:5]}
@@ -164,42 +198,50 @@ def processes(driver: int, title: str) -> list[psutil.Process]:
     return found
 
 
-def _disturbed(job: str, options: Iterable[str], until: float, chance: random.Random, tally: Tally) -> None:
+def _disturbed(job: str, options: Iterable[str], until: float, chance: Chance, tally: Tally) -> None:
     """The job, started again until it has all rows, and disturbed until `until`."""
     for _ in range(_STARTS_PER_ROUND):
         tally.starts += 1
         with tempfile.TemporaryFile("w+") as errors:
             process = subprocess.Popen(_command(job, options), env=_environment(), stdout=errors, stderr=errors)
             while process.poll() is None:
-                pause_s = chance.uniform(*_PAUSE_S)
+                pause_s = chance.pause_s()
                 if time.monotonic() + pause_s > until:
                     process.wait()
                     break
                 try:
                     process.wait(pause_s)
                 except subprocess.TimeoutExpired:
-                    _strike(process, chance, tally)
+                    if strike(process, chance.victim()):
+                        tally.kills[chance.hit()] += 1
             errors.seek(0)
             text = errors.read()
         if process.returncode == 0 and "was asked to end" not in text:
             return
-        if process.returncode not in (0, 2, -signal.SIGKILL):
+        # SIGTERM: asked to end before it could listen.
+        if process.returncode not in (0, 2, -signal.SIGKILL, -signal.SIGTERM):
             raise RuntimeError(f"the job ended with exit code {process.returncode}:\n{text[-4000:]}")
     raise RuntimeError(f"the job did not finish in {_STARTS_PER_ROUND} starts:\n{text[-4000:]}")
 
 
-def _strike(driver: subprocess.Popen[bytes], chance: random.Random, tally: Tally) -> None:
-    (victim,) = chance.choices(list(VICTIMS), list(VICTIMS.values()))
-    try:
-        if victim == "driver":
-            driver.kill()
-        elif victim == "driver asked to end":
-            driver.terminate()
-        else:
-            chance.choice(processes(driver.pid, victim)).kill()
-    except (IndexError, psutil.Error):  # nothing of the kind is running
-        return
-    tally.kills[victim] += 1
+def strike(driver: subprocess.Popen[bytes], victim: str, wait_s: float = _WAIT_S) -> bool:
+    """Kill a process of the kind `victim` as soon as there is one; False: there was none before the driver ended."""
+    if victim == DRIVER:
+        driver.kill()
+        return True
+    if victim == ASKED:
+        driver.terminate()
+        return True
+    deadline = time.monotonic() + wait_s
+    while driver.poll() is None and time.monotonic() < deadline:
+        try:
+            for process in processes(driver.pid, TITLES[victim])[:1]:
+                process.kill()
+                return True
+        except psutil.Error:  # it ended this moment
+            pass
+        time.sleep(0.01)
+    return False
 
 
 def _command(job: str, options: Iterable[str]) -> list[str]:

@@ -1,8 +1,13 @@
-"""What the soak calls lost, doubled and foreign."""
+"""Whom the soak hits, and what it calls lost, doubled and foreign."""
 
 import json
+import subprocess
+import sys
+from collections import Counter
 
-from jobs.soak import Tally, judge, report, write_manifest
+import pytest
+
+from jobs.soak import ASKED, DRIVER, TITLES, VICTIMS, Chance, Tally, judge, report, strike, write_manifest
 
 ANSWERS = {("a.mp4", "what ?"): "A", ("b.mp4", "what ?"): "B"}
 
@@ -45,3 +50,52 @@ def test_text_of_another_video_and_no_text_are_foreign(tmp_path):
     tally = _judged(tmp_path, change)
     assert (tally.clean, tally.foreign) == (False, ["unit-00000", "unit-00001"])
     assert report(tally)["foreign"] == {"units": 2, "first": ["unit-00000", "unit-00001"]}
+
+
+def test_every_victim_has_its_turns_and_keeps_one_until_it_is_hit():
+    chance = Chance(seed=3)
+    turns = Counter()
+    for _ in range(2 * sum(VICTIMS.values())):
+        assert chance.victim() == chance.victim()
+        turns[chance.hit()] += 1
+    assert turns == {victim: 2 * count for victim, count in VICTIMS.items()}
+
+
+def test_report_names_victims_that_were_never_hit():
+    assert report(Tally(kills=Counter(model=2)))["kills"] == dict.fromkeys(VICTIMS, 0) | {"model": 2}
+
+
+_SLEEP = "import time; time.sleep(30)"
+_PARENT = """
+import subprocess, sys, time
+time.sleep(0.2)
+sys.exit(subprocess.call([sys.executable, "-c", *sys.argv[1:]]))
+"""
+
+
+def _driver(title=None):
+    """A process; with a title, one that has a child of that title a moment later, and ends as that one does."""
+    code = [_SLEEP] if title is None else [_PARENT, _SLEEP, title]
+    return subprocess.Popen([sys.executable, "-c", *code])
+
+
+@pytest.mark.parametrize("victim", TITLES)
+def test_victim_is_waited_for_and_killed_alone(victim):
+    driver = _driver(f"{TITLES[victim]}(…)")
+    assert strike(driver, victim)
+    assert driver.wait(20) == 256 - 9, "the driver lived on and saw its child's end"
+
+
+@pytest.mark.parametrize(("victim", "signal"), [(DRIVER, 9), (ASKED, 15)])
+def test_driver_is_killed_or_asked(victim, signal):
+    driver = _driver()
+    assert strike(driver, victim)
+    assert driver.wait(20) == -signal
+
+
+def test_victim_that_does_not_come_up_is_not_hit():
+    driver = _driver()
+    assert not strike(driver, "decoder", wait_s=0.3)
+    driver.kill()
+    driver.wait()
+    assert not strike(driver, "decoder")
