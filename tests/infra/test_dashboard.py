@@ -1,11 +1,15 @@
 """Dashboard and alerts: they parse, and ask for nothing that the code does not export."""
 
+import copy
 import json
 from pathlib import Path
 
 import promql_parser
 import pytest
 import yaml
+from grafana_foundation_sdk.cog import plugins
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from pipeline.metrics import SPECS
 
@@ -85,6 +89,50 @@ def test_run_variable_lists_the_runs_of_an_exported_metric():
     (variable,) = (v for v in _DASHBOARD["templating"]["list"] if v["name"] == "run")
     name, label = variable["query"]["query"].removeprefix("label_values(").removesuffix(")").split(", ")
     assert label in _LABELS[name]
+
+
+def _unknown(given, understood, path="$"):
+    """Where a value that was given is not among what was understood."""
+    if isinstance(given, dict) and isinstance(understood, dict):
+        for key, value in given.items():
+            yield from _unknown(value, understood.get(key), f"{path}.{key}")
+    elif isinstance(given, list) and len(given) == len(understood or ()):
+        for number, value in enumerate(given):
+            yield from _unknown(value, understood[number], f"{path}[{number}]")
+    elif given != understood:
+        yield path
+
+
+def _unknown_to_grafana(dashboard):
+    """Fields that get lost where Grafana's own types read the dashboard and write it again."""
+    plugins.register_default_plugins()  # what panels and queries of each kind may have
+    return list(_unknown(dashboard, json.loads(json.dumps(Dashboard.from_json(dashboard), cls=JSONEncoder))))
+
+
+def test_every_field_is_one_of_grafanas_types():
+    assert _unknown_to_grafana(_DASHBOARD) == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "panels/0/options/reduceOptions",
+        "panels/0/fieldConfig/defaults",
+        "panels/6/options/legend",
+        "panels/6/fieldConfig/defaults/custom",
+        "panels/6/targets/0",
+        "templating/list/1",
+    ],
+)
+def test_field_that_grafana_does_not_know_is_seen(path):
+    dashboard = copy.deepcopy(_DASHBOARD)
+    place = dashboard
+    for name in filter(None, path.split("/")):
+        place = place[int(name) if name.isdigit() else name]
+    place["legendFromat"] = "{{run}}"
+    (found,) = _unknown_to_grafana(dashboard)
+    assert found.endswith(".legendFromat")
 
 
 def test_schema_is_one_that_grafana_12_reads_without_migration():
