@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from jobs.submission import Cluster
+from jobs.schedule.submission import Cluster
 from pipeline.config import load_config
 from pipeline.errors import RunError
 from pipeline.mini.world import render_demo

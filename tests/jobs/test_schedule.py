@@ -10,11 +10,11 @@ import zoneinfo
 
 import pytest
 
-from jobs import schedule as cli
 from jobs.cli import load, main_guard, parser
-from jobs.firings import Firing, Firings
-from jobs.scheduler import LOG, Clock, Schedule, Scheduler
-from jobs.submission import Submission, command
+from jobs.schedule import __main__ as cli
+from jobs.schedule.firings import Firing, Firings
+from jobs.schedule.scheduler import LOG, Clock, Schedule, Scheduler
+from jobs.schedule.submission import Submission, command
 from pipeline.config import Storage, load_config
 from pipeline.errors import ConfigError, RunError
 from pipeline.run import RunDirectory

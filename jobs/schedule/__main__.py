@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from jobs.cli import load, main_guard, parser
-from jobs.scheduler import LOG, Clock, Schedule, Scheduler
-from jobs.submission import Cluster
+from jobs.schedule.scheduler import LOG, Clock, Schedule, Scheduler
+from jobs.schedule.submission import Cluster
 from pipeline import logs
 from pipeline.errors import ConfigError
 
@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
 Logs one JSON object per line. SIGTERM ends the scheduler, not the job. Exit code with --once: the job's.""",
     )
+    cli.prog = "python -m jobs.schedule"
     cli.add_argument("--name", default="captions", help="of the schedule: firings and submissions carry it")
     cli.add_argument(
         "--cron", metavar="EXPRESSION", default="0 2 * * *", help="minute hour day month weekday; 0 and 7 are Sunday"

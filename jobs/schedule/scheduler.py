@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol
 
 import cronsim
 
-from jobs.firings import Firing, Firings
-from jobs.submission import Submission
+from jobs.schedule.firings import Firing, Firings
+from jobs.schedule.submission import Submission
 from pipeline import logs
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError, RunError
@@ -60,7 +60,7 @@ class Schedule:
 
 
 class Jobs(Protocol):
-    """Where jobs run: `jobs.submission.Cluster`, or a stand-in."""
+    """Where jobs run: `jobs.schedule.submission.Cluster`, or a stand-in."""
 
     def submit(self, id: str, job: JobConfig) -> bool: ...
     def find(self, id: str) -> Submission | None: ...
