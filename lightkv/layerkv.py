@@ -1,0 +1,125 @@
+"""The KV of one decoder layer of one prompt, growing at its end while the prompt streams in."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightkv.errors import ConfigError
+from lightkv.ops.quantised import ABSENT, Quantised, concatenated, dequantise, quantise
+
+GROWTH = 1.25  # of the room, when it runs out
+
+
+@dataclass(frozen=True)
+class Bits:
+    """How many bits the cache of what came before the question takes per number: 16 leaves the model's own type.
+
+    Keys are scaled per channel over `group` tokens, values per token over `value_group` channels (None: the
+    operation's own choice).
+    """
+
+    bits: int = 16
+    group: int = 32
+    value_group: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8, 16):
+            raise ConfigError(f"bits of the cache must be 4, 8 or 16, got {self.bits}")
+        if self.group < 1:
+            raise ConfigError(f"group must be at least 1 token, got {self.group}")
+
+
+class LayerKV:
+    """Keys and values [Hkv, n, d] and the log of the tokens' sizes, fp32 [n]. What is sealed stays."""
+
+    def __init__(self, bits: Bits) -> None:
+        self._bits = bits
+        self._parts: list[Quantised] = []
+        self._sealed = 0  # tokens
+        self._log_size = torch.empty(0)  # of all tokens, with room at the end
+        self._k = torch.empty(0, 0, 0)  # of those that are not sealed, with room at the end
+        self._v = torch.empty(0, 0, 0)
+        self._open = 0
+
+    def __len__(self) -> int:
+        return self._sealed + self._open
+
+    @property
+    def nbytes(self) -> int:
+        """Of the keys and values held; room that is not in use yet does not count."""
+        held = sum(part.nbytes for part in self._parts)
+        return held + 2 * self._k.shape[0] * self._open * self._k.shape[2] * self._k.element_size()
+
+    def push(self, k: Tensor, v: Tensor, log_size: Tensor) -> None:
+        """Append k, v [Hkv, m, d] and log_size fp32 [m]."""
+        end = self._open + k.shape[1]
+        self._k, self._v = (_room(held, self._open, new) for held, new in ((self._k, k), (self._v, v)))
+        self._log_size = _room(self._log_size, len(self), log_size, axis=0)
+        self._k[:, self._open : end] = k
+        self._v[:, self._open : end] = v
+        self._log_size[len(self) : self._sealed + end] = log_size
+        self._open = end
+
+    def view(self) -> tuple[Tensor, Tensor, Tensor]:
+        """k, v [Hkv, n, d] and log sizes fp32 [n] of all tokens; sealed ones are unpacked for the caller."""
+        k, v, log_size = self._k[:, : self._open], self._v[:, : self._open], self._log_size[: len(self)]
+        if self._parts:
+            k_old, v_old = dequantise(self._packed(), k.dtype)
+            k, v = torch.cat([k_old, k], dim=1), torch.cat([v_old, v], dim=1)
+        return k, v, log_size
+
+    def since(self, begin: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of what came after the first `begin` tokens, which must not be sealed."""
+        assert begin >= self._sealed
+        first = begin - self._sealed
+        k, v = self._k[:, first : self._open], self._v[:, first : self._open]
+        return k.clone(), v.clone(), self._log_size[begin : len(self)].clone()
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        assert self._sealed <= length <= len(self)
+        self._open = length - self._sealed
+
+    def seal(self, rest: bool = False) -> None:
+        """Pack what fills whole groups in few bits; with `rest` all, the last group filled up by tokens not there."""
+        if self._bits.bits == 16:
+            return
+        if rest and (short := -self._open % self._bits.group):
+            k, v = (held[:, self._open - 1 : self._open].expand(-1, short, -1) for held in (self._k, self._v))
+            self.push(k, v, self._log_size.new_full((short,), ABSENT))
+        whole = self._open - self._open % self._bits.group
+        if not whole:
+            return
+        k, v = self._k[:, :whole], self._v[:, :whole]
+        self._parts.append(quantise(k, v, self._bits.bits, self._bits.group, self._bits.value_group))
+        left = slice(whole, self._open)
+        self._k, self._v = self._k[:, left].clone(), self._v[:, left].clone()
+        self._sealed, self._open = self._sealed + whole, self._open - whole
+
+    def packed(self) -> tuple[Quantised, Tensor]:
+        """All tokens in few bits, with their log sizes; only after `seal(rest=True)`."""
+        assert not self._open
+        if not self._parts:
+            none = self._k[:, :0]
+            self._parts = [quantise(none, none, self._bits.bits, self._bits.group, self._bits.value_group)]
+        return self._packed(), self._log_size[: self._sealed]
+
+    def _packed(self) -> Quantised:
+        if len(self._parts) > 1:
+            self._parts = [concatenated(self._parts)]
+        return self._parts[0]
+
+
+def _room(held: Tensor, used: int, new: Tensor, axis: int = 1) -> Tensor:
+    """A tensor that holds the first `used` of `held` and has room for `new` after them along `axis`."""
+    need = used + new.shape[axis]
+    if held.shape[axis] >= need:
+        return held
+    # The first time there is no telling what will come: what fits exactly is what most prompts need.
+    shape = list(new.shape)
+    shape[axis] = max(need, int(held.shape[axis] * GROWTH))
+    grown = new.new_empty(shape)
+    if used:
+        grown.narrow(axis, 0, used).copy_(held.narrow(axis, 0, used))
+    return grown

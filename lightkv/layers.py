@@ -1,0 +1,105 @@
+"""Some decoder layers of a stock model, run over states with an attention of the caller's own.
+
+transformers picks attention by name. Under ours, a layer hands queries and keys after RoPE, and values, to whoever
+runs it, who knows what else there is to attend to. So no cache of transformers and no mask takes part.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lightkv.errors import UnsupportedModelError
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+"""(layer, q [B, Hq, S, d], k and v [B, Hkv, S, d] of the new tokens, scale) → [B, S, Hq, d]."""
+
+NAME = "lightkv_engine"
+_RUNNING: WeakKeyDictionary[nn.Module, tuple[int, Attend]] = WeakKeyDictionary()
+
+
+class Layers:
+    """The decoder of a model, layer by layer. Raises UnsupportedModelError where a layer wants more than attention."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._decoder = model.get_decoder()
+        self._head = model.get_output_embeddings()
+        self._config = self._decoder.config
+        check_decoder(self._decoder)
+        if NAME not in ALL_ATTENTION_FUNCTIONS:
+            AttentionInterface.register(NAME, _attend)
+
+    def __len__(self) -> int:
+        return len(self._decoder.layers)
+
+    @property
+    def device(self) -> torch.device:
+        return self._decoder.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._decoder.embed_tokens.weight.dtype
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [...] → [..., D]."""
+        return self._decoder.embed_tokens(ids.to(self.device))
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin) [B, S, d] of positions int64 [axes, B, S]."""
+        place = positions if positions.shape[0] > 1 else positions[0]
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        return self._decoder.rotary_emb(like, place.to(self.device))
+
+    def run(self, hidden: Tensor, angles: tuple[Tensor, Tensor], which: range, attend: Attend) -> Tensor:
+        """hidden [B, S, D] after the layers `which`."""
+        for index in which:
+            layer = self._decoder.layers[index]
+            _RUNNING[layer.self_attn] = (index, attend)
+            try:
+                result = layer(hidden, attention_mask=None, position_embeddings=angles, position_ids=None)
+            finally:
+                if _RUNNING.pop(layer.self_attn, None) is None:
+                    raise UnsupportedModelError(f"layer {index} did not run its attention through AttentionInterface")
+            hidden = result[0] if isinstance(result, tuple) else result
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of hidden [..., D] after the last layer, fp32."""
+        return self._head(self._decoder.norm(hidden)).float()
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within this scope the model's layers attend as `run` says; outside they are as they were."""
+        before = self._config._attn_implementation
+        self._config._attn_implementation = NAME
+        try:
+            yield
+        finally:
+            self._config._attn_implementation = before
+
+
+def check_decoder(decoder: Any) -> None:
+    """Raises UnsupportedModelError unless all layers have full attention through a `self_attn`."""
+    layers = getattr(decoder, "layers", None)
+    if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
+        raise UnsupportedModelError(f"{type(decoder).__name__} has no decoder layers with self_attn")
+    kinds = set(getattr(decoder.config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UnsupportedModelError(f"all layers must use full attention, this decoder has {sorted(kinds)}")
+    if getattr(decoder.config, "sliding_window", None) and getattr(decoder.config, "use_sliding_window", True):
+        raise UnsupportedModelError("sliding-window attention is not supported")
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    index, attend = _RUNNING[module]
+    if kwargs.get("s_aux") is not None or any(kwargs.get(name) for name in ("softcap", "sliding_window")):
+        raise UnsupportedModelError("attention with sinks, soft caps or windows is not supported here")
+    given = kwargs.get("scaling")
+    return attend(index, query, key, value, query.shape[-1] ** -0.5 if given is None else given), None

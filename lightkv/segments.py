@@ -1,0 +1,84 @@
+"""What a prompt is made of when it arrives piece by piece: text, and parts of images and videos."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightkv.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids int64 [n] of text."""
+
+    ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Vision:
+    """An image, or some consecutive steps in time of a video, as its encoder gave them.
+
+    features    [t·h·w, D], row-major: what goes to the decoder's first layer
+    grid        (t, h, w) of these tokens
+    first       step of the item at which they begin: 0 starts an item, more goes on with the one before
+    counts      how many steps each of the t steps stands for; None: one each. Frames that repeat the ones before are
+                left out by their encoder and counted here
+    interval_s  seconds from step to step, for models whose positions follow time; None: one position per step
+    """
+
+    features: Tensor
+    grid: tuple[int, int, int]
+    first: int = 0
+    counts: tuple[int, ...] | None = None
+    interval_s: float | None = None
+
+    def __post_init__(self) -> None:
+        t, h, w = self.grid
+        if min(self.grid) < 1 or len(self.features) != t * h * w or self.first < 0:
+            raise ConfigError(
+                f"expected features for the t·h·w tokens of the grid, first ≥ 0, got {list(self.features.shape)}, "
+                f"grid {self.grid}, first {self.first}"
+            )
+        if self.counts is not None and (len(self.counts) != t or min(self.counts) < 1):
+            raise ConfigError(f"expected a count of at least 1 for each of {t} steps, got {self.counts}")
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def stands_for(self) -> int:
+        """Vision tokens of the prompt, those that were left out as repeats included."""
+        t, h, w = self.grid
+        return h * w * sum(self.counts or (t * (1,)))
+
+    @property
+    def steps(self) -> Tensor:
+        """int64 [t]: the step of the item that each of its own steps is."""
+        counts = torch.tensor(self.counts or (1,) * self.grid[0])
+        return self.first + counts.cumsum(0) - counts
+
+    @property
+    def sizes(self) -> Tensor:
+        """fp32 [t·h·w]: how many tokens of the prompt each stands for."""
+        t, h, w = self.grid
+        counts = torch.tensor(self.counts or (1,) * t, dtype=torch.float32)
+        return counts.repeat_interleave(h * w)
+
+    def split(self, most: int) -> list["Vision"]:
+        """Parts of at most `most` tokens, but of at least one step."""
+        t, h, w = self.grid
+        each = max(1, most // (h * w))
+        steps, parts = self.steps.tolist(), []
+        for begin in range(0, t, each):
+            end = min(begin + each, t)
+            counts = None if self.counts is None else self.counts[begin:end]
+            features = self.features[begin * h * w : end * h * w]
+            parts.append(Vision(features, (end - begin, h, w), steps[begin], counts, self.interval_s))
+        return parts
+
+
+Segment = Text | Vision

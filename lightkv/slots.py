@@ -1,0 +1,183 @@
+"""The caches of answers in progress, side by side: rows of different lengths, that come and go while others go on."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightkv.layerkv import Bits
+from lightkv.ops.attend import attend
+from lightkv.ops.quantised import ABSENT, Quantised, attend_quantised, concatenated
+from lightkv.stream import Prefilled
+
+ROOM = 64  # tokens by which a row's room for its answer grows
+
+
+class Slots(Protocol):
+    """Rows 0 … n - 1 of a batch, each with a cache per layer."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Of the memory held, room for what comes included."""
+
+    def admit(self, prompts: Sequence[Prefilled]) -> None:
+        """Further rows, after those that are there."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these, which close up in this order."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """The step of `Layers.run`: a new token per row, q [B, Hq, 1, d], joins its row and hears all of it."""
+
+
+def slots(layers: int, bits: Bits) -> Slots:
+    """Empty ones: in the model's own type, or what came before the questions packed in few bits."""
+    return PlainSlots(layers) if bits.bits == 16 else PackedSlots(layers)
+
+
+class _Padded:
+    """Keys and values [B, Hkv, room, d] of one layer, rows filled from the left; bias [B, room], ABSENT where empty."""
+
+    def __init__(self) -> None:
+        self.k = self.v = torch.empty(0)
+        self.bias = torch.empty(0)
+        self.lengths: list[int] = []
+
+    def add(self, rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """k, v [Hkv, n, d] and bias [n] of further rows, which may be on any layer's own lengths."""
+        lengths = [k.shape[1] for k, _, _ in rows]
+        room = max([*self.lengths, *lengths]) + ROOM
+        if not self.lengths:
+            heads, _, dims = rows[0][0].shape
+            self.k = self.v = rows[0][0].new_empty(0, heads, room, dims)
+            self.bias = rows[0][2].new_empty(0, room)
+        self._widen(max(room, self.bias.shape[1]))
+        room = self.bias.shape[1]
+        # Zeros, not what lay there: weights of nothing times what is no number would be no number.
+        more = [
+            torch.stack([F.pad(row[part], (0, 0, 0, room - row[part].shape[1])) for row in rows]) for part in (0, 1)
+        ]
+        bias = torch.stack([F.pad(row[2], (0, room - len(row[2])), value=ABSENT) for row in rows])
+        self.k, self.v = torch.cat([self.k, more[0]]), torch.cat([self.v, more[1]])
+        self.bias = torch.cat([self.bias, bias])
+        self.lengths += lengths
+
+    def keep(self, rows: Tensor) -> None:
+        chosen = rows.tolist()
+        self.lengths = [self.lengths[row] for row in chosen]
+        index = rows.to(self.bias.device)
+        self.k, self.v, self.bias = self.k[index], self.v[index], self.bias[index]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """A token per row, k, v [B, Hkv, 1, d]."""
+        if max(self.lengths) == self.bias.shape[1]:
+            self._widen(self.bias.shape[1] + ROOM)
+        rows = torch.arange(len(self.lengths), device=k.device)
+        at = torch.tensor(self.lengths, device=k.device)
+        self.k[rows, :, at] = k[:, :, 0]
+        self.v[rows, :, at] = v[:, :, 0]
+        self.bias[rows, at] = 0.0
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def view(self) -> tuple[Tensor, Tensor, Tensor]:
+        """k, v and bias up to the longest row."""
+        most = max(self.lengths)
+        return self.k[:, :, :most], self.v[:, :, :most], self.bias[:, :most]
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    def _widen(self, room: int) -> None:
+        more = room - self.bias.shape[1]
+        if more > 0:
+            self.k, self.v = F.pad(self.k, (0, 0, 0, more)), F.pad(self.v, (0, 0, 0, more))
+            self.bias = F.pad(self.bias, (0, more), value=ABSENT)
+
+
+class PlainSlots:
+    """Everything in the model's own type."""
+
+    def __init__(self, layers: int) -> None:
+        self._layers = [_Padded() for _ in range(layers)]
+
+    def __len__(self) -> int:
+        return len(self._layers[0].lengths)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self._layers)
+
+    def admit(self, prompts: Sequence[Prefilled]) -> None:
+        for index, layer in enumerate(self._layers):
+            rows = []
+            for prompt in prompts:
+                tail_k, tail_v = prompt.tail[index]
+                bias = tail_k.new_zeros(tail_k.shape[1], dtype=torch.float32)
+                k, v, log_size = (
+                    prompt.kv[index].view() if len(prompt.kv[index]) else (tail_k[:, :0], tail_v[:, :0], bias[:0])
+                )
+                rows.append((torch.cat([k, tail_k], 1), torch.cat([v, tail_v], 1), torch.cat([log_size, bias])))
+            layer.add(rows)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        for layer in self._layers:
+            layer.keep(torch.tensor(rows, dtype=torch.int64))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        held = self._layers[layer]
+        held.append(k, v)
+        keys, values, bias = held.view()
+        return attend(q, keys, values, bias.contiguous(), None, scale)
+
+
+class PackedSlots:
+    """What came before the questions in few bits, end to end; questions and answers in the model's own type."""
+
+    def __init__(self, layers: int) -> None:
+        self._tails = [_Padded() for _ in range(layers)]
+        self._rows: list[list[tuple[Quantised, Tensor]]] = [[] for _ in range(layers)]
+        self._joined: list[tuple[Quantised, Tensor, Tensor, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._tails[0].lengths)
+
+    @property
+    def nbytes(self) -> int:
+        packed = sum(part.nbytes for rows in self._rows for part, _ in rows)
+        return packed + sum(tail.nbytes for tail in self._tails)
+
+    def admit(self, prompts: Sequence[Prefilled]) -> None:
+        for index, tail in enumerate(self._tails):
+            self._rows[index] += [prompt.kv[index].packed() for prompt in prompts]
+            tail.add(
+                [(k, v, k.new_zeros(k.shape[1], dtype=torch.float32)) for k, v in (p.tail[index] for p in prompts)]
+            )
+        self._join()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        for index, tail in enumerate(self._tails):
+            self._rows[index] = [self._rows[index][row] for row in rows]
+            tail.keep(torch.tensor(rows, dtype=torch.int64))
+        self._join()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        tail = self._tails[layer]
+        tail.append(k, v)
+        packed, bias, starts, most = self._joined[layer]
+        return attend_quantised(q[:, :, 0], packed, starts, bias, *tail.view(), scale, most)[:, None]
+
+    def _join(self) -> None:
+        """Lay the rows of every layer end to end, as the kernel reads them."""
+        self._joined = []
+        for rows in self._rows if len(self) else ():
+            parts = [part for part, _ in rows]
+            lengths = torch.tensor([len(part) for part in parts])
+            starts = F.pad(lengths.cumsum(0), (1, 0)).to(rows[0][1].device)
+            self._joined.append(
+                (concatenated(parts), torch.cat([bias for _, bias in rows]), starts, int(lengths.max()))
+            )
