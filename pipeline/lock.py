@@ -34,7 +34,7 @@ class RunLock:
         self.lost = threading.Event()  # set when another job has taken over
 
     def __enter__(self) -> Self:
-        numbers = self._numbers()
+        numbers = storage.numbered(self._uri, self._config)
         for number in numbers:
             self._refuse_if_alive(number)
         self._number = numbers[-1] + 1 if numbers else 1
@@ -59,7 +59,7 @@ class RunLock:
     def _beat(self) -> None:
         while not self._stop.wait(self._timeout_s / 4):
             try:
-                if self._numbers()[-1:] != [self._number]:
+                if storage.numbered(self._uri, self._config)[-1:] != [self._number]:
                     self.lost.set()
                     signal.pthread_kill(
                         threading.main_thread().ident or 0, signal.SIGINT
@@ -81,10 +81,6 @@ class RunLock:
             f"{self._uri}: locked by process {holder['pid']} on {holder['host']}, last sign of life {age_s:.0f} s ago; "
             f"wait for it, or, if it is dead, for {max(self._timeout_s - age_s, 0):.0f} s more (run.lock_timeout_s)"
         )
-
-    def _numbers(self) -> list[int]:
-        names = (entry.uri.rsplit("/", 1)[-1] for entry in storage.list_files(self._uri, self._config, missing_ok=True))
-        return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
 
     def _path(self, number: int) -> str:
         return f"{self._uri}/{number:06d}.json"

@@ -8,11 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipeline import storage
-from pipeline.config import JobConfig
-from pipeline.run import RunDirectory, Work, read_table
+from pipeline.run import RunDirectory, Work, read_table, write_table
 from pipeline.schema import UNIT_SCHEMA
 
 _FILES_AT_ONCE = 8
@@ -40,7 +37,8 @@ def merge_rows(run: RunDirectory, main: Work, number: int) -> int:
         old = read_table(uri, job.storage)
         fresh = repeated.filter(pc.is_in(repeated["id"], value_set=old["id"].combine_chunks()))
         kept = old.filter(pc.invert(pc.is_in(old["id"], value_set=fresh["id"].combine_chunks())))
-        _replace(uri, pa.concat_tables([kept, fresh.cast(kept.schema)]), job)
+        whole = pa.concat_tables([kept, fresh.cast(kept.schema)])
+        write_table(whole, uri, job.storage, job.sink.compression)
 
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         list(pool.map(renew, main.files_of(repeated["id"].combine_chunks())))
@@ -54,9 +52,3 @@ def _units_again(manifest: pa.Table, failed: pa.Table) -> pa.Table:
     column = pa.array([attempts[id_] for id_ in units["id"].to_pylist()], pa.int32())
     position = UNIT_SCHEMA.get_field_index("attempts")
     return units.set_column(position, UNIT_SCHEMA.field("attempts"), column)
-
-
-def _replace(uri: str, table: pa.Table, job: JobConfig) -> None:
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression=job.sink.compression)
-    storage.write_bytes_atomic(uri, buffer.getvalue().to_pybytes(), job.storage)

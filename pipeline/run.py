@@ -34,6 +34,7 @@ from pipeline.lock import RunLock
 from pipeline.schema import ROW_SCHEMA
 
 _FILES_AT_ONCE = 256
+_ROWS_PER_GROUP = 100_000
 
 
 class Work:
@@ -54,13 +55,13 @@ class Work:
 
     def write_manifest(self, units: pa.Table) -> None:
         """Fix what this pass is to do."""
-        self._write(units, self.manifest)
+        write_table(units, self.manifest, self._config)
 
     def prepare(self) -> tuple[int, int]:
         """Write the units that are still open; returns (units in all, units done before)."""
         units = read_table(self.manifest, self._config)
         open_units = self._open(units)
-        self._write(open_units, self.open_units)
+        write_table(open_units, self.open_units, self._config)
         return units.num_rows, units.num_rows - open_units.num_rows
 
     def counts(self) -> tuple[int, int]:
@@ -115,11 +116,6 @@ class Work:
 
     def _files(self, folder: str) -> list[str]:
         return [e.uri for e in storage.list_files(folder, self._config, missing_ok=True) if e.uri.endswith(".parquet")]
-
-    def _write(self, table: pa.Table, uri: str) -> None:
-        buffer = pa.BufferOutputStream()
-        pq.write_table(table, buffer, compression="zstd", row_group_size=100_000)
-        storage.write_bytes_atomic(uri, buffer.getvalue().to_pybytes(), self._config)
 
 
 class RunDirectory:
@@ -186,3 +182,10 @@ def read_table(uri: str, config: Storage, columns: list[str] | None = None) -> p
     filesystem, path = storage.arrow_filesystem(uri, config)
     with storage.faults(uri):
         return pq.read_table(path, columns=columns, filesystem=filesystem)
+
+
+def write_table(table: pa.Table, uri: str, config: Storage, compression: str = "zstd") -> None:
+    """A table as a Parquet file: readers see the old one or the new, never a part."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression=compression, row_group_size=_ROWS_PER_GROUP)
+    storage.write_bytes_atomic(uri, buffer.getvalue().to_pybytes(), config)

@@ -176,6 +176,12 @@ def list_files(uri: str, storage: Storage, *, recursive: bool = True, missing_ok
         return sorted(_walk(path, recursive), key=lambda entry: entry.uri)
 
 
+def numbered(uri: str, storage: Storage) -> list[int]:
+    """The numbers of the files `uri/N.json`, in order; none where there is no such folder."""
+    names = (entry.uri.rsplit("/", 1)[-1] for entry in list_files(uri, storage, missing_ok=True))
+    return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
+
+
 def _s3() -> Any:
     """`pipeline.s3`, whose libraries take longer to load than the rest of this package; local files do without."""
     from pipeline import s3

@@ -47,12 +47,12 @@ class Firings:
 
     def last(self) -> Firing | None:
         """The firing with the highest number."""
-        numbers = self._numbers()
+        numbers = st.numbered(self._uri, self._config)
         return self._read(numbers[-1]) if numbers else None
 
     def at(self, time: datetime.datetime) -> Firing | None:
         """The firing that was due at `time`; firings follow each other in time."""
-        for number in reversed(self._numbers()):
+        for number in reversed(st.numbered(self._uri, self._config)):
             firing = self._read(number)
             if firing.time <= time:
                 return firing if firing.time == time else None
@@ -65,10 +65,6 @@ class Firings:
     def write(self, firing: Firing) -> None:
         """Put a firing's new state in the place of its old one."""
         st.write_bytes_atomic(self._path(firing.number), _content(firing), self._config)
-
-    def _numbers(self) -> list[int]:
-        names = (entry.uri.rsplit("/", 1)[-1] for entry in st.list_files(self._uri, self._config, missing_ok=True))
-        return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
 
     def _path(self, number: int) -> str:
         return f"{self._uri}/{number:08d}.json"

@@ -52,6 +52,14 @@ def test_listing_is_sorted_and_recursive_only_when_asked(place):
     assert flat == ["b #?[1]*.txt", "z.txt"]
 
 
+def test_numbered_files_are_found_in_order_and_others_passed_over(place):
+    base, storage = place
+    assert st.numbered(base, storage) == []
+    for name in ("00010.json", "00009.json", "00011.json.tmp", "x.json", "00012.txt"):
+        st.write_bytes_atomic(st.join(base, name), b"{}", storage)
+    assert st.numbered(base, storage) == [9, 10]
+
+
 def test_an_etag_changes_with_the_content(place):
     base, storage = place
     uri = st.join(base, "x")
