@@ -11,7 +11,7 @@ next frames of a request are not there yet, the answers in progress move on. Ans
 
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightkv.config import LightKVConfig
-from lightkv.errors import ConfigError, LightKVError, UnsupportedModelError
+from lightkv.errors import ConfigError, LightKVError, UnsupportedModelError, out_of_memory
 from lightkv.families import first_stage_layer
 from lightkv.layerkv import Bits
 from lightkv.layers import Layers
@@ -27,6 +27,8 @@ from lightkv.rotary import Positions
 from lightkv.segments import Segment, Vision
 from lightkv.slots import Slots, slots
 from lightkv.stream import Prefilled, Stream
+
+POLL_S = 0.002  # between two looks whether the next part of a prompt is there, when there is nothing else to do
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Request:
     questions  token ids int64 [T], T ≥ 1, of the text after everything else, one per answer
     most_new_tokens, temperature (0: greedy), seeds (one per question)
     traced     return where every vision token went
+    alone      with no other request beside it
     """
 
     key: Hashable
@@ -73,6 +76,7 @@ class Request:
     temperature: float = 0.0
     seeds: Sequence[int] | None = None
     traced: bool = False
+    alone: bool = False
 
     def __post_init__(self) -> None:
         if not self.questions or any(len(question) < 1 for question in self.questions):
@@ -103,7 +107,8 @@ class Generated:
 class Result:
     """What came of a request: an answer per question, or the exception that ended it.
 
-    prefill_s, generate_s  its share of the engine's time; waited_s: for its segments, with nothing else to do
+    prefill_s, generate_s  its share of the engine's time
+    waited_s               for its segments, with nothing else to do
     """
 
     key: Hashable
@@ -112,6 +117,7 @@ class Result:
     vision_tokens: int
     prefill_s: float
     generate_s: float
+    waited_s: float
 
 
 @dataclass
@@ -124,6 +130,7 @@ class _Job:
     answers: dict[int, Generated] = field(default_factory=dict)
     prefill_s: float = 0.0
     generate_s: float = 0.0
+    waited_s: float = 0.0
 
 
 @dataclass
@@ -162,9 +169,10 @@ class Engine:
         self._answers = self.memory.answers
 
     @torch.no_grad()
-    def run(self, requests: Iterable[Request]) -> Iterator[Result]:
+    def run(self, requests: Iterable[Request], beat: Callable[[], None] | None = None) -> Iterator[Result]:
         """Results as they are complete, in any order; one per request, also where it failed.
 
+        `beat` is called at every piece, every token and while waiting: silence means that the engine hangs.
         Lost device contexts (torch.AcceleratorError) are raised; all else that happens to a request is its result.
         """
         flow = _Flow(self)
@@ -177,8 +185,10 @@ class Engine:
                     upcoming = _Prefill(self, request)
                 elif not flow.busy():
                     return
+            if beat is not None:
+                beat()
             moved = False
-            if upcoming is not None:
+            if upcoming is not None and not (upcoming.job.request.alone and flow.busy()):
                 moved = upcoming.step(wait=not flow.busy())
                 if upcoming.done:
                     yield from flow.enter(upcoming)
@@ -188,7 +198,8 @@ class Engine:
 
     def shrink_pieces(self, length: int) -> bool:
         """After memory ran out on a piece of so many tokens: whether a smaller one is worth trying."""
-        torch.cuda.empty_cache()
+        if self.layers.device.type == "cuda":
+            torch.cuda.empty_cache()
         self._chunk_tokens = max(1, min(self._chunk_tokens, length) // 2)
         return length > 1
 
@@ -230,9 +241,10 @@ class _Prefill:
             while not self.done:
                 segment = next(self._segments, ...)
                 if segment is None:
-                    if not wait:
-                        return False
-                    continue
+                    if wait:
+                        time.sleep(POLL_S)
+                        self.job.waited_s += POLL_S
+                    return False
                 began = time.perf_counter()
                 if segment is ...:
                     self._take(self._gathered)
@@ -269,8 +281,8 @@ class _Prefill:
             with self._engine.layers.attached():
                 self._stream.take(piece)
             return
-        except torch.OutOfMemoryError:
-            if not self._engine.shrink_pieces(_tokens(piece)):
+        except Exception as error:
+            if not out_of_memory(error) or not self._engine.shrink_pieces(_tokens(piece)):
                 raise
         parts: list[Segment] = []
         for segment in piece:
@@ -314,7 +326,8 @@ class _Flow:
         memory = self._engine.memory
         held = self._slots.nbytes + sum(prompt.nbytes for _, prompt in self._ready)
         fits = memory.cache_bytes is None or held < memory.cache_bytes or not self.busy()
-        return fits and len(self._rows) + len(self._ready) < memory.answers
+        alone = any(row.job.request.alone for row in self._rows) or any(r.job.request.alone for r, _ in self._ready)
+        return fits and not alone and len(self._rows) + len(self._ready) < memory.answers
 
     def enter(self, prefill: _Prefill) -> Iterator[Result]:
         """Take over a request that is prefilled, or has failed."""
@@ -403,7 +416,7 @@ class _Flow:
 
 def _result(job: _Job, error: Exception | None) -> Result:
     answers = [] if error is not None else [job.answers[number] for number in range(job.unfinished)]
-    return Result(job.request.key, answers, error, job.vision_tokens, job.prefill_s, job.generate_s)
+    return Result(job.request.key, answers, error, job.vision_tokens, job.prefill_s, job.generate_s, job.waited_s)
 
 
 def _tokens(piece: Sequence[Segment]) -> int:

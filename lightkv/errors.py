@@ -6,6 +6,8 @@ LightKVError(ValueError)
 └── UnsupportedCallError   a way of calling the model that compression cannot honour
 """
 
+import torch
+
 
 class LightKVError(ValueError):
     """Base of all errors of this package."""
@@ -21,3 +23,8 @@ class UnsupportedModelError(LightKVError):
 
 class UnsupportedCallError(LightKVError):
     """The model is called in a way that compression cannot honour (static cache, labels, …)."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or on the CPU, whose allocator raises a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
