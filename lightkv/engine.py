@@ -9,22 +9,24 @@ Prefill goes piece by piece (stream.py); answers share decoding steps (slots.py)
 next frames of a request are not there yet, the answers in progress move on. Answers are the same as one by one.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightkv.config import LightKVConfig
-from lightkv.errors import ConfigError, LightKVError, UnsupportedModelError, out_of_memory
+from lightkv.errors import ConfigError, UnsupportedModelError, out_of_memory
 from lightkv.families import first_stage_layer
 from lightkv.layerkv import Bits
 from lightkv.layers import Layers
 from lightkv.rotary import Positions
-from lightkv.segments import Segment, Vision
+from lightkv.segments import Segment
 from lightkv.slots import Slots, slots
 from lightkv.stream import Prefilled, Stream
 
@@ -57,14 +59,14 @@ class Memory:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One prompt and the questions after it.
 
     key        whatever tells the caller which it is
     segments   the prompt but its questions, in order; None where the next part is not there yet
     questions  token ids int64 [T], T ≥ 1, of the text after everything else, one per answer
-    most_new_tokens, temperature (0: greedy), seeds (one per question)
+    max_new_tokens, temperature (0: greedy), seeds (one per question; None: 0 for all)
     traced     return where every vision token went
     alone      with no other request beside it
     """
@@ -79,11 +81,18 @@ class Request:
     alone: bool = False
 
     def __post_init__(self) -> None:
-        if not self.questions or any(len(question) < 1 for question in self.questions):
-            raise ConfigError("a request needs at least one question, and every question at least one token")
+        if not self.questions or any(question.ndim != 1 or len(question) < 1 for question in self.questions):
+            raise ConfigError("a request needs at least one question, and every question at least one token: int64 [T]")
+        if self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf"):
+            raise ConfigError(
+                "max_new_tokens must be at least 1 and temperature a number of at least 0, "
+                f"got {self.max_new_tokens} and {self.temperature}"
+            )
+        if self.seeds is not None and len(self.seeds) != len(self.questions):
+            raise ConfigError(f"expected a seed per question, {len(self.questions)}, got {len(self.seeds)}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Generated:
     """One answer: token ids with the stop token if there was one; what its cache held when it began.
 
@@ -103,7 +112,7 @@ class Generated:
     merges: tuple[Tensor, ...] = field(default=(), repr=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """What came of a request: an answer per question, or the exception that ended it.
 
@@ -120,20 +129,21 @@ class Result:
     waited_s: float
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     """A request in the engine."""
 
     request: Request
-    unfinished: int
     vision_tokens: int = 0
+    text_tokens: int = 0  # but the questions
     answers: dict[int, Generated] = field(default_factory=dict)
+    error: Exception | None = None
     prefill_s: float = 0.0
     generate_s: float = 0.0
     waited_s: float = 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     """An answer in progress, on its row of the slots."""
 
@@ -166,7 +176,6 @@ class Engine:
         stop = model.generation_config.eos_token_id
         self.stops = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         self._chunk_tokens = self.memory.chunk_tokens
-        self._answers = self.memory.answers
 
     @torch.no_grad()
     def run(self, requests: Iterable[Request], beat: Callable[[], None] | None = None) -> Iterator[Result]:
@@ -215,44 +224,39 @@ class _Prefill:
     """A request on its way into the cache."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
-        self._engine, self.job = engine, _Job(request, len(request.questions))
-        self._segments = iter(request.segments)
+        self._engine, self.job = engine, _Job(request)
+        self._segments: Iterator[Segment | None] = iter(())
+        self._parts: deque[Segment] = deque()  # of the segment that came last
         self._gathered: list[Segment] = []
         self._stream: Stream | None = None
         self.prompts: list[Prefilled] = []
-        self.error: Exception | None = None
         self.done = False
         memory = engine.memory
         try:
+            self._segments = iter(request.segments)
             self._stream = Stream(
                 engine.layers, engine.positions(), engine.config, request.questions, memory.bits,
                 fold=memory.fold, silent=memory.silent, traced=request.traced,
             )  # fmt: skip
-        except LightKVError as error:
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
             self._fail(error)
 
-    @property
-    def nbytes(self) -> int:
-        return self._stream.nbytes if self._stream is not None else 0
-
     def step(self, wait: bool) -> bool:
-        """Take what is there, up to a piece, and prefill it; False when nothing was there and `wait` is not set."""
+        """Prefill the next piece; False where it is not all there yet, which takes a moment with `wait`."""
         try:
             while not self.done:
-                segment = next(self._segments, ...)
-                if segment is None:
+                part = self._next()
+                if part is None:
                     if wait:
                         time.sleep(POLL_S)
                         self.job.waited_s += POLL_S
                     return False
                 began = time.perf_counter()
-                if segment is ...:
-                    self._take(self._gathered)
-                    self._finish()
-                else:
-                    self._gather(segment)
+                full = self._gather(part) if part is not ... else self._finish()
                 self.job.prefill_s += time.perf_counter() - began
-                if segment is ... or not self._gathered:
+                if full:
                     return True
         except torch.AcceleratorError:
             raise
@@ -260,17 +264,27 @@ class _Prefill:
             self._fail(error)
         return True
 
-    def _gather(self, segment: Segment) -> None:
-        """Add a segment to the piece, and prefill pieces that are full."""
-        most = self._engine.chunk_tokens
-        for part in segment.split(most) if isinstance(segment, Vision) else [segment]:
-            if self._gathered and _tokens(self._gathered) + len(part) > most:
-                self._take(self._gathered)
-                self._gathered = []
-            self._gathered.append(part)
-        if _tokens(self._gathered) >= most:
-            self._take(self._gathered)
-            self._gathered = []
+    def _next(self) -> Any:
+        """The next part of the prompt that fits a piece; None: not there yet, `...`: there is none."""
+        while not self._parts:
+            segment = next(self._segments, ...)
+            if segment is None or segment is ...:
+                return segment
+            self._parts.extend(segment.split(self._engine.chunk_tokens))
+        return self._parts.popleft()
+
+    def _gather(self, part: Segment) -> bool:
+        """Add a part to the piece; whether one was full, and was prefilled."""
+        most, full = self._engine.chunk_tokens, False
+        if self._gathered and _tokens(self._gathered) + len(part) > most:
+            full = self._flush()
+        self._gathered.append(part)
+        return self._flush() if _tokens(self._gathered) >= most else full
+
+    def _flush(self) -> bool:
+        piece, self._gathered = self._gathered, []
+        self._take(piece)
+        return True
 
     def _take(self, piece: list[Segment]) -> None:
         """Prefill a piece, in smaller ones where memory runs out."""
@@ -284,25 +298,25 @@ class _Prefill:
         except Exception as error:
             if not out_of_memory(error) or not self._engine.shrink_pieces(_tokens(piece)):
                 raise
-        parts: list[Segment] = []
-        for segment in piece:
-            parts += segment.split(self._engine.chunk_tokens) if isinstance(segment, Vision) else [segment]
+        parts = [part for segment in piece for part in segment.split(self._engine.chunk_tokens)]
         if len(parts) == 1:
             raise torch.OutOfMemoryError(f"memory ran out on one image or step of a video of {len(parts[0])} tokens")
-        half = max(1, len(parts) // 2)
+        half = len(parts) // 2
         self._take(parts[:half])
         self._take(parts[half:])
 
-    def _finish(self) -> None:
+    def _finish(self) -> bool:
+        """Prefill what is left of the prompt, and the questions."""
+        self._flush()
         assert self._stream is not None
         with self._engine.layers.attached():
             self.prompts = self._stream.finish()
-        self.job.vision_tokens = self._stream.vision_tokens
-        self.text_tokens = self._stream.text_tokens
+        self.job.vision_tokens, self.job.text_tokens = self._stream.vision_tokens, self._stream.text_tokens
         self.done = True
+        return True
 
     def _fail(self, error: Exception) -> None:
-        self.error, self.done, self._stream = error, True, None
+        self.job.error, self.done, self._stream = error, True, None
         close = getattr(self._segments, "close", None)
         if close is not None:
             close()
@@ -314,9 +328,13 @@ class _Flow:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._layers = engine.layers
-        self._slots: Slots = slots(len(engine.layers), engine.memory.bits)
+        self._slots = self._no_slots()
         self._rows: list[_Row] = []
         self._ready: deque[tuple[_Row, Prefilled]] = deque()
+        self._most = engine.memory.answers
+
+    def _no_slots(self) -> Slots:
+        return slots(len(self._layers), self._engine.memory.bits)
 
     def busy(self) -> bool:
         return bool(self._rows or self._ready)
@@ -326,97 +344,117 @@ class _Flow:
         memory = self._engine.memory
         held = self._slots.nbytes + sum(prompt.nbytes for _, prompt in self._ready)
         fits = memory.cache_bytes is None or held < memory.cache_bytes or not self.busy()
-        alone = any(row.job.request.alone for row in self._rows) or any(r.job.request.alone for r, _ in self._ready)
-        return fits and not alone and len(self._rows) + len(self._ready) < memory.answers
+        alone = any(row.job.request.alone for row in (*self._rows, *(row for row, _ in self._ready)))
+        return fits and not alone and len(self._rows) + len(self._ready) < self._most
 
     def enter(self, prefill: _Prefill) -> Iterator[Result]:
         """Take over a request that is prefilled, or has failed."""
         job, request = prefill.job, prefill.job.request
-        if prefill.error is not None:
-            yield _result(job, prefill.error)
-            return
-        for number, (question, prompt) in enumerate(zip(request.questions, prefill.prompts, strict=True)):
+        for number, prompt in enumerate(prefill.prompts):
             draw = None
             if request.temperature > 0:
                 seed = request.seeds[number] if request.seeds is not None else 0
                 draw = torch.Generator(device=prompt.first.device).manual_seed(seed)
-            begun = self._begun(prompt, job.vision_tokens, prefill.text_tokens + len(question))
-            row = _Row(job, number, prompt.position, [], begun, draw)
-            self._say(row, prompt.first)
-            if self._ended(row):
-                yield from self._leave(row)
-            else:
-                self._ready.append((row, prompt))
+            row = _Row(job, number, prompt.position, [], self._begun(job, number, prompt), draw)
+            self._say([row], prompt.first[None])
+            self._ready.append((row, prompt))
+        yield from self._leave([row for row, _ in self._ready if row.job is job], job)
 
     def step(self) -> Iterator[Result]:
-        """One more token of every answer."""
-        self._admit()
-        began = time.perf_counter()
+        """One more token of every answer. Where that fails, it is the result of all of their requests."""
+        try:
+            self._admit()
+            began = time.perf_counter()
+            self._say(self._rows, self._decode())
+            each = (time.perf_counter() - began) / len(self._rows)
+            for row in self._rows:
+                row.job.generate_s += each
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            for row in self._rows:
+                row.job.error = row.job.error or error
+        yield from self._leave(self._rows)
+
+    def _decode(self) -> Tensor:
+        """Logits [B, V] of the rows' next tokens."""
         tokens = torch.tensor([[row.tokens[-1]] for row in self._rows])
         places = torch.tensor([row.position - 1 for row in self._rows])
         axes = self._engine.positions().axes
         angles = self._layers.angles(places[None, :, None].expand(axes, -1, -1))
         with self._layers.attached():
             hidden = self._layers.run(self._layers.embed(tokens), angles, range(len(self._layers)), self._slots.attend)
-        logits = self._layers.logits(hidden[:, -1])
-        greedy = logits.argmax(-1).tolist()
-        for number, row in enumerate(self._rows):
-            self._say(row, logits[number], greedy[number])
-        each = (time.perf_counter() - began) / len(self._rows)
-        for row in self._rows:
-            row.job.generate_s += each
-        ended = [row for row in self._rows if self._ended(row)]
-        if ended:
-            goes_on = [number for number, row in enumerate(self._rows) if row not in ended]
-            self._rows = [self._rows[number] for number in goes_on]
-            self._slots.keep(goes_on)
-            if not goes_on:
-                self._slots = slots(len(self._layers), self._engine.memory.bits)
-        for row in ended:
-            yield from self._leave(row)
+        return self._layers.logits(hidden[:, -1])
 
     def _admit(self) -> None:
-        fresh: list[tuple[_Row, Prefilled]] = []
-        while self._ready and len(self._rows) + len(fresh) < self._engine.memory.answers:
-            fresh.append(self._ready.popleft())
-        if fresh:
-            self._slots.admit([prompt for _, prompt in fresh])
-            self._rows += [row for row, _ in fresh]
+        """Give rows to answers that wait; to fewer, for the rest of the run, where memory runs out on that."""
+        while self._ready and len(self._rows) < self._most:
+            fresh = [self._ready.popleft() for _ in range(min(len(self._ready), self._most - len(self._rows)))]
+            try:
+                self._slots.admit([prompt for _, prompt in fresh])
+                self._rows += [row for row, _ in fresh]
+                continue
+            except Exception as error:
+                if not out_of_memory(error) or len(self._rows) + len(fresh) == 1:
+                    self._rows += [row for row, _ in fresh]
+                    raise
+            self._ready.extendleft(reversed(fresh))
+            self._most = len(self._rows) or len(fresh) // 2
+            self._close_up(range(len(self._rows)))
 
-    def _say(self, row: _Row, logits: Tensor, greedy: int | None = None) -> None:
-        """The row's next token."""
-        temperature = row.job.request.temperature
-        if row.draw is not None:
-            token = int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=row.draw))
+    def _say(self, rows: Sequence[_Row], logits: Tensor) -> None:
+        """Each row's next token, from logits [B, V]."""
+        best, greedy = (found.tolist() for found in logits.max(-1))
+        for number, row in enumerate(rows):
+            if not math.isfinite(best[number]):  # a maximum over what is no number is none
+                row.job.error = FloatingPointError("the model's logits are not finite")
+                continue
+            token = greedy[number]
+            if row.draw is not None:
+                chances = (logits[number] / row.job.request.temperature).softmax(-1)
+                token = int(torch.multinomial(chances, 1, generator=row.draw))
+            row.tokens.append(token)
+            row.position += 1
+
+    def _leave(self, rows: Sequence[_Row], *jobs: _Job) -> Iterator[Result]:
+        """Take out those of `rows` whose answer has ended, and all of requests that have failed; what is complete."""
+        ended = {id(row): row for row in rows if row.job.error is not None or self._ended(row)}
+        for row in ended.values():
+            if row.job.error is None:
+                stopped = row.tokens[-1] in self._engine.stops
+                row.job.answers[row.number] = replace(row.begun, tokens=row.tokens, stopped=stopped)
+        goes_on = [number for number, row in enumerate(self._rows) if id(row) not in ended]
+        if len(goes_on) < len(self._rows):
+            self._rows = [self._rows[number] for number in goes_on]
+            self._close_up(goes_on)
+        self._ready = deque(
+            (row, prompt) for row, prompt in self._ready if id(row) not in ended and row.job.error is None
+        )
+        for job in {id(job): job for job in (*jobs, *(row.job for row in ended.values()))}.values():
+            if job.error is not None or len(job.answers) == len(job.request.questions):
+                yield _result(job)
+
+    def _close_up(self, rows: Sequence[int]) -> None:
+        if rows:
+            self._slots.keep(rows)
         else:
-            token = int(logits.argmax()) if greedy is None else greedy
-        row.tokens.append(token)
-        row.position += 1
+            self._slots = self._no_slots()
 
     def _ended(self, row: _Row) -> bool:
         return row.tokens[-1] in self._engine.stops or len(row.tokens) >= row.job.request.max_new_tokens
 
-    def _leave(self, row: _Row) -> Iterator[Result]:
-        stopped = row.tokens[-1] in self._engine.stops
-        begun = row.begun
-        row.job.answers[row.number] = Generated(
-            row.tokens, stopped, begun.prompt_tokens, begun.kept_tokens, begun.retention, begun.kv_bytes,
-            begun.kv_bytes_uncompressed, begun.merges,
-        )  # fmt: skip
-        if len(row.job.answers) == row.job.unfinished:
-            yield _result(row.job, None)
-
-    def _begun(self, prompt: Prefilled, vision: int, text: int) -> Generated:
+    def _begun(self, job: _Job, number: int, prompt: Prefilled) -> Generated:
+        vision, text = job.vision_tokens, job.text_tokens + len(job.request.questions[number])
         k, v = prompt.tail[0]
-        each = (k.nbytes + v.nbytes) // max(1, k.shape[1])
+        each = (k.nbytes + v.nbytes) // k.shape[1]
         held = sum(prompt.held) / (len(prompt.held) * vision) if vision else 1.0
         whole = (vision + text) * each * len(prompt.held)
         return Generated([], False, vision + text, prompt.held[-1], held, prompt.nbytes, whole, prompt.merges)
 
 
-def _result(job: _Job, error: Exception | None) -> Result:
-    answers = [] if error is not None else [job.answers[number] for number in range(job.unfinished)]
-    return Result(job.request.key, answers, error, job.vision_tokens, job.prefill_s, job.generate_s, job.waited_s)
+def _result(job: _Job) -> Result:
+    answers = [] if job.error is not None else [job.answers[number] for number in range(len(job.request.questions))]
+    return Result(job.request.key, answers, job.error, job.vision_tokens, job.prefill_s, job.generate_s, job.waited_s)
 
 
 def _tokens(piece: Sequence[Segment]) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightkv.errors import ConfigError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Text:
     """Token ids int64 [n] of text."""
 
@@ -17,8 +17,12 @@ class Text:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def split(self, most: int) -> list["Text"]:
+        """Parts of at most `most` tokens; none of no text."""
+        return [Text(ids) for ids in self.ids.split(most) if len(ids)]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Vision:
     """An image, or some consecutive steps in time of a video, as its encoder gave them.
 
