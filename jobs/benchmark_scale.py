@@ -16,7 +16,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ import ray
 
 from pipeline import storage
 from pipeline.actor import CaptionActor
-from pipeline.captioner import Captioner, error_fields
+from pipeline.captioner import Captioner, Given, error_fields
 from pipeline.cluster import attempts_of, connect
 from pipeline.config import JobConfig, load_config
 from pipeline.decode import FrameBatch
@@ -231,7 +232,12 @@ class StubCaptioner(Captioner):
             "text": _ANSWER,
         }
 
-    def row(self, unit: dict[str, Any], batches: Iterable[FrameBatch]) -> dict[str, Any]:
+    def rows(self, units: Iterable[Given], beat: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
+        for given in units:
+            deque(given.batches, maxlen=0)  # what enters the model is counted there
+            yield self._row(given.unit)
+
+    def _row(self, unit: dict[str, Any]) -> dict[str, Any]:
         answers = [
             {**prompt, "text": _ANSWER, "status": "ok", "prompt_tokens": 9, "output_tokens": 21}
             for prompt in unit["prompts"]
@@ -250,7 +256,7 @@ class _NoFrames(FrameStream):
     def __init__(self) -> None:
         self.queue_s = 0.0
 
-    def __iter__(self) -> Iterator[FrameBatch]:
+    def __iter__(self) -> Iterator[FrameBatch | None]:
         return iter(())
 
     def running(self) -> bool:

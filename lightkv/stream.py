@@ -10,6 +10,7 @@ Several questions share everything up to the first stage that depends on them; f
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -23,7 +24,7 @@ from lightkv.fold import folded
 from lightkv.guidance import Scorer
 from lightkv.layerkv import Bits, LayerKV
 from lightkv.layers import Layers
-from lightkv.layout import VisionLayout
+from lightkv.layout import Span, VisionLayout
 from lightkv.methods import METHODS
 from lightkv.ops.attend import attend
 from lightkv.packing import Packing
@@ -191,13 +192,18 @@ class Stream:
 
     def _piece(self, segments: Sequence[Segment]) -> Piece:
         device, dtype = self._layers.device, self._layers.dtype
-        hidden, positions, sizes, spans, length = [], [], [], [], 0
+        hidden, positions, sizes, length = [], [], [], 0
+        spans: list[Span] = []
         for segment in segments:
             if isinstance(segment, Vision):
                 hidden.append(segment.features.to(device, dtype))
                 positions.append(self._positions.vision(segment))
                 sizes.append(segment.sizes)
-                spans.append((length, *segment.grid))
+                if segment.first and spans and spans[-1][0] + math.prod(spans[-1][1:]) == length:
+                    begin, t, h, w = spans[-1]  # more of the item before it: one item to the stages
+                    spans[-1] = (begin, t + segment.grid[0], h, w)
+                else:
+                    spans.append((length, *segment.grid))
                 self.vision_tokens += segment.stands_for
             else:
                 hidden.append(self._layers.embed(segment.ids))

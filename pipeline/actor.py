@@ -5,8 +5,9 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ray.actor import ActorHandle
 
 from pipeline import logs
 from pipeline.attempts import Turn
-from pipeline.captioner import Captioner
+from pipeline.captioner import Captioner, Given
 from pipeline.config import JobConfig
 from pipeline.decode import FrameBatch
 from pipeline.errors import UnitError
@@ -28,12 +29,25 @@ from pipeline.schema import rows_table
 from pipeline.stream import FrameStream
 
 _LOG = logging.getLogger(__name__)
+_NOT_YET = Turn(go=False)
+
+
+@dataclass
+class _InModel:
+    """A unit that the captioner has taken; its turn is asked for when it takes the first frames."""
+
+    unit: dict[str, Any]
+    stream: FrameStream
+    turn: Turn = _NOT_YET
+    started: datetime | None = None
 
 
 class CaptionActor:
     """What Ray Data keeps alive: takes blocks of units, gives blocks of rows, one row per unit.
 
-    Only a unit that `attempts` lets pass enters the model; while the job drains, units give no row and stay open.
+    Only a unit that `attempts` lets pass enters the model; while the job drains, units give no row and stay open. A
+    unit that was in the model when a process ended has the next one to itself: so the one that ends processes is told
+    from those that were beside it.
     """
 
     def __init__(self, job: JobConfig, run_id: str, attempts: ActorHandle, sampling: Sampling | None = None) -> None:
@@ -55,57 +69,78 @@ class CaptionActor:
         logs.event(_LOG, "actor started", model=job.model.name, load_s=load_s, pid=os.getpid(), threads=threads)
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        waiting = deque(batch.to_pylist())
-        streams: deque[tuple[dict[str, Any], FrameStream]] = deque()
-        while waiting or streams:
-            while waiting and len(streams) <= self._job.decode.prefetch_units:
-                unit = waiting.popleft()
-                streams.append((unit, self._open(unit)))
-            self._metrics.streams(asked=len(streams), running=sum(stream.running() for _, stream in streams))
-            unit, stream = streams.popleft()
-            started = datetime.now(UTC)
-            turn = ray.get(self._attempts.start.remote(unit["id"]))
-            if turn.draining:
-                for _, late in [(unit, stream), *streams]:
-                    late.close()
-                yield rows_table([])
-                return
-            row = self._row(unit, stream, turn)
-            row |= {"queue_s": stream.queue_s, "actor": self._id}
-            row |= {"started_at": started, "finished_at": datetime.now(UTC)}
-            self._tell(unit, row, turn)
-            yield rows_table([row])
+        units = batch.to_pylist()
+        begun = ray.get(self._attempts.begun.remote([unit["id"] for unit in units]))
+        # Suspects first: what ends this process then takes the least with it.
+        units.sort(key=lambda unit: -begun.get(unit["id"], 0))
+        in_model: dict[str, _InModel] = {}
+        with _Watch(self._job.model.timeout_s) as watch:
+            try:
+                for row in self._captioner.rows(self._given(units, begun, in_model), watch.beat):
+                    done = in_model.pop(row["id"])
+                    done.stream.close()
+                    if not done.turn.draining:
+                        watch.pause()  # whoever takes the rows may be busy
+                        yield rows_table([self._told(row, done)])
+            except torch.AcceleratorError:
+                # The device is lost to this process: a new one gets the units, as after any other death.
+                _LOG.exception("the device failed on units %s", sorted(in_model))
+                os._exit(1)
         self._metrics.streams(asked=0, running=0)
+        yield rows_table([])
+
+    def _given(
+        self, units: list[dict[str, Any]], begun: dict[str, int], in_model: dict[str, _InModel]
+    ) -> Iterator[Given]:
+        """Units as the captioner has room for them, the next ones' frames being decoded already."""
+        waiting = deque(units)
+        ahead: deque[_InModel] = deque()
+        while waiting or ahead:
+            while waiting and len(ahead) <= self._job.decode.prefetch_units:
+                unit = waiting.popleft()
+                ahead.append(_InModel(unit, self._open(unit)))
+            streams = [one.stream for one in (*ahead, *in_model.values())]
+            self._metrics.streams(asked=len(streams), running=sum(stream.running() for stream in streams))
+            if ray.get(self._attempts.draining.remote()):
+                for late in ahead:
+                    late.stream.close()
+                return
+            one = ahead.popleft()
+            in_model[one.unit["id"]] = one
+            yield Given(one.unit, self._frames(one), alone=one.unit["id"] in begun)
+
+    def _frames(self, one: _InModel) -> Iterator[FrameBatch | None]:
+        """A unit's frames, once it may enter the model."""
+        one.started = datetime.now(UTC)
+        one.turn = ray.get(self._attempts.start.remote(one.unit["id"]))
+        if one.turn.draining:
+            raise UnitError("generate", "Draining", "the job is about to end: this unit stays open")
+        if not one.turn.go:
+            raise self._given_up(one.turn)
+        yield from one.stream
+
+    def _told(self, row: dict[str, Any], done: _InModel) -> dict[str, Any]:
+        """The row with what the actor knows; counters, metrics and logs hear of it."""
+        now = datetime.now(UTC)
+        row |= {
+            "attempts": done.unit["attempts"] + done.turn.attempt,
+            "queue_s": min(done.stream.queue_s, row["wait_s"]),
+            "actor": self._id,
+            "started_at": done.started or now,
+            "finished_at": now,
+        }
+        self._attempts.end.remote(row["id"], row["status"], tried=done.turn.go)
+        if done.turn.attempt > int(done.turn.go):
+            self._metrics.crashed_attempt()  # an earlier start of it ended with its process
+        self._metrics.observe(row)
+        logs.unit_ended(_LOG, done.unit, row)
+        return row
 
     def _load(self, run_id: str) -> Captioner:
         return Captioner(self._job, run_id, self._sampling)
 
     def _open(self, unit: dict[str, Any]) -> FrameStream:
         return FrameStream(unit, self._job, self._captioner.sizing)
-
-    def _tell(self, unit: dict[str, Any], row: dict[str, Any], turn: Turn) -> None:
-        """Metrics and logs: what came of a unit, and that an earlier start of it ended with its process."""
-        if turn.attempt > int(turn.go):
-            self._metrics.crashed_attempt()
-        self._metrics.observe(row)
-        logs.unit_ended(_LOG, unit, row)
-
-    def _row(self, unit: dict[str, Any], stream: FrameStream, turn: Turn) -> dict[str, Any]:
-        unit = unit | {"attempts": unit["attempts"] + turn.attempt - 1}
-        try:
-            if turn.go:
-                with _Watch(self._job.model.timeout_s) as watch:
-                    row = self._captioner.row(unit, watch.over(stream))
-            else:
-                row = self._captioner.failed_row(unit, self._given_up(turn))
-        except torch.AcceleratorError:
-            # The device is lost to this process: a new one gets the unit, as after any other death.
-            _LOG.exception("the device failed on unit %s", unit["id"])
-            os._exit(1)
-        finally:
-            stream.close()
-        self._attempts.end.remote(unit["id"], row["status"], tried=turn.go)
-        return row
 
     def _given_up(self, turn: Turn) -> UnitError:
         return UnitError(
@@ -117,29 +152,27 @@ class CaptionActor:
 
 
 class _Watch:
-    """Ends this process when the model is silent for too long, even in native code; waiting for frames does not count.
-
-    The decoders have a limit of their own, and waiting for a free CPU has none.
-    """
+    """Ends this process when the model gives no sign for too long, even in native code."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
+        self._beaten = 0.0
 
     def __enter__(self) -> "_Watch":
-        self._begin()
+        self.beat()
         return self
 
     def __exit__(self, *_: object) -> None:
-        faulthandler.cancel_dump_traceback_later()
+        self.pause()
 
-    def over(self, batches: Iterable[FrameBatch]) -> Iterator[FrameBatch]:
-        """The batches, with the clock stopped while the next one is awaited."""
-        faulthandler.cancel_dump_traceback_later()
-        for batch in batches:
-            self._begin()
-            yield batch
-            faulthandler.cancel_dump_traceback_later()
-        self._begin()
+    def beat(self) -> None:
+        """A sign of life. The clock is set anew a few times per timeout at most: it takes a thread each time."""
+        now = time.monotonic()
+        if now - self._beaten > self._timeout_s / 8:
+            faulthandler.dump_traceback_later(self._timeout_s, exit=True)
+            self._beaten = now
 
-    def _begin(self) -> None:
-        faulthandler.dump_traceback_later(self._timeout_s, exit=True)
+    def pause(self) -> None:
+        """Stop the clock until the next beat."""
+        faulthandler.cancel_dump_traceback_later()
+        self._beaten = 0.0

@@ -1,25 +1,27 @@
-"""A resident vision-language model that answers prompts about encoded frames, several at a time, compressed or not.
+"""A resident vision-language model that answers prompts about frames, compressed or not.
 
-It knows neither units nor rows nor storage: `pipeline.captioner` and the evaluation ask it in the same way.
+`serve` answers through lightkv's engine, while the frames arrive: what the main job does. `answers` asks transformers'
+own `generate` about frames that are encoded already: what the evaluation compares methods by. Neither knows of units,
+rows or storage.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-from lightkv import LightKVConfig, VisionLayout, compress, estimate
+from lightkv import Engine, Generated, LightKVConfig, Memory, Request, Segment, Text, VisionLayout, compress, estimate
 from lightkv.report import Survivors
 from pipeline.config import Model
 from pipeline.encode import Encoded, FrameEncoder, encoder_for
 from pipeline.errors import UnitError
 from pipeline.models import ModelCard, describe, load_model, load_tokenizer
-from pipeline.prompts import ChatPrompts
+from pipeline.prompts import ChatPrompts, Frame
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class Question:
 class Answer:
     """What one prompt gave: text, token counts, and what its prefill cost.
 
-    Prompts of a batch share a prefill: `kept_tokens`, `retention`, `kv_bytes`, `prefill_s` and `generate_s` are the
-    batch's divided by its prompts. KV bytes count the padding to the batch's longest prompt, with and without
-    compression; `prompt_tokens` does not.
+    From `serve`, the prompts of a unit share `prefill_s` and `generate_s` alike, and KV bytes are a prompt's own, parts
+    that it shares counted in full. From `answers`, prompts of a batch share a prefill: `kept_tokens`, `retention`,
+    `kv_bytes`, `prefill_s` and `generate_s` are the batch's divided by its prompts, and KV bytes count the padding to
+    the longest, with and without compression; `prompt_tokens` does not.
 
     `merges` holds, of a traced question that was compressed, one (target, size) per stage: for each of the unit's V
     vision tokens, in order, int64 [V] the one that it is part of by now (itself: it survived; -1: dropped), and
@@ -83,11 +86,49 @@ class _Row:
         return tuple(found)
 
 
-class Answerer:
-    """Holds one model. `encode` turns frames into vision tokens once, `answers` asks about them as often as wanted."""
+@dataclass(frozen=True)
+class Ask:
+    """A unit on its way in, and what is asked about it.
 
-    def __init__(self, settings: Model) -> None:
+    frames      (item, uint8 [T, H, W, 3]) in order; None where the next ones are not there yet
+    interval_s  seconds between its frames, asked for once the first are there; None where time does not count
+    alone       with no other unit in the model
+    """
+
+    key: str
+    kind: str  # video | images
+    frames: Iterable[tuple[int, np.ndarray] | None]
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    interval_s: Callable[[], float | None] = lambda: None
+    traced: bool = False
+    alone: bool = False
+
+
+@dataclass
+class Reply:
+    """What came of an `Ask`: one answer per prompt, or the exception that ended it.
+
+    modality, grids  of its items, as far as they came in · encode_s in the vision tower · waited_s for frames, with
+    nothing else to do
+    """
+
+    key: str
+    modality: str
+    grids: list[tuple[int, int, int]]
+    answers: list[Answer]
+    error: Exception | None = None
+    encode_s: float = 0.0
+    waited_s: float = 0.0
+
+
+class Answerer:
+    """Holds one model."""
+
+    def __init__(self, settings: Model, batch_prompts: int = 8, batch_tokens: int = 16384) -> None:
+        """`answers` takes up to `batch_prompts` neighbours of at most `batch_tokens` tokens together."""
         self.settings = settings
+        self._batch_prompts, self._batch_tokens = batch_prompts, batch_tokens
         self.card: ModelCard = describe(settings)
         self.encoder: FrameEncoder = encoder_for(self.card.config, self.card.preprocessor)
         self.tokenizer = load_tokenizer(self.card)
@@ -99,29 +140,127 @@ class Answerer:
         """Vision tokens of a video or of images (kind video | images): (item, uint8 [T, H, W, 3]) in order."""
         return self.encoder.encode(self.model, kind, items)
 
+    def serve(
+        self,
+        asks: Iterable[Ask],
+        lightkv: LightKVConfig | None,
+        memory: Memory,
+        beat: Callable[[], None] | None = None,
+    ) -> Iterator[Reply]:
+        """Replies as they are complete, in any order; asks are taken as there is room for them.
+
+        A lost device context is raised; everything else that happens to a unit is in its reply. `beat` as in
+        `Engine.run`.
+        """
+        engine = Engine(self.model, lightkv, memory)
+        replies: dict[str, Reply] = {}
+
+        def requests() -> Iterator[Request]:
+            for ask in asks:
+                replies[ask.key] = reply = Reply(ask.key, self.encoder.modality(ask.kind), [], [])
+                yield self._request(ask, reply)
+
+        for result in engine.run(requests(), beat):
+            reply = replies.pop(str(result.key))
+            reply.error, reply.waited_s = result.error, result.waited_s
+            count = len(result.answers)
+            reply.answers = [
+                self._answer(one, result.vision_tokens, result.prefill_s / count, result.generate_s / count)
+                for one in result.answers
+            ]
+            yield reply
+
+    def _request(self, ask: Ask, reply: Reply) -> Request:
+        settings = self.settings
+        try:
+            frames = [self.prompts.frame(prompt, reply.modality) for prompt in ask.prompts]
+        except UnitError as error:  # a request of its own, so that the unit's end is told as any other
+            return Request(ask.key, _raising(error), [torch.zeros(1, dtype=torch.int64)])
+        longest = max(len(frame.after) for frame in frames)
+        return Request(
+            ask.key,
+            self._segments(ask, reply, frames[0], longest),
+            [frame.after for frame in frames],
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seeds=ask.seeds,
+            traced=ask.traced,
+            alone=ask.alone,
+        )
+
+    def _segments(self, ask: Ask, reply: Reply, frame: Frame, longest: int) -> Iterator[Segment | None]:
+        """The prompt but its questions, as the frames arrive. Raises `UnitError` where it does not fit."""
+        yield Text(frame.before)
+        text = len(frame.before) + longest
+        parts = iter(self.encoder.parts(self.model, ask.kind, ask.frames))
+        while True:
+            began = time.perf_counter()
+            part = next(parts, ...)
+            reply.encode_s += time.perf_counter() - began
+            if part is ...:
+                break
+            if part is None:
+                yield None
+                continue
+            if part.first == 0:
+                if reply.grids and len(frame.between):
+                    text += len(frame.between)
+                    yield Text(frame.between)
+                reply.grids.append(part.grid)
+            else:
+                t, y, x = reply.grids[-1]
+                reply.grids[-1] = (t + part.grid[0], y, x)
+            self._check_context(text, reply.grids)
+            interval_s = ask.interval_s() if ask.kind == "video" else None
+            yield part if interval_s is None else replace(part, interval_s=interval_s * self.encoder.temporal_patch)
+        if not reply.grids:
+            raise UnitError("decode", "NoFrames", "expected at least one frame, the decoder gave none")
+
+    def _answer(self, one: Generated, vision_tokens: int, prefill_s: float, generate_s: float) -> Answer:
+        merges = None
+        if one.merges:
+            targets = [target.cpu().numpy() for target in one.merges]
+            sizes = [np.bincount(target[target >= 0], minlength=len(target)) for target in targets]
+            merges = tuple(
+                (target, np.where(target >= 0, size[target], 0)) for target, size in zip(targets, sizes, strict=True)
+            )
+        return Answer(
+            text=self.tokenizer.decode(one.tokens, skip_special_tokens=True).strip(),
+            truncated=not one.stopped,
+            prompt_tokens=one.prompt_tokens,
+            output_tokens=len(one.tokens),
+            vision_tokens=vision_tokens,
+            kept_tokens=one.kept_tokens,
+            retention=one.retention,
+            kv_bytes=one.kv_bytes,
+            kv_bytes_uncompressed=one.kv_bytes_uncompressed,
+            prefill_s=prefill_s,
+            generate_s=generate_s,
+            merges=merges,
+        )
+
     @torch.no_grad()
     def answers(self, questions: Sequence[Question], lightkv: LightKVConfig | None) -> list[Answer]:
         """Answers in the order of the questions, compressed as `lightkv` says; None: not compressed.
 
-        Up to `batch_prompts` neighbours of at most `batch_tokens` tokens together share a batch. Sampling takes them
-        one by one, so that an answer depends on its seed alone. Raises `UnitError` (prepare) for a prompt that does
-        not fit, before any is answered.
+        Neighbours share a batch. Sampling takes them one by one, so that an answer depends on its seed alone. Raises
+        `UnitError` (prepare) for a prompt that does not fit, before any is answered.
         """
         rows = []
         for question in questions:
             ids, spans = self.prompts.tokens(question.prompt, question.encoded)
-            self._check_context(ids.shape[1], question.encoded)
+            self._check_context(ids.shape[1] - question.encoded.vision_tokens, question.encoded.grids)
             rows.append(_Row(question, ids[0], spans))
         return [answer for batch in self._batches(rows) for answer in self._batch(batch, lightkv)]
 
     def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-        most = self.settings.batch_prompts if self.settings.temperature == 0 else 1
+        most = self._batch_prompts if self.settings.temperature == 0 else 1
         batch: list[_Row] = []
         for row in rows:
             together = [*batch, row]
             tokens = len(together) * max(len(member.ids) for member in together)
             same = {member.question.encoded.modality for member in together}
-            if batch and (len(together) > most or tokens > self.settings.batch_tokens or len(same) > 1):
+            if batch and (len(together) > most or tokens > self._batch_tokens or len(same) > 1):
                 yield batch
                 together = [row]
             batch = together
@@ -193,11 +332,9 @@ class Answerer:
             )
         return answers
 
-    def _check_context(self, prompt_tokens: int, encoded: Encoded) -> None:
+    def _check_context(self, text_tokens: int, grids: Sequence[tuple[int, int, int]]) -> None:
         limit = self.card.config.get_text_config().max_position_embeddings
-        needed = (
-            prompt_tokens - encoded.vision_tokens + self.encoder.positions(encoded.grids) + self.settings.max_new_tokens
-        )
+        needed = text_tokens + self.encoder.positions(grids) + self.settings.max_new_tokens
         if needed > limit:
             raise UnitError(
                 "prepare",
@@ -216,6 +353,11 @@ class Answerer:
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+
+def _raising(error: Exception) -> Iterator[Segment]:
+    raise error
+    yield
 
 
 class _FirstToken(transformers.StoppingCriteria):

@@ -7,6 +7,7 @@ the reason when going on makes no sense.
 
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,10 @@ class Attempts:
         self._starts = {**self._starts, unit_id: begun + 1}
         self._changed.set()
         return Turn(go=True, attempt=begun + 1)
+
+    def begun(self, unit_ids: Sequence[str]) -> dict[str, int]:
+        """Of these units, those with starts that have no end: how many."""
+        return {unit_id: self._starts[unit_id] for unit_id in unit_ids if unit_id in self._starts}
 
     def end(self, unit_id: str, status: str, *, tried: bool) -> None:
         """A unit has its row. Should the row be lost on its way, the unit's starts count anew."""

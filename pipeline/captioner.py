@@ -1,4 +1,4 @@
-"""The captioner: a resident model that turns one unit's frames into one output row. Knows nothing of ray.
+"""The captioner: a resident model that turns units' frames into output rows, one per unit. Knows nothing of ray.
 
 A unit that fails gives an error row with stage, type and message; only what makes the process useless (a lost
 GPU context) is raised.
@@ -8,14 +8,16 @@ import hashlib
 import json
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from lightkv import LightKVConfig, LightKVError
-from pipeline.answerer import Answerer, Question
+from lightkv import Bits, LightKVConfig, LightKVError, Memory
+from lightkv.errors import out_of_memory
+from pipeline.answerer import Answerer, Ask, Reply
 from pipeline.config import JobConfig
 from pipeline.decode import FrameBatch
 from pipeline.errors import ConfigError, SkippedError, UnitError
@@ -36,8 +38,39 @@ def lightkv_config(job: JobConfig, model_config: Any) -> LightKVConfig | None:
         raise ConfigError(f"lightkv: {error}") from None
 
 
+def memory_of(job: JobConfig) -> Memory:
+    """The engine's caches, as this job wants them."""
+    engine = job.engine
+    return Memory(
+        bits=Bits(engine.kv_bits, engine.kv_group),
+        fold=engine.fold,
+        silent=frozenset(engine.silent_layers),
+        chunk_tokens=engine.chunk_tokens,
+        answers=engine.answers,
+        cache_bytes=engine.cache_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class Given:
+    """A unit and its frame batches, None where the next one is not there yet; `alone`: with no other in the model."""
+
+    unit: dict[str, Any]
+    batches: Iterable[FrameBatch | None]
+    alone: bool = False
+
+
+@dataclass
+class _Open:
+    """A unit in the model."""
+
+    unit: dict[str, Any]
+    meter: "_Meter"
+    sample: Sample | None
+
+
 class Captioner:
-    """Holds one model; `row` captions units one after the other."""
+    """Holds one model; `rows` captions units, several at a time."""
 
     def __init__(self, job: JobConfig, run_id: str, sampling: Sampling | None = None) -> None:
         self.job = job
@@ -53,55 +86,76 @@ class Captioner:
         """The sizes decoders must give frames."""
         return self.answerer.encoder.sizing(self.job.frames)
 
-    @torch.no_grad()
-    def row(self, unit: dict[str, Any], batches: Iterable[FrameBatch]) -> dict[str, Any]:
-        """The output row of a unit (`ROW_SCHEMA`) from its frame batches; failures of the unit are in the row."""
+    def row(self, unit: dict[str, Any], batches: Iterable[FrameBatch | None]) -> dict[str, Any]:
+        """The output row of a single unit."""
+        (row,) = self.rows([Given(unit, batches)])
+        return row
+
+    def rows(self, units: Iterable[Given], beat: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
+        """Output rows (`ROW_SCHEMA`) as they are complete, in any order; failures of a unit are in its row.
+
+        A unit is taken when there is room for it. `beat` is called while the model is alive (`Engine.run`).
+        """
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
-        row = self._empty_row(unit)
+        in_model: dict[str, _Open] = {}
+        asks = (self._ask(given, in_model) for given in units)
+        for reply in self.answerer.serve(asks, self.lightkv, memory_of(self.job), beat):
+            yield self._finished(in_model.pop(reply.key), reply)
+
+    def _ask(self, given: Given, in_model: dict[str, _Open]) -> Ask:
+        unit = given.unit
         step = self.answerer.encoder.temporal_patch if unit["kind"] == "video" else 1
         sample = self._sampling.sample(unit["id"], step) if self._sampling is not None else None
-        meter = _Meter(unit["id"], batches, sample)
-        try:
-            row |= self._caption(unit, meter, sample)
-        except UnitError as error:
-            row |= error_fields(error)
-        except torch.AcceleratorError:
-            raise  # the device context is gone: only a new process helps
-        except Exception as error:
-            kind = "OutOfMemory" if _out_of_memory(error) else type(error).__name__
-            row |= error_fields(UnitError("generate", kind, _first_line(error)))
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+        meter = _Meter(unit["id"], given.batches, sample)
+        in_model[unit["id"]] = _Open(unit, meter, sample)
+        seeds = [_seed(self.job.model.seed, unit["id"], prompt["prompt_id"]) for prompt in unit["prompts"]]
+        return Ask(
+            unit["id"],
+            unit["kind"],
+            meter,
+            [prompt["prompt"] for prompt in unit["prompts"]],
+            seeds,
+            interval_s=meter.interval_s,
+            traced=sample is not None,
+            alone=given.alone,
+        )
+
+    def _finished(self, open_: _Open, reply: Reply) -> dict[str, Any]:
+        unit, meter, sample = open_.unit, open_.meter, open_.sample
+        row = self._empty_row(unit)
+        if reply.error is None:
+            row |= self._answered(unit, reply)
+            if sample is not None:
+                sample.answered(reply, unit["prompts"], reply.answers, self.lightkv)
+        else:
+            row |= error_fields(self._told(reply.error))
         row |= {
             "frame_times_s": meter.times_s,
             "decode_s": meter.decode_s,
-            "wait_s": meter.wait_s,
+            "wait_s": meter.wait_s + reply.waited_s,
             "peak_memory_bytes": self._peak_memory_bytes(),
         }
+        if reply.error is None:
+            row["encode_s"] = max(0.0, reply.encode_s - meter.wait_s)
         if sample is not None:
             sample.write(row["status"])
         return row
+
+    def _told(self, error: Exception) -> UnitError:
+        if isinstance(error, UnitError):
+            return error
+        kind = "OutOfMemory" if out_of_memory(error) else type(error).__name__
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return UnitError("generate", kind, _first_line(error))
 
     def failed_row(self, unit: dict[str, Any], error: UnitError) -> dict[str, Any]:
         """The output row of a unit that is given up without being tried."""
         return self._empty_row(unit) | error_fields(error)
 
-    def _caption(self, unit: dict[str, Any], meter: "_Meter", sample: Sample | None) -> dict[str, Any]:
-        started = time.perf_counter()
-        encoded = self.answerer.encode(unit["kind"], meter)
-        encode_s = time.perf_counter() - started - meter.wait_s
-        if not encoded.features:
-            raise UnitError("decode", "NoFrames", "expected at least one frame, the decoder gave none")
-        if len(meter.times_s) > 1:
-            encoded.frame_interval_s = float(np.mean(np.diff(meter.times_s)))
-        seed, traced = self.job.model.seed, sample is not None
-        questions = [
-            Question(encoded, p["prompt"], _seed(seed, unit["id"], p["prompt_id"]), traced) for p in unit["prompts"]
-        ]
-        answers = self.answerer.answers(questions, self.lightkv)
-        if sample is not None:
-            sample.answered(encoded, unit["prompts"], answers, self.lightkv)
+    def _answered(self, unit: dict[str, Any], reply: Reply) -> dict[str, Any]:
+        answers = reply.answers
         first = answers[0]
         return {
             "status": "truncated" if any(a.truncated for a in answers) else "ok",
@@ -121,7 +175,6 @@ class Captioner:
             "retention": first.retention,
             "kv_bytes": first.kv_bytes,
             "kv_bytes_uncompressed": first.kv_bytes_uncompressed,
-            "encode_s": encode_s,
             "prefill_s": sum(a.prefill_s for a in answers),
             "generate_s": sum(a.generate_s for a in answers),
         }
@@ -158,28 +211,37 @@ def error_fields(error: UnitError) -> dict[str, Any]:
 class _Meter:
     """Frame batches as the encoder takes them: checked to be the unit's own, their times and waiting noted."""
 
-    def __init__(self, unit_id: str, batches: Iterable[FrameBatch], sample: Sample | None) -> None:
+    def __init__(self, unit_id: str, batches: Iterable[FrameBatch | None], sample: Sample | None) -> None:
         self._unit_id = unit_id
         self._batches = batches
         self._sample = sample
+        self._interval_s: float | None = None
         self.times_s: list[float] = []
         self.decode_s = 0.0
-        self.wait_s = 0.0
+        self.wait_s = 0.0  # in which the model could do nothing else
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+    def interval_s(self) -> float | None:
+        """Between the unit's frames, as the decoder says; before the first batch None."""
+        return self._interval_s
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray] | None]:
         batches = iter(self._batches)
         while True:
             started = time.perf_counter()
             try:
-                batch = next(batches, None)
+                batch = next(batches, ...)
             finally:
                 self.wait_s += time.perf_counter() - started
-            if batch is None:
+            if batch is ...:
                 return
+            if batch is None:
+                yield None
+                continue
             if batch.unit_id != self._unit_id:
                 raise UnitError("decode", "ForeignFrames", f"expected frames of {self._unit_id}, got {batch.unit_id}")
             self.times_s.extend(batch.times_s.tolist())
             self.decode_s += batch.decode_s
+            self._interval_s = batch.interval_s
             if self._sample is not None:
                 self._sample.see(batch)
             yield batch.item, batch.frames
@@ -188,11 +250,6 @@ class _Meter:
 def _seed(seed: int, *names: str) -> int:
     """A seed per unit and prompt, so that sampling does not depend on the order of the units."""
     return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:4])
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on a device or on the CPU, whose allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -164,8 +164,6 @@ class Model(_Section):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     max_new_tokens: int = Field(128, ge=1)
     temperature: float = Field(0.0, ge=0, description="0: greedy")
-    batch_prompts: int = Field(8, ge=1, description="prompts of a unit answered together; sampling takes them singly")
-    batch_tokens: int = Field(16384, ge=1, description="tokens answered together at most; a longer prompt goes alone")
     timeout_s: float = Field(
         1800.0,
         gt=0,
@@ -185,7 +183,6 @@ class LightKV(_Section):
     )
     retention: float = Field(0.55, ge=0.05, le=1.0, description="layer-averaged share of vision KV entries kept")
     stages: int | None = Field(None, ge=1, le=16, description="null: the method's own, two or (published) three")
-    positions: Literal["keep", "compact"] = Field("keep", description="of survivors: their own, or closed up")
     windows: Literal["frame", "spatiotemporal"] = Field("frame", description="published: tokens merge within these")
     window_frames: int | None = Field(
         None, ge=1, description="published: frames of a spatiotemporal window; null: the whole unit"
@@ -204,6 +201,27 @@ class LightKV(_Section):
         if self.window_frames is not None and self.windows != "spatiotemporal":
             raise ValueError("window_frames needs windows: spatiotemporal")
         return self
+
+
+class Engine(_Section):
+    """How prompts get into the model and answers out of it, and what the cache in between is made of."""
+
+    chunk_tokens: int = Field(
+        4096, ge=1, description="tokens prefilled together; a longer unit streams in piece by piece"
+    )
+    answers: int = Field(16, ge=1, description="prompts answered together, of one unit or of several")
+    kv_bits: Literal[4, 8, 16] = Field(
+        16, description="of a number in the cache of the vision and what precedes the question; 16: the model's own"
+    )
+    kv_group: Literal[16, 32, 64, 128] = Field(32, description="tokens whose keys share a scale, with kv_bits 4 or 8")
+    fold: bool = Field(False, description="early layers, too, end at what the last stage left")
+    silent_layers: tuple[int, ...] = Field(
+        (),
+        description="decoder layers that keep no vision for what comes later; which can, depends on the model",
+    )
+    cache_bytes: int | None = Field(
+        None, ge=1, description="of all caches together; a further unit waits while they are full. null: unbounded"
+    )
 
 
 class Actors(_Section):
@@ -278,6 +296,7 @@ class JobConfig(_Section):
     decode: Decode = Decode()
     model: Model = Model()
     lightkv: LightKV = LightKV()
+    engine: Engine = Engine()
     ray: Ray = Ray()
     run: Run = Run()
     report: Report = Report()
@@ -297,7 +316,8 @@ class JobConfig(_Section):
             mode="json",
             exclude={
                 **dict.fromkeys(("ray", "run", "storage", "decode", "sink", "report"), True),
-                "model": {"batch_prompts", "batch_tokens", "timeout_s"},
+                "model": {"timeout_s"},
+                "engine": {"answers", "cache_bytes"},
             },
         )
         parts["source"] = {"uri": self.source.uri}

@@ -29,7 +29,8 @@ _RESTART_SHARE = 2.0  # decord begins every batch at a key frame; more work than
 class FrameBatch:
     """Frames of one size. `item`: the image's index in an image set, 0 for a video; `times_s` 0 for images.
 
-    `frames` uint8 `[T, H, W, 3]`, `times_s` float64 `[T]` since the video's first frame, `decode_s` the time it took.
+    `frames` uint8 `[T, H, W, 3]`, `times_s` float64 `[T]` since the video's first frame, `decode_s` the time it took;
+    `interval_s` between the unit's frames, all batches together, None where it has one frame or is no video.
     """
 
     unit_id: str
@@ -37,6 +38,7 @@ class FrameBatch:
     frames: np.ndarray
     times_s: np.ndarray
     decode_s: float
+    interval_s: float | None = None
 
 
 def decode_unit(
@@ -72,11 +74,18 @@ def _video_batches(
         decoding(uri),
         closing(_Reading(media, unit, frames, decode, sizing)) as reading,
     ):
+        times_s = reading.index.times_s[reading.picks]
+        interval_s = float(np.mean(np.diff(times_s))) if len(times_s) > 1 else None
         for first in range(0, len(reading.picks), frames.batch_frames):
             picks = reading.picks[first : first + frames.batch_frames]
             # Built in place: the generator must not hold a batch while the next one is decoded.
             yield FrameBatch(
-                unit["id"], 0, reading.read(picks), reading.index.times_s[picks], time.perf_counter() - began
+                unit["id"],
+                0,
+                reading.read(picks),
+                reading.index.times_s[picks],
+                time.perf_counter() - began,
+                interval_s,
             )
             began = time.perf_counter()
 

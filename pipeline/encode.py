@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from lightkv import Vision
 from pipeline.config import Frames
 from pipeline.errors import ConfigError
 from pipeline.frames import Sizing
@@ -54,9 +55,30 @@ class FrameEncoder:
         """How many positions of the model's context the items take."""
         raise NotImplementedError
 
-    def encode(self, model: Any, kind: str, items: Iterable[tuple[int, np.ndarray]]) -> Encoded:
-        """Vision tokens of a unit from its frames: (item, uint8 [T, H, W, 3]) in order, batch by batch."""
+    def modality(self, kind: str) -> str:
+        """Which placeholder stands for the items of a unit of this kind (video | images)."""
         raise NotImplementedError
+
+    def parts(self, model: Any, kind: str, items: Iterable[tuple[int, np.ndarray] | None]) -> Iterator[Vision | None]:
+        """Vision tokens of a unit as its frames arrive: (item, uint8 [T, H, W, 3]) in order, batch by batch.
+
+        None says that the next frames are not there yet, and is passed on.
+        """
+        raise NotImplementedError
+
+    def encode(self, model: Any, kind: str, items: Iterable[tuple[int, np.ndarray]]) -> Encoded:
+        """All vision tokens of a unit, repeats included."""
+        encoded = Encoded(self.modality(kind))
+        for part in self.parts(model, kind, items):
+            assert part is not None
+            if part.first == 0:
+                encoded.features.append(part.features)
+                encoded.grids.append(part.grid)
+                continue
+            t, y, x = encoded.grids[-1]
+            encoded.features[-1] = torch.cat([encoded.features[-1], part.features])
+            encoded.grids[-1] = (t + part.grid[0], y, x)
+        return encoded
 
     def inputs(self, rows: Sequence[Encoded], is_vision: Tensor) -> dict[str, Any]:
         """Keyword arguments of `generate` that stand for the pixels of a batch, one `Encoded` of one modality per row.
@@ -103,19 +125,20 @@ class QwenEncoder(FrameEncoder):
     def positions(self, grids: Iterable[tuple[int, int, int]]) -> int:
         return sum(max(grid) for grid in grids)
 
-    def encode(self, model: Any, kind: str, items: Iterable[tuple[int, np.ndarray]]) -> Encoded:
-        if kind == "images":
-            encoded = Encoded("image")
-            for _, frames in items:
-                features, grid = self._tower(model, np.repeat(frames, self.temporal_patch, axis=0))
-                encoded.features.append(features)
-                encoded.grids.append(grid)
-            return encoded
-        chunks = [self._tower(model, frames) for frames in _rechunk((f for _, f in items), self.temporal_patch)]
-        if not chunks:
-            return Encoded("video")
-        steps = sum(grid[0] for _, grid in chunks)
-        return Encoded("video", [torch.cat([features for features, _ in chunks])], [(steps, *chunks[0][1][1:])])
+    def modality(self, kind: str) -> str:
+        return "image" if kind == "images" else "video"
+
+    def parts(self, model: Any, kind: str, items: Iterable[tuple[int, np.ndarray] | None]) -> Iterator[Vision | None]:
+        steps = 0
+        batches = items if kind == "images" else _rechunk(items, self.temporal_patch)
+        for batch in batches:
+            if batch is None:
+                yield None
+                continue
+            frames = np.repeat(batch[1], self.temporal_patch, axis=0) if kind == "images" else batch[1]
+            features, grid = self._tower(model, frames)
+            yield Vision(features, grid, first=0 if kind == "images" else steps)
+            steps += grid[0]
 
     def _tower(self, model: Any, frames: np.ndarray) -> tuple[Tensor, tuple[int, int, int]]:
         """The vision tower over whole temporal patches; its attention never crosses them, so chunks are exact."""
@@ -166,14 +189,17 @@ class LlavaEncoder(FrameEncoder):
     def positions(self, grids: Iterable[tuple[int, int, int]]) -> int:
         return sum(t * y * x for t, y, x in grids)
 
-    def encode(self, model: Any, kind: str, items: Iterable[tuple[int, np.ndarray]]) -> Encoded:
-        encoded = Encoded("image")
-        for _, frames in items:
-            pixels = self.pixels(frames, model.device).to(model.dtype)
-            features = model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output
-            encoded.features.extend(features)
-            encoded.grids.extend([(1, self.cells, self.cells)] * len(frames))
-        return encoded
+    def modality(self, kind: str) -> str:
+        return "image"
+
+    def parts(self, model: Any, kind: str, items: Iterable[tuple[int, np.ndarray] | None]) -> Iterator[Vision | None]:
+        for batch in items:
+            if batch is None:
+                yield None
+                continue
+            pixels = self.pixels(batch[1], model.device).to(model.dtype)
+            for features in model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output:
+                yield Vision(features, (1, self.cells, self.cells))
 
     def inputs(self, rows: Sequence[Encoded], is_vision: Tensor) -> dict[str, Any]:
         return {"mm_encoder_outputs": {"image": _pooled(rows)}}
@@ -199,14 +225,20 @@ def _pooled(rows: Sequence[Encoded]) -> BaseModelOutputWithPooling:
     return BaseModelOutputWithPooling(pooler_output=tuple(item for row in rows for item in row.features))
 
 
-def _rechunk(batches: Iterable[np.ndarray], multiple: int) -> Iterator[np.ndarray]:
+def _rechunk(
+    batches: Iterable[tuple[int, np.ndarray] | None], multiple: int
+) -> Iterator[tuple[int, np.ndarray] | None]:
     """The same frames in batches whose length is a multiple; the last frame is repeated to fill the last one."""
     rest: np.ndarray | None = None
     for batch in batches:
-        frames = batch if rest is None else np.concatenate([rest, batch])
+        if batch is None:
+            yield None
+            continue
+        item, frames = batch
+        frames = frames if rest is None else np.concatenate([rest, frames])
         whole = len(frames) - len(frames) % multiple
         if whole:
-            yield frames[:whole]
+            yield item, frames[:whole]
         rest = frames[whole:].copy() if whole < len(frames) else None
     if rest is not None:
-        yield np.concatenate([rest, np.repeat(rest[-1:], multiple - len(rest), axis=0)])
+        yield 0, np.concatenate([rest, np.repeat(rest[-1:], multiple - len(rest), axis=0)])

@@ -8,6 +8,7 @@ stands in the rows. Labels are bounded: run, status, stage and error type, never
 
 import threading
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal, Self
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -111,9 +112,11 @@ class ActorMetrics:
 
     def __init__(self, run_id: str) -> None:
         self._run = _Run(run_id, _ACTOR)
+        self._covered_to: datetime | None = None  # up to here units were in the model
+        self._unnamed_s = 0.0  # time with units in the model that no stage has named; negative: named beforehand
 
     def observe(self, row: dict[str, Any]) -> None:
-        """Count one row (`ROW_SCHEMA`)."""
+        """Count one row (`ROW_SCHEMA`), in the order in which they were finished."""
         run = self._run
         run.count(UNITS, 1, status=row["status"])
         if row["status"] == "error":
@@ -126,9 +129,18 @@ class ActorMetrics:
             run.count(KV_BYTES_SAVED, max(row["kv_bytes_uncompressed"] - row["kv_bytes"], 0))
         run.count(DECODE_SECONDS, row["decode_s"])
         run.observe(UNIT_SECONDS, row["decode_s"] or 0.0, stage="decode")
-        for stage, seconds in actor_seconds(row).items():
+        for stage, seconds in (actor_seconds(row) | {"other": self._other(row)}).items():
             run.count(ACTOR_SECONDS, seconds, stage=stage)
             run.observe(UNIT_SECONDS, seconds, stage=stage)
+
+    def _other(self, row: dict[str, Any]) -> float:
+        """What no stage names of the time in which units were in the model: tokenising, turns, units that failed."""
+        begun = row["started_at"] if self._covered_to is None else max(row["started_at"], self._covered_to)
+        self._covered_to = max(row["finished_at"], begun)
+        self._unnamed_s += (self._covered_to - begun).total_seconds() - sum(actor_seconds(row).values())
+        other = max(self._unnamed_s, 0.0)
+        self._unnamed_s -= other
+        return other
 
     def crashed_attempt(self) -> None:
         """Count an earlier start of a unit that ended with the process of its model actor."""
@@ -158,13 +170,10 @@ class DriverMetrics:
 
 
 def actor_seconds(row: dict[str, Any]) -> dict[str, float]:
-    """A unit's time in its actor by stage; the stages add up to `finished_at` − `started_at`.
+    """Time of its actor that a unit took by stage; while one waits or is decoded, others may be in other stages.
 
-    queue: the model waited for a CPU and a process to decode in; wait: for the frames themselves; other: tokenising,
-    asking for a turn, and whatever a unit that failed in the model took.
+    queue: the model waited for a CPU and a process to decode in; wait: for the frames themselves.
     """
     queue = row["queue_s"] or 0.0
     parts = {"queue": queue, "wait": max((row["wait_s"] or 0.0) - queue, 0.0)}
-    parts |= {stage: row[f"{stage}_s"] or 0.0 for stage in ("encode", "prefill", "generate")}
-    whole = (row["finished_at"] - row["started_at"]).total_seconds()
-    return parts | {"other": max(whole - sum(parts.values()), 0.0)}
+    return parts | {stage: row[f"{stage}_s"] or 0.0 for stage in ("encode", "prefill", "generate")}

@@ -26,9 +26,8 @@ from pipeline.run import Work
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the page is made without it
     from lightkv import LightKVConfig
-    from pipeline.answerer import Answer
+    from pipeline.answerer import Answer, Reply
     from pipeline.decode import FrameBatch
-    from pipeline.encode import Encoded
 
 VERSION = 1
 _WIDTH_PX, _QUALITY = 320, 85
@@ -101,16 +100,16 @@ class Sample:
     @_harmless
     def answered(
         self,
-        encoded: Encoded,
+        reply: Reply,
         prompts: Sequence[dict[str, str]],
         answers: Sequence[Answer],
         config: LightKVConfig | None,
     ) -> None:
         """Read off, for the frames kept, into which survivor of which size every patch went, per prompt and stage."""
-        places = {frame.index: _first_patch(encoded, frame.index, self._step) for frame in self._frames.chosen()}
+        places = {frame.index: _first_patch(reply, frame.index, self._step) for frame in self._frames.chosen()}
         self._answered = {
             "step": self._step,
-            "grids": encoded.grids,  # items as (steps in time, rows, columns)
+            "grids": reply.grids,  # items as (steps in time, rows, columns)
             "places": places,
             "stages": [{"layer": stage.layer} for stage in config.stages] if config is not None else [],
             "prompts": [
@@ -216,11 +215,11 @@ def _document(content: bytes) -> dict[str, Any] | None:
     return document if isinstance(document, dict) and document.get("version") == VERSION else None
 
 
-def _first_patch(encoded: Encoded, frame: int, step: int) -> tuple[int, int, int]:
+def _first_patch(reply: Reply, frame: int, step: int) -> tuple[int, int, int]:
     """A frame's patches among all of the unit's: the number of its first one, then rows and columns."""
-    item, t = (0, frame // step) if encoded.modality == "video" else (frame, 0)
-    before = sum(t * y * x for t, y, x in encoded.grids[:item])
-    _, y, x = encoded.grids[item]
+    item, t = (0, frame // step) if reply.modality == "video" else (frame, 0)
+    before = sum(t * y * x for t, y, x in reply.grids[:item])
+    _, y, x = reply.grids[item]
     return before + t * y * x, y, x
 
 

@@ -45,7 +45,9 @@ def check_length(unit: dict[str, Any], clips: Clips) -> None:
 class FrameStream:
     """A running decode task, read batch by batch; its crash, hang or failure is raised as a `UnitError`.
 
-    queue_s   time its reader waited until the task had a CPU and a process
+    Reading never waits: None says that the next batch is not there yet.
+
+    queue_s   time from the first look until the task had a CPU and a process
     """
 
     def __init__(self, unit: dict[str, Any], job: JobConfig, sizing: Sizing) -> None:
@@ -59,19 +61,22 @@ class FrameStream:
             _generator_backpressure_num_objects=2,
         ).remote(unit, job.clips, job.frames, job.decode, job.storage, sizing)
 
-    def __iter__(self) -> Iterator[FrameBatch]:
+    def __iter__(self) -> Iterator[FrameBatch | None]:
         running = False
-        began = time.perf_counter()
+        began = since = time.perf_counter()
         while True:
-            # Waiting for a free CPU has no limit (the cluster may be growing); a running decoder has one.
-            ready, _ = ray.wait([self._refs], timeout=self._decode.timeout_s if running else None)
+            ready, _ = ray.wait([self._refs], timeout=0)
             if not ready:
-                self.close()
-                raise UnitError(
-                    "decode",
-                    "Timeout",
-                    f"expected a batch of frames within decode.timeout_s = {self._decode.timeout_s:g} s, got none",
-                )
+                # Waiting for a free CPU has no limit (the cluster may be growing); a running decoder has one.
+                if running and time.perf_counter() - since > self._decode.timeout_s:
+                    self.close()
+                    raise UnitError(
+                        "decode",
+                        "Timeout",
+                        f"expected a batch of frames within decode.timeout_s = {self._decode.timeout_s:g} s, got none",
+                    )
+                yield None
+                continue
             try:
                 item = ray.get(next(self._refs))
             except StopIteration:
@@ -85,6 +90,7 @@ class FrameStream:
                 self.queue_s = time.perf_counter() - began
             else:
                 yield item
+            since = time.perf_counter()
 
     def running(self) -> bool:
         """Whether the task got its CPU, also when it is through; to be asked before reading only."""

@@ -71,7 +71,7 @@ class Shard:
 
     def __init__(self, config: EvaluateConfig, number: int = 0, of: int = 1) -> None:
         self.config = config
-        self.answerer = Answerer(config.model)
+        self.answerer = Answerer(config.model, config.batch_prompts, config.batch_tokens)
         self._number, self._of = number, of
         self._held: tuple[str, list[Scene]] | None = None
 

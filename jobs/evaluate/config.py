@@ -79,6 +79,8 @@ class EvaluateConfig(_Section):
     methods: dict[str, Method] = Field(min_length=1)
     retentions: tuple[float, ...] = Field(min_length=1)
     model: Model = Model()
+    batch_prompts: int = Field(32, ge=1, description="asked together")
+    batch_tokens: int = Field(16384, ge=1, description="asked together at most; a longer prompt goes alone")
     split: Literal["validation", "test", "held_out"] = "test"
     seed: int = Field(0, ge=0, description="other scenes of the split, other resampling")
     resamples: int = Field(4000, ge=100, description="of the bootstrap and of the permutation test")
@@ -148,7 +150,7 @@ def cell_key(config: EvaluateConfig, cell: Cell, weights: str) -> str:
     """What the answers of a cell depend on, but for the code, as 16 hex digits; batch sizes are left out."""
     method = config.methods.get(cell.method)
     asked = None if method is None else [method.preset, method.options_at(cell.retention), cell.retention]
-    model = config.model.model_dump(mode="json", exclude={"batch_prompts", "batch_tokens", "seed"})
+    model = config.model.model_dump(mode="json", exclude={"seed"})
     suite = config.suites[cell.suite].model_dump(mode="json", exclude={"pooled"})
     parts = [weights, model, config.split, config.seed, cell.suite, suite, asked]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

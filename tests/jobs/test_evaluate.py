@@ -20,7 +20,8 @@ from jobs.exact_match import words
 from pipeline.errors import ConfigError
 
 SMALL = {
-    "model": {"name": "mini", "dtype": "float32", "max_new_tokens": 24, "batch_prompts": 16},
+    "model": {"name": "mini", "dtype": "float32", "max_new_tokens": 24},
+    "batch_prompts": 16,
     "split": "validation",
     "retentions": [0.5],
     "resamples": 200,
@@ -147,7 +148,7 @@ def test_a_cell_is_known_by_what_its_answers_depend_on():
     same = _config(
         resamples=500,
         counts_from=0.5,
-        model={**SMALL["model"], "batch_prompts": 1},
+        batch_prompts=1,
         suites={**SMALL["suites"], "more": SMALL["suites"]["stills"]},
         methods={**SMALL["methods"], "stride": {"preset": "stride"}},
     )

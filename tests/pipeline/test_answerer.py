@@ -17,8 +17,8 @@ PROMPTS = [
 ]
 
 
-def _answerer(**settings):
-    return Answerer(Model(dtype="float32", max_new_tokens=12, **settings))
+def _answerer(batch_prompts=8, batch_tokens=16384, **settings):
+    return Answerer(Model(dtype="float32", max_new_tokens=12, **settings), batch_prompts, batch_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,6 @@ def test_how_prompts_are_batched_does_not_make_another_run():
     job = ["source.uri=/videos", "sink.uri=/out"]
     hashes = [
         load_config(None, [*job, *more]).hash()
-        for more in ([], ["model.batch_prompts=1", "model.batch_tokens=64"], ["model.max_new_tokens=3"])
+        for more in ([], ["engine.answers=1", "engine.cache_bytes=64"], ["model.max_new_tokens=3"])
     ]
     assert hashes[0] == hashes[1] != hashes[2]

@@ -107,9 +107,9 @@ def test_row_says_what_compression_did(mini):
 
 def test_every_setting_of_the_job_reaches_the_compression():
     windows = "windows: spatiotemporal, window_frames: 2, guidance: question"
-    job = _job(f"lightkv={{method: published, retention: 0.4, stages: 2, positions: compact, {windows}}}")
+    job = _job(f"lightkv={{method: published, retention: 0.4, stages: 2, {windows}}}")
     config = lightkv_config(job, describe(job.model).config)
-    assert (config.method, len(config.stages), config.positions) == ("published", 2, "compact")
+    assert (config.method, len(config.stages)) == ("published", 2)
     assert (config.windows, config.window_frames, config.guidance) == ("spatiotemporal", 2, "question")
     assert config.retention(6) == pytest.approx(0.4)
 

@@ -82,10 +82,15 @@ def test_llava_takes_every_frame_as_an_image(llava):
 
 
 def test_rechunked_frames_are_the_same_frames_with_the_last_repeated():
-    batches = [np.full((n, 1), n) for n in (1, 1, 3, 2)]
-    chunks = list(_rechunk(iter(batches), 2))
+    batches = [(0, np.full((n, 1), n)) for n in (1, 1, 3, 2)]
+    chunks = [frames for _, frames in _rechunk(iter(batches), 2)]
     assert all(len(chunk) % 2 == 0 for chunk in chunks)
     assert np.concatenate(chunks)[:, 0].tolist() == [1, 1, 3, 3, 3, 2, 2, 2]
+
+
+def test_what_is_not_there_yet_is_passed_on_between_the_frames():
+    batches = [None, (0, np.ones((1, 1))), None, None, (0, np.ones((1, 1))), None]
+    assert [chunk is None for chunk in _rechunk(iter(batches), 2)] == [True, True, True, False, True]
 
 
 def test_sizing_stays_within_what_model_and_configuration_allow(qwen):

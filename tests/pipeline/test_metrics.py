@@ -94,8 +94,9 @@ def test_stages_of_a_unit_add_up_to_its_time_in_the_actor(recorded):
     assert recorded["lightkv_unit_seconds"] == {("r", s): [v] for s, v in (expected | {"decode": 4.0}).items()}
 
 
-def test_units_that_failed_have_their_time_under_other():
-    assert metrics.actor_seconds(row("a", "error", **_FAILED))["other"] == 0.75
+def test_units_that_failed_have_their_time_under_other(recorded):
+    metrics.ActorMetrics("r").observe(row("a", "error", **_FAILED))
+    assert recorded["lightkv_actor_seconds"][("r", "other")] == 0.75
 
 
 def test_gauges_hold_the_last_value(recorded):
@@ -125,3 +126,15 @@ def test_names_and_labels_are_ones_that_ray_takes():
 def test_no_label_can_hold_a_unit():
     labels = {label for spec in metrics.SPECS for label in spec.labels}
     assert labels == {"status", "stage", "type", "state"}
+
+
+def test_stages_of_units_that_overlap_add_up_to_the_time_in_the_model(recorded):
+    told = metrics.ActorMetrics("r")
+    times = dict.fromkeys(("wait_s", "queue_s", "encode_s", "prefill_s"), 0.0)
+    for begin, end, generate_s in ((0, 4, 2.0), (1, 5, 2.0), (3, 6, 1.5), (8, 9, 0.5)):
+        span = {"started_at": _BEGAN + timedelta(seconds=begin), "finished_at": _BEGAN + timedelta(seconds=end)}
+        told.observe(row("a", **(_ANSWERED | times | span | {"generate_s": generate_s})))
+    seconds = recorded["lightkv_actor_seconds"]
+    # Units were in the model for 7 s. Of the first 4 only 2 are named when the first unit ends: as much as was in the
+    # model with it may be counted twice, once.
+    assert seconds == {("r", "generate"): 6.0, ("r", "other"): 2.0}
