@@ -173,6 +173,7 @@ class Engine:
             )
         if any(not 0 <= layer < len(self.layers) for layer in self.memory.silent):
             raise ConfigError(f"silent layers must be of 0 … {len(self.layers) - 1}, got {sorted(self.memory.silent)}")
+        self.memory.bits.check(self.layers.head_dims)
         stop = model.generation_config.eos_token_id
         self.stops = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         self._chunk_tokens = self.memory.chunk_tokens

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightkv.errors import ConfigError
-from lightkv.ops.quantised import ABSENT, Quantised, concatenated, dequantise, quantise
+from lightkv.ops.quantised import ABSENT, LEAST_GROUP, Quantised, concatenated, dequantise, quantise
 
 GROWTH = 1.25  # of the room, when it runs out
 
@@ -26,8 +26,14 @@ class Bits:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8, 16):
             raise ConfigError(f"bits of the cache must be 4, 8 or 16, got {self.bits}")
-        if self.group < 1:
-            raise ConfigError(f"group must be at least 1 token, got {self.group}")
+        if self.group < LEAST_GROUP or self.group & (self.group - 1):
+            raise ConfigError(f"group must be a power of two of at least {LEAST_GROUP} tokens, got {self.group}")
+
+    def check(self, dims: int) -> None:
+        """Raises ConfigError where heads of so many dimensions do not fit."""
+        if self.bits != 16:
+            none = torch.empty(1, 0, dims)
+            quantise(none, none, self.bits, self.group, self.value_group)
 
 
 class LayerKV:
@@ -92,9 +98,10 @@ class LayerKV:
         if not whole:
             return
         k, v = self._k[:, :whole], self._v[:, :whole]
-        self._parts.append(quantise(k, v, self._bits.bits, self._bits.group, self._bits.value_group))
+        packed = quantise(k, v, self._bits.bits, self._bits.group, self._bits.value_group)
         left = slice(whole, self._open)
         self._k, self._v = self._k[:, left].clone(), self._v[:, left].clone()
+        self._parts.append(packed)  # nothing changes where memory runs out before this
         self._sealed, self._open = self._sealed + whole, self._open - whole
 
     def packed(self) -> tuple[Quantised, Tensor]:

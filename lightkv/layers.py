@@ -45,6 +45,11 @@ class Layers:
     def dtype(self) -> torch.dtype:
         return self._decoder.embed_tokens.weight.dtype
 
+    @property
+    def head_dims(self) -> int:
+        dims = getattr(self._config, "head_dim", None)
+        return dims or self._config.hidden_size // self._config.num_attention_heads
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] → [..., D]."""
         return self._decoder.embed_tokens(ids.to(self.device))
@@ -62,9 +67,10 @@ class Layers:
             _RUNNING[layer.self_attn] = (index, attend)
             try:
                 result = layer(hidden, attention_mask=None, position_embeddings=angles, position_ids=None)
-            finally:
-                if _RUNNING.pop(layer.self_attn, None) is None:
+                if layer.self_attn in _RUNNING:
                     raise UnsupportedModelError(f"layer {index} did not run its attention through AttentionInterface")
+            finally:
+                _RUNNING.pop(layer.self_attn, None)
             hidden = result[0] if isinstance(result, tuple) else result
         return hidden
 
@@ -84,7 +90,7 @@ class Layers:
 
 
 def check_decoder(decoder: Any) -> None:
-    """Raises UnsupportedModelError unless all layers have full attention through a `self_attn`."""
+    """Raises UnsupportedModelError unless all layers have full attention through a `self_attn`, and lasting angles."""
     layers = getattr(decoder, "layers", None)
     if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
         raise UnsupportedModelError(f"{type(decoder).__name__} has no decoder layers with self_attn")
@@ -93,12 +99,15 @@ def check_decoder(decoder: Any) -> None:
         raise UnsupportedModelError(f"all layers must use full attention, this decoder has {sorted(kinds)}")
     if getattr(decoder.config, "sliding_window", None) and getattr(decoder.config, "use_sliding_window", True):
         raise UnsupportedModelError("sliding-window attention is not supported")
+    rope = (getattr(decoder.config, "rope_parameters", None) or {}).get("rope_type")
+    if rope in ("dynamic", "longrope"):
+        raise UnsupportedModelError(f"{rope} RoPE is not supported: its angles depend on how much is still to come")
 
 
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    index, attend = _RUNNING[module]
+    index, attend = _RUNNING.pop(module)
     if kwargs.get("s_aux") is not None or any(kwargs.get(name) for name in ("softcap", "sliding_window")):
         raise UnsupportedModelError("attention with sinks, soft caps or windows is not supported here")
     given = kwargs.get("scaling")
