@@ -56,21 +56,22 @@ class Vision:
     @property
     def stands_for(self) -> int:
         """Vision tokens of the prompt, those that were left out as repeats included."""
-        t, h, w = self.grid
-        return h * w * sum(self.counts or (t * (1,)))
+        return self.grid[1] * self.grid[2] * int(self.repeats.sum())
+
+    @property
+    def repeats(self) -> Tensor:
+        """int64 [t]: `counts`, 1 each where there are none."""
+        return torch.tensor(self.counts or (1,) * self.grid[0])
 
     @property
     def steps(self) -> Tensor:
         """int64 [t]: the step of the item that each of its own steps is."""
-        counts = torch.tensor(self.counts or (1,) * self.grid[0])
-        return self.first + counts.cumsum(0) - counts
+        return self.first + self.repeats.cumsum(0) - self.repeats
 
     @property
     def sizes(self) -> Tensor:
         """fp32 [t·h·w]: how many tokens of the prompt each stands for."""
-        t, h, w = self.grid
-        counts = torch.tensor(self.counts or (1,) * t, dtype=torch.float32)
-        return counts.repeat_interleave(h * w)
+        return self.repeats.float().repeat_interleave(self.grid[1] * self.grid[2])
 
     def split(self, most: int) -> list["Vision"]:
         """Parts of at most `most` tokens, but of at least one step."""
