@@ -32,7 +32,7 @@ from lightkv.rotary import Positions
 from lightkv.segments import Segment, Vision
 from lightkv.tokens import Tokens
 
-NO_STAGES = LightKVConfig(())
+NO_STAGES = LightKVConfig((), method="spacetime")  # steps that stand for several are heard as several
 
 
 @dataclass(frozen=True)
@@ -160,22 +160,18 @@ class Stream:
     @torch.no_grad()
     def take(self, segments: Sequence[Segment]) -> None:
         """Prefill the next piece of the prompt. When that fails, all is as it was before."""
+        self._seal()
         undo = self._state()
         try:
             self._prefill(self._piece(segments))
         except BaseException:
             self._restore(undo)
             raise
-        for branch in (self._trunk, *self._branches):
-            for layer in branch.kv:
-                layer.seal()
 
     @torch.no_grad()
     def finish(self) -> list[Prefilled]:
         """The questions themselves, each after everything that came before."""
-        for branch in (self._trunk, *self._branches):
-            for layer in branch.kv:
-                layer.seal(rest=True)
+        self._seal(rest=True)
         prefilled = []
         for branch in self._branches:
             kv = [*self._trunk.kv, *branch.kv]
@@ -187,6 +183,12 @@ class Stream:
             held = (*self._trunk.held, *branch.held)
             prefilled.append(Prefilled(kv, tail, self._layers.logits(hidden[-1]), position, held, merges))
         return prefilled
+
+    def _seal(self, rest: bool = False) -> None:
+        """Pack what earlier pieces have left, which stays."""
+        for branch in (self._trunk, *self._branches):
+            for layer in branch.kv:
+                layer.seal(rest)
 
     # --- one piece ---
 
@@ -255,7 +257,8 @@ class Stream:
     def _stage(self, number: int, piece: Piece, score: Tensor | None, passage: Passage) -> Piece:
         """What stage `number` leaves of the piece; where the tokens went is noted in the passage."""
         stage = self._config.stages[number]
-        done = self._method.compress(Tokens(piece.hidden, piece.layout, piece.size, score), stage, self._config)
+        layout = piece.layout.squared() if self._config.windows == "released" else piece.layout
+        done = self._method.compress(Tokens(piece.hidden, layout, piece.size, score), stage, self._config)
         went = torch.where(done.target < 0, -1, piece.place[done.target])
         if passage.targets:
             before = passage.targets[-1]
@@ -263,7 +266,7 @@ class Stream:
             went = torch.where(before < 0, -1, went[index])
         passage.targets.append(went)
         positions, place = piece.positions[:, done.kept], piece.place[done.kept]
-        return Piece(done.hidden, piece.layout.take(done.kept), done.size, positions, place)
+        return Piece(done.hidden, layout.take(done.kept), done.size, positions, place)
 
     def _group(self, number: int, piece: Piece, passage: Passage, kv: list[LayerKV]) -> tuple[Piece, Heard | None]:
         """The piece after the layers of group `number`, whose keys and values go to their caches."""
