@@ -1,6 +1,7 @@
 """The caches of answers in progress, side by side: rows of different lengths, that come and go while others go on."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -66,11 +67,11 @@ class _Padded:
         self.bias = torch.cat([self.bias, bias])
         self.lengths += lengths
 
-    def keep(self, rows: Tensor) -> None:
-        chosen = rows.tolist()
-        self.lengths = [self.lengths[row] for row in chosen]
-        index = rows.to(self.bias.device)
-        self.k, self.v, self.bias = self.k[index], self.v[index], self.bias[index]
+    def keep(self, rows: Sequence[int]) -> None:
+        self.lengths = [self.lengths[row] for row in rows]
+        room = min(self.bias.shape[1], max(self.lengths, default=0) + ROOM)
+        index = torch.tensor(rows, dtype=torch.int64, device=self.bias.device)
+        self.k, self.v, self.bias = self.k[index, :, :room], self.v[index, :, :room], self.bias[index, :room]
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """A token per row, k, v [B, Hkv, 1, d]."""
@@ -126,7 +127,7 @@ class PlainSlots:
 
     def keep(self, rows: Sequence[int]) -> None:
         for layer in self._layers:
-            layer.keep(torch.tensor(rows, dtype=torch.int64))
+            layer.keep(rows)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         held = self._layers[layer]
@@ -162,7 +163,7 @@ class PackedSlots:
     def keep(self, rows: Sequence[int]) -> None:
         for index, tail in enumerate(self._tails):
             self._rows[index] = [self._rows[index][row] for row in rows]
-            tail.keep(torch.tensor(rows, dtype=torch.int64))
+            tail.keep(rows)
         self._join()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -172,12 +173,11 @@ class PackedSlots:
         return attend_quantised(q[:, :, 0], packed, starts, bias, *tail.view(), scale, most)[:, None]
 
     def _join(self) -> None:
-        """Lay the rows of every layer end to end, as the kernel reads them."""
+        """Lay the rows of every layer end to end, as the kernel reads them; the rows are views of that from then on."""
         self._joined = []
-        for rows in self._rows if len(self) else ():
-            parts = [part for part, _ in rows]
-            lengths = torch.tensor([len(part) for part in parts])
-            starts = F.pad(lengths.cumsum(0), (1, 0)).to(rows[0][1].device)
-            self._joined.append(
-                (concatenated(parts), torch.cat([bias for _, bias in rows]), starts, int(lengths.max()))
-            )
+        for index, rows in enumerate(self._rows if len(self) else ()):
+            packed, bias = concatenated([part for part, _ in rows]), torch.cat([bias for _, bias in rows])
+            ends = list(accumulate((len(part) for part, _ in rows), initial=0))
+            self._rows[index] = [(packed.between(*cut), bias[slice(*cut)]) for cut in pairwise(ends)]
+            starts = torch.tensor(ends, device=bias.device)
+            self._joined.append((packed, bias, starts, max(len(part) for part, _ in rows)))
