@@ -257,6 +257,8 @@ class Stream:
     def _stage(self, number: int, piece: Piece, score: Tensor | None, passage: Passage) -> Piece:
         """What stage `number` leaves of the piece; where the tokens went is noted in the passage."""
         stage = self._config.stages[number]
+        if not bool(piece.hidden.isfinite().all()):  # what is no number has no nearest neighbour: merging never ends
+            raise FloatingPointError(f"the hidden states before the stage after layer {stage.layer} are not finite")
         layout = piece.layout.squared() if self._config.windows == "released" else piece.layout
         done = self._method.compress(Tokens(piece.hidden, layout, piece.size, score), stage, self._config)
         went = torch.where(done.target < 0, -1, piece.place[done.target])
