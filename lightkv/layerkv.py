@@ -121,7 +121,7 @@ class LayerKV:
 def _room(held: Tensor, used: int, new: Tensor, axis: int = 1) -> Tensor:
     """A tensor that holds the first `used` of `held` and has room for `new` after them along `axis`."""
     need = used + new.shape[axis]
-    if held.shape[axis] >= need:
+    if held.shape[axis] >= need and len(held):  # no heads: nothing was ever pushed
         return held
     # The first time there is no telling what will come: what fits exactly is what most prompts need.
     shape = list(new.shape)
