@@ -99,6 +99,7 @@ class Generated:
     retention  layer-averaged share of vision KV entries kept
     kv_bytes   of its cache at the end of prefill, shared parts counted in full; kv_bytes_uncompressed without
                compression, in the model's own type
+    kv_bits    of the same cache in a model of 16 bits per number, whatever this one computes in; kv_bits_uncompressed
     merges     per stage int64 [V]: the vision token that each is part of, -1 for dropped; empty unless traced
     """
 
@@ -109,6 +110,8 @@ class Generated:
     retention: float
     kv_bytes: int
     kv_bytes_uncompressed: int
+    kv_bits: float
+    kv_bits_uncompressed: float
     merges: tuple[Tensor, ...] = field(default=(), repr=False)
 
 
@@ -450,7 +453,13 @@ class _Flow:
         each = (k.nbytes + v.nbytes) // k.shape[1]
         held = sum(prompt.held) / (len(prompt.held) * vision) if vision else 1.0
         whole = (vision + text) * each * len(prompt.held)
-        return Generated([], False, vision + text, prompt.held[-1], held, prompt.nbytes, whole, prompt.merges)
+        numbers, dims = 2 * k.shape[0] * k.shape[2], k.shape[2]  # of a token in a layer
+        packed = sum(len(layer) for layer in prompt.kv) * self._engine.memory.bits.per_number(dims)
+        bits = numbers * (packed + 16.0 * k.shape[1] * len(prompt.kv))
+        bits_whole = 16.0 * numbers * (vision + text) * len(prompt.kv)
+        return Generated(
+            [], False, vision + text, prompt.held[-1], held, prompt.nbytes, whole, bits, bits_whole, prompt.merges
+        )
 
 
 def _result(job: _Job) -> Result:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightkv.errors import ConfigError
-from lightkv.ops.quantised import ABSENT, LEAST_GROUP, Quantised, concatenated, dequantise, quantise
+from lightkv.ops.quantised import ABSENT, LEAST_GROUP, Quantised, concatenated, dequantise, quantise, usual_value_group
 
 GROWTH = 1.25  # of the room, when it runs out
 
@@ -28,6 +28,16 @@ class Bits:
             raise ConfigError(f"bits of the cache must be 4, 8 or 16, got {self.bits}")
         if self.group < LEAST_GROUP or self.group & (self.group - 1):
             raise ConfigError(f"group must be a power of two of at least {LEAST_GROUP} tokens, got {self.group}")
+
+    def per_number(self, dims: int) -> float:
+        """Bits that a number of keys and values takes on average in a 16-bit model, its share of scales included."""
+        if self.bits == 16:
+            return 16.0
+        scale_and_zero = 2 * 16
+        return (
+            self.bits
+            + (scale_and_zero / self.group + scale_and_zero / (self.value_group or usual_value_group(dims))) / 2
+        )
 
     def check(self, dims: int) -> None:
         """Raises ConfigError where heads of so many dimensions do not fit."""

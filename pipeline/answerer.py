@@ -9,13 +9,26 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
 
-from lightkv import Engine, Generated, LightKVConfig, Memory, Request, Segment, Text, VisionLayout, compress, estimate
+from lightkv import (
+    Engine,
+    Generated,
+    LightKVConfig,
+    Memory,
+    Request,
+    Segment,
+    Text,
+    Vision,
+    VisionLayout,
+    compress,
+    estimate,
+)
 from lightkv.report import Survivors
 from pipeline.config import Model
 from pipeline.encode import Encoded, FrameEncoder, encoder_for
@@ -46,6 +59,8 @@ class Answer:
     `kv_bytes`, `prefill_s` and `generate_s` are the batch's divided by its prompts, and KV bytes count the padding to
     the longest, with and without compression; `prompt_tokens` does not.
 
+    `kv_share` is what of the cache of a plain model is left, in bytes, as in a model of 16 bits.
+
     `merges` holds, of a traced question that was compressed, one (target, size) per stage: for each of the unit's V
     vision tokens, in order, int64 [V] the one that it is part of by now (itself: it survived; -1: dropped), and
     int64 [V] how many are together in that one (0: dropped).
@@ -62,6 +77,7 @@ class Answer:
     kv_bytes_uncompressed: int
     prefill_s: float
     generate_s: float
+    kv_share: float = 1.0
     merges: tuple[tuple[np.ndarray, np.ndarray], ...] | None = None
 
 
@@ -236,22 +252,58 @@ class Answerer:
             kv_bytes_uncompressed=one.kv_bytes_uncompressed,
             prefill_s=prefill_s,
             generate_s=generate_s,
+            kv_share=one.kv_bits / one.kv_bits_uncompressed,
             merges=merges,
         )
 
     @torch.no_grad()
-    def answers(self, questions: Sequence[Question], lightkv: LightKVConfig | None) -> list[Answer]:
+    def answers(
+        self, questions: Sequence[Question], lightkv: LightKVConfig | None, memory: Memory | None = None
+    ) -> list[Answer]:
         """Answers in the order of the questions, compressed as `lightkv` says; None: not compressed.
+
+        By the engine where `memory` says what its caches are like, else by transformers' `generate`.
 
         Neighbours share a batch. Sampling takes them one by one, so that an answer depends on its seed alone. Raises
         `UnitError` (prepare) for a prompt that does not fit, before any is answered.
         """
+        if memory is not None:
+            return self._by_engine(questions, lightkv, memory)
         rows = []
         for question in questions:
             ids, spans = self.prompts.tokens(question.prompt, question.encoded)
             self._check_context(ids.shape[1] - question.encoded.vision_tokens, question.encoded.grids)
             rows.append(_Row(question, ids[0], spans))
         return [answer for batch in self._batches(rows) for answer in self._batch(batch, lightkv)]
+
+    def _by_engine(self, questions: Sequence[Question], lightkv: LightKVConfig | None, memory: Memory) -> list[Answer]:
+        """As `serve`, of frames that are encoded already; neighbours about the same ones share their prefill."""
+        groups = [list(group) for _, group in groupby(enumerate(questions), key=lambda pair: id(pair[1].encoded))]
+
+        def requests() -> Iterator[Request]:
+            for number, group in enumerate(groups):
+                encoded = group[0][1].encoded
+                frames = [self.prompts.frame(question.prompt, encoded.modality) for _, question in group]
+                yield Request(
+                    number,
+                    _encoded_segments(encoded, frames[0], self.encoder.temporal_patch),
+                    [frame.after for frame in frames],
+                    max_new_tokens=self.settings.max_new_tokens,
+                    temperature=self.settings.temperature,
+                    seeds=[question.seed for _, question in group],
+                )
+
+        found: dict[int, Answer] = {}
+        for result in Engine(self.model, lightkv, memory).run(requests()):
+            if result.error is not None:
+                raise result.error
+            assert isinstance(result.key, int)
+            for (place, _), one in zip(groups[result.key], result.answers, strict=True):
+                count = len(result.answers)
+                found[place] = self._answer(
+                    one, result.vision_tokens, result.prefill_s / count, result.generate_s / count
+                )
+        return [found[place] for place in range(len(questions))]
 
     def _batches(self, rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         most = self._batch_prompts if self.settings.temperature == 0 else 1
@@ -327,6 +379,7 @@ class Answerer:
                     kv_bytes_uncompressed=kv_bytes_uncompressed,
                     prefill_s=(clock.at - started) / count,
                     generate_s=(ended - clock.at) / count,
+                    kv_share=kv_bytes / kv_bytes_uncompressed,
                     merges=merges,
                 )
             )
@@ -353,6 +406,15 @@ class Answerer:
     def _pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
+
+
+def _encoded_segments(encoded: Encoded, frame: Frame, temporal_patch: int) -> Iterator[Segment]:
+    yield Text(frame.before)
+    interval_s = encoded.frame_interval_s
+    for number, (features, grid) in enumerate(zip(encoded.features, encoded.grids, strict=True)):
+        if number and len(frame.between):
+            yield Text(frame.between)
+        yield Vision(features, grid, interval_s=None if interval_s is None else interval_s * temporal_patch)
 
 
 def _raising(error: Exception) -> Iterator[Segment]:

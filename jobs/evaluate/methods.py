@@ -7,7 +7,8 @@ lengths that it was not trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from jobs.evaluate.config import EvaluateConfig, Suite
+from lightkv import Bits, LightKVConfig, Memory
 from lightkv import ConfigError as Unreachable
-from lightkv import LightKVConfig
 from lightkv.baselines import BASELINES, baseline
 from pipeline.errors import ConfigError
 from pipeline.mini.model import TEMPORAL_PATCH, TOKEN_PX
@@ -30,10 +31,15 @@ Change = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Treatment:
-    """`config` compresses inside the model; `frames` changes uint8 [T, H, W, 3] before it."""
+    """`config` compresses inside the model; `frames` changes uint8 [T, H, W, 3] before it.
+
+    With `memory` the engine answers, else `generate`. `bits` of a number in the cache count as so many of 16.
+    """
 
     config: LightKVConfig | None = None
     frames: Change | None = None
+    memory: Memory | None = None
+    bits: float = 16.0
 
 
 def treatment(config: EvaluateConfig, method: str, suite: Suite, retention: float, model_config: Any) -> Treatment:
@@ -54,6 +60,44 @@ def _method(name: str, suite: Suite, retention: float, model_config: Any, **opti
 
 def _baseline(name: str, suite: Suite, retention: float, model_config: Any, **options: Any) -> Treatment:
     return Treatment(baseline(name, model_config, retention, **options))
+
+
+def _engine(
+    suite: Suite,
+    retention: float,
+    model_config: Any,
+    method: str = "lightkv",
+    bits: int = 16,
+    group: int = 32,
+    fold: bool = False,
+    silent: Sequence[int] = (),
+    chunk_tokens: int = 1 << 20,
+    **options: Any,
+) -> Treatment:
+    """`method` in the engine. In fewer bits it keeps as many more tokens as take the same bytes, all at the most."""
+    text = model_config.get_text_config()
+    dims = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    memory = Memory(Bits(bits, group), fold, frozenset(silent), chunk_tokens)
+    number = memory.bits.per_number(dims)
+    depth = text.num_hidden_layers
+    tokens = retention * 16 / number * depth / (depth - len(silent))
+    if tokens >= 1 and (bits < 16 or silent):
+        return Treatment(None, None, memory, number)
+    config = LightKVConfig.for_model(model_config, tokens, method=method, **options)
+    if fold:  # the retention is the last stage's share then
+        config = folded_to(model_config, tokens, method, options)
+    return Treatment(config, None, memory, number)
+
+
+def folded_to(model_config: Any, share: float, method: str, options: dict[str, Any]) -> LightKVConfig:
+    """The schedule of `method` whose last stage leaves `share` of the tokens, by bisection over its retention."""
+    low, high = 0.05, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        found = LightKVConfig.for_model(model_config, middle, method=method, **options)
+        left = math.prod(1 - stage.drop for stage in found.stages)
+        low, high = (middle, high) if left < share else (low, middle)
+    return LightKVConfig.for_model(model_config, high, method=method, **options)
 
 
 def _downsample(suite: Suite, retention: float, model_config: Any) -> Treatment:
@@ -103,6 +147,7 @@ PRESETS: dict[str, Callable[..., Treatment]] = {
     "asked": partial(_method, "asked"),
     "published": partial(_method, "published"),
     **{name: partial(_baseline, name) for name in BASELINES},
+    "engine": _engine,
     "downsample": _downsample,
     "fewer_frames": _fewer_frames,
 }

@@ -95,7 +95,7 @@ def quantise(k: Tensor, v: Tensor, bits: int, group: int = 32, value_group: int 
     Raises ConfigError for what does not fit. Of what is not finite, its whole group becomes NaN.
     """
     _check_states(k, v, bits, group, value_group)
-    value_group = value_group or _nearest_divisor(k.shape[2])
+    value_group = value_group or usual_value_group(k.shape[2])
     k_codes, k_scale, k_zero = _fitted(k.unflatten(1, (k.shape[1] // group, group)), 2, bits)
     v_codes, v_scale, v_zero = _fitted(v.unflatten(2, (v.shape[2] // value_group, value_group)), 3, bits)
     k_codes, v_codes = _packed(k_codes.flatten(1, 2), bits), _packed(v_codes.flatten(2, 3), bits)
@@ -184,7 +184,8 @@ def attend_quantised_torch(
     return out.flatten(1, 2).to(q.dtype)
 
 
-def _nearest_divisor(dims: int) -> int:
+def usual_value_group(dims: int) -> int:
+    """Channels of a head's dims that share a scale unless told otherwise: the divisor nearest to VALUE_GROUP."""
     return min(
         (part for part in range(1, dims + 1) if dims % part == 0), key=lambda part: max(part, VALUE_GROUP**2 / part)
     )
