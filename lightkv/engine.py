@@ -40,6 +40,7 @@ class Memory:
     bits         of the cache of what comes before the questions
     fold         early layers end at the size of the last stage (fold.py)
     silent       layers that keep no vision after its piece
+    budget       vision tokens that a prompt's cache may hold per layer; what is more merges (budget.py); needs fold
     chunk_tokens vision and text tokens that are prefilled together, but at least one image or step of a video
     answers      decoded together at most
     cache_bytes  of all caches together; a further request waits while it would not fit. None: unbounded
@@ -48,6 +49,7 @@ class Memory:
     bits: Bits = field(default_factory=Bits)
     fold: bool = False
     silent: frozenset[int] = frozenset()
+    budget: int | None = None
     chunk_tokens: int = 4096
     answers: int = 16
     cache_bytes: int | None = None
@@ -240,7 +242,7 @@ class _Prefill:
             self._segments = iter(request.segments)
             self._stream = Stream(
                 engine.layers, engine.positions(), engine.config, request.questions, memory.bits,
-                fold=memory.fold, silent=memory.silent, traced=request.traced,
+                fold=memory.fold, silent=memory.silent, budget=memory.budget, traced=request.traced,
             )  # fmt: skip
         except torch.AcceleratorError:
             raise

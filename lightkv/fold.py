@@ -27,12 +27,12 @@ def folded(
     """
     own = torch.searchsorted(place, survivors)  # a survivor's own entry among the n
     raw = unturned(k.float(), (angles[0].float(), angles[1].float()))
-    k_mean, v_mean = (_mean(states, size, into, len(survivors)) for states in (raw, v.float()))
+    k_mean, v_mean = (mean_by_size(states, size, into, len(survivors)) for states in (raw, v.float()))
     angles_own = angles[0][own].float(), angles[1][own].float()
     return turned(k_mean, angles_own).to(k.dtype), v_mean.to(v.dtype)
 
 
-def _mean(states: Tensor, size: Tensor, into: Tensor, count: int) -> Tensor:
+def mean_by_size(states: Tensor, size: Tensor, into: Tensor, count: int) -> Tensor:
     """Means by size, fp32 [H, count, d]."""
     alive = torch.nonzero(into >= 0).flatten()
     weight = size[alive]

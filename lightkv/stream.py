@@ -17,14 +17,17 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lightkv.budget import Cached
 from lightkv.config import LightKVConfig
-from lightkv.fold import folded
+from lightkv.errors import ConfigError, LightKVError, out_of_memory
+from lightkv.fold import folded, mean_by_size
 from lightkv.guidance import Scorer
 from lightkv.layerkv import Bits, LayerKV
 from lightkv.layers import Layers
-from lightkv.layout import Span, VisionLayout
+from lightkv.layout import TEXT, Span, VisionLayout, coordinates
 from lightkv.methods import METHODS
 from lightkv.ops.attend import attend
 from lightkv.packing import Packing
@@ -118,6 +121,7 @@ class Stream:
     fold     after a piece all of its layers hold what the last stage has left of it (fold.py); the layers that several
              questions share are left as they are
     silent   layers that keep no vision once a piece is through: what comes later does not see it there
+    budget   vision tokens in a layer's cache at most, but for the last piece (budget.py); needs fold
     traced   remember where every vision token went
     """
 
@@ -131,12 +135,16 @@ class Stream:
         *,
         fold: bool = False,
         silent: frozenset[int] = frozenset(),
+        budget: int | None = None,
         traced: bool = False,
     ) -> None:
         self._layers, self._positions = layers, positions
         self._config = NO_STAGES if config is None else config
         self._method = METHODS[self._config.method]
-        self._fold, self._silent, self._traced = fold, silent, traced
+        self._fold, self._silent, self._traced = fold, silent, traced and budget is None
+        self._budget = budget
+        self._cached: Cached | None = None  # what the layers hold, under a budget
+        self._items = 0  # images and videos that came in
         bounds = [0, *(stage.layer + 1 for stage in self._config.stages), len(layers)]
         self._groups = [range(*bound) for bound in pairwise(bounds)]
         stages = len(self._config.stages)
@@ -148,6 +156,11 @@ class Stream:
         self._branches = [
             Branch(question.to(layers.device), [LayerKV(bits) for _ in range(own)], [0] * own) for question in questions
         ]
+        if budget is not None and not (fold and (len(questions) == 1 or not own)):
+            raise ConfigError(
+                "a budget needs fold=True, and several questions a method that none of them guides (spacetime): "
+                "all layers must hold the same tokens"
+            )
         self.vision_tokens = 0  # of the prompt, repeats that were never encoded included
         self.text_tokens = 0  # of the prompt so far, the questions not included
         self._given = 0  # vision tokens that came in
@@ -160,6 +173,7 @@ class Stream:
     @torch.no_grad()
     def take(self, segments: Sequence[Segment]) -> None:
         """Prefill the next piece of the prompt. When that fails, all is as it was before."""
+        self._keep_to_budget()
         self._seal()
         undo = self._state()
         try:
@@ -171,6 +185,7 @@ class Stream:
     @torch.no_grad()
     def finish(self) -> list[Prefilled]:
         """The questions themselves, each after everything that came before."""
+        self._keep_to_budget()
         self._seal(rest=True)
         prefilled = []
         for branch in self._branches:
@@ -185,16 +200,45 @@ class Stream:
         return prefilled
 
     def _seal(self, rest: bool = False) -> None:
-        """Pack what earlier pieces have left, which stays."""
+        """Pack what earlier pieces have left, which stays; under a budget only at the end."""
+        if self._budget is not None and not rest:
+            return
         for branch in (self._trunk, *self._branches):
             for layer in branch.kv:
                 layer.seal(rest)
+
+    def _keep_to_budget(self) -> None:
+        """Merge what is cached where it is more than the budget; nothing is sealed yet."""
+        merged = self._cached.merged(self._budget) if self._cached is not None and self._budget is not None else None
+        if merged is None:
+            return
+        before, (self._cached, done) = self._cached, merged
+        assert before is not None
+        everything = torch.arange(len(before), device=before.size.device)
+        into = torch.searchsorted(done.kept, done.target)
+        cos, sin = self._layers.angles(before.positions[:, None])
+        try:
+            for branch in (self._trunk, *self._branches):
+                first = 0 if branch is self._trunk else len(self._trunk.kv)
+                for number, layer in enumerate(branch.kv):
+                    if first + number in self._silent:
+                        continue
+                    k, v, _ = layer.since(0)
+                    k, v = folded(k, v, (cos[0], sin[0]), before.size, into, done.kept, everything)
+                    layer.truncate(0)
+                    layer.push(k, v, self._cached.size.log())
+                    branch.held[number] = self._cached.vision
+        except Exception as error:
+            if out_of_memory(error):  # some layers are merged and some are not: there is no way back
+                raise LightKVError("memory ran out while the cache was merged to its budget") from error
+            raise
 
     # --- one piece ---
 
     def _piece(self, segments: Sequence[Segment]) -> Piece:
         device, dtype = self._layers.device, self._layers.dtype
         hidden, positions, sizes, length = [], [], [], 0
+        where: list[Tensor] = []
         spans: list[Span] = []
         for segment in segments:
             if isinstance(segment, Vision):
@@ -206,14 +250,20 @@ class Stream:
                     spans[-1] = (begin, t + segment.grid[0], h, w)
                 else:
                     spans.append((length, *segment.grid))
+                self._items += segment.first == 0
+                place = coordinates(*segment.grid)
+                place[:, 0] = segment.steps[place[:, 0]]
+                where.append(F.pad(place, (1, 0), value=self._items - 1))
                 self.vision_tokens += segment.stands_for
             else:
                 hidden.append(self._layers.embed(segment.ids))
                 positions.append(self._positions.text(len(segment)))
                 sizes.append(torch.ones(len(segment)))
+                where.append(torch.tensor([TEXT, 0, 0, 0]).expand(len(segment), -1))
                 self.text_tokens += len(segment)
             length += len(segment)
         layout = VisionLayout.grids(spans, length).to(device)
+        self._where = torch.cat(where).to(device)
         place = torch.arange(length, device=device)
         return Piece(torch.cat(hidden), layout, torch.cat(sizes).to(device), torch.cat(positions, 1).to(device), place)
 
@@ -233,6 +283,8 @@ class Stream:
             first = 0 if branch is self._trunk else len(self._trunk.kv)
             for number, (layer, mark) in enumerate(zip(branch.kv, marks, strict=True)):
                 branch.held[number] += self._settle(first + number, layer, mark, way)
+        if self._budget is not None:
+            self._note_cached(alone)
         for branch, way in zip(self._branches, passages, strict=True):
             if self._traced and way.targets:
                 branch.merges.append(self._traced_targets(way))
@@ -360,6 +412,17 @@ class Stream:
             here = final
         return int(here.layout.is_vision.sum())
 
+    def _note_cached(self, way: Passage) -> None:
+        """The tokens of the piece that are now in every layer's cache."""
+        first, final = way.states[0], way.states[-1]
+        features = first.hidden
+        if way.targets:
+            target = way.targets[-1]
+            into = torch.where(target < 0, -1, torch.searchsorted(final.place, target.clamp(min=0)))
+            features = mean_by_size(first.hidden[None].float(), first.size, into, len(final.place))[0].to(features)
+        more = Cached(features, self._where[final.place], final.size, final.positions)
+        self._cached = more if self._cached is None else self._cached.after(more)
+
     def _traced_targets(self, way: Passage) -> list[Tensor]:
         """Per stage int64 [vision tokens of the piece]: targets in vision tokens of the prompt."""
         vision = torch.nonzero(way.states[0].layout.is_vision).flatten()
@@ -371,10 +434,12 @@ class Stream:
         branches = [
             ([len(layer) for layer in b.kv], list(b.held), list(b.merges)) for b in (self._trunk, *self._branches)
         ]
-        return branches, copy.copy(self._positions.__dict__), self.vision_tokens, self.text_tokens, self._given
+        counts = self.vision_tokens, self.text_tokens, self._given, self._items
+        return branches, copy.copy(self._positions.__dict__), counts, self._cached
 
     def _restore(self, state: Any) -> None:
-        branches, positions, self.vision_tokens, self.text_tokens, self._given = state
+        branches, positions, counts, self._cached = state
+        self.vision_tokens, self.text_tokens, self._given, self._items = counts
         self._positions.__dict__.update(positions)
         for branch, (lengths, held, merges) in zip((self._trunk, *self._branches), branches, strict=True):
             branch.held, branch.merges = held, merges

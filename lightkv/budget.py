@@ -1,0 +1,69 @@
+"""A budget for the cache of one prompt, however long it gets: what is cached merges on where the least is lost.
+
+Stages drop a fixed share of every piece, a still lecture's like a football match's. Under a budget, the tokens that
+all pieces so far have left are ranked together by Ward's criterion, as a stage does it (spacetime.py), on the
+embeddings that they came in with; keys and values of what merges are averaged as in folding (fold.py). So a budget is
+spent where the video changes, and what repeats what was cached an hour ago costs nothing.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightkv.config import LightKVConfig, Stage
+from lightkv.errors import ConfigError
+from lightkv.layout import TEXT, VisionLayout
+from lightkv.spacetime import spacetime
+from lightkv.tokens import Compressed, Tokens
+
+SLACK = 0.8  # of the budget is what a merge leaves, so that not every piece needs one
+
+
+@dataclass(frozen=True)
+class Cached:
+    """The n tokens in the cache of every layer, text included, in order.
+
+    features [n, D] embeddings as they came in, averaged over what each stands for; any for text
+    place    int64 [n, 4] (item, t, y, x) in the prompt; item TEXT for text
+    size     fp32 [n] · positions int64 [axes, n]
+    """
+
+    features: Tensor
+    place: Tensor
+    size: Tensor
+    positions: Tensor
+
+    def __len__(self) -> int:
+        return len(self.size)
+
+    @property
+    def vision(self) -> int:
+        return int((self.place[:, 0] != TEXT).sum())
+
+    def after(self, more: "Cached") -> "Cached":
+        """These and then `more`."""
+        return Cached(
+            torch.cat([self.features, more.features]),
+            torch.cat([self.place, more.place]),
+            torch.cat([self.size, more.size]),
+            torch.cat([self.positions, more.positions], dim=1),
+        )
+
+    def merged(self, most: int) -> tuple["Cached", Compressed] | None:
+        """What is left when more than `most` vision tokens became SLACK of that, and how; None where they are not more.
+
+        Raises ConfigError where the items alone are more: each keeps a token.
+        """
+        vision = self.vision
+        if vision <= most:
+            return None
+        target = max(1, int(most * SLACK))
+        items = int(self.place[:, 0].max()) + 1
+        if items > most:
+            raise ConfigError(f"a budget of {most} tokens cannot hold {items} images and videos: raise it")
+        stage = Stage(-1, drop=1 - target / vision)
+        layout = VisionLayout.from_coordinates(*self.place.unbind(1))
+        done = spacetime(Tokens(self.features, layout, self.size), stage, LightKVConfig((stage,), method="spacetime"))
+        kept = done.kept
+        return Cached(done.hidden, self.place[kept], done.size, self.positions[:, kept]), done
