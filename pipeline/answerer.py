@@ -218,14 +218,15 @@ class Answerer:
             if part is None:
                 yield None
                 continue
+            _, y, x = part.grid
+            steps = part.stands_for // (y * x)
             if part.first == 0:
                 if reply.grids and len(frame.between):
                     text += len(frame.between)
                     yield Text(frame.between)
-                reply.grids.append(part.grid)
+                reply.grids.append((steps, y, x))
             else:
-                t, y, x = reply.grids[-1]
-                reply.grids[-1] = (t + part.grid[0], y, x)
+                reply.grids[-1] = (reply.grids[-1][0] + steps, y, x)
             self._check_context(text, reply.grids)
             interval_s = ask.interval_s() if ask.kind == "video" else None
             yield part if interval_s is None else replace(part, interval_s=interval_s * self.encoder.temporal_patch)

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightkv import Bits, LightKVConfig, LightKVError, Memory
+from lightkv import LightKVConfig, LightKVError
 from lightkv.errors import out_of_memory
 from pipeline.answerer import Answerer, Ask, Reply
 from pipeline.config import JobConfig
 from pipeline.decode import FrameBatch
 from pipeline.errors import ConfigError, SkippedError, UnitError
 from pipeline.frames import Sizing
+from pipeline.memory import bound_device, memory_of
 from pipeline.models import describe
 from pipeline.samples import Sample, Sampling
 from pipeline.schema import ROW_SCHEMA
@@ -36,19 +37,6 @@ def lightkv_config(job: JobConfig, model_config: Any) -> LightKVConfig | None:
         return LightKVConfig.for_model(model_config, **job.lightkv.model_dump(exclude={"enabled"}))
     except LightKVError as error:
         raise ConfigError(f"lightkv: {error}") from None
-
-
-def memory_of(job: JobConfig) -> Memory:
-    """The engine's caches, as this job wants them."""
-    engine = job.engine
-    return Memory(
-        bits=Bits(engine.kv_bits, engine.kv_group),
-        fold=engine.fold,
-        silent=frozenset(engine.silent_layers),
-        chunk_tokens=engine.chunk_tokens,
-        answers=engine.answers,
-        cache_bytes=engine.cache_bytes,
-    )
 
 
 @dataclass(frozen=True)
@@ -79,6 +67,9 @@ class Captioner:
         self.lightkv = lightkv_config(job, describe(job.model).config)  # refused before the weights are loaded
         self.answerer = Answerer(job.model)
         self._device: torch.device = self.answerer.model.device
+        self.answerer.encoder.repeat_tolerance = job.frames.repeat_tolerance
+        room = bound_device(job.limits, self._device)
+        self.memory = memory_of(job, self.answerer.card.config, self.answerer.model.dtype, room)
         self._config_hash = job.hash()
 
     @property
@@ -100,7 +91,7 @@ class Captioner:
             torch.cuda.reset_peak_memory_stats(self._device)
         in_model: dict[str, _Open] = {}
         asks = (self._ask(given, in_model) for given in units)
-        for reply in self.answerer.serve(asks, self.lightkv, memory_of(self.job), beat):
+        for reply in self.answerer.serve(asks, self.lightkv, self.memory, beat):
             yield self._finished(in_model.pop(reply.key), reply)
 
     def _ask(self, given: Given, in_model: dict[str, _Open]) -> Ask:
@@ -117,7 +108,7 @@ class Captioner:
             [prompt["prompt"] for prompt in unit["prompts"]],
             seeds,
             interval_s=meter.interval_s,
-            traced=sample is not None,
+            traced=sample is not None and self.job.frames.repeat_tolerance is None,  # else patches have no place
             alone=given.alone,
         )
 

@@ -122,6 +122,13 @@ class Frames(_Section):
     min_px: int = Field(64 * 64, ge=1, description="area of a frame after resizing, at least")
     max_px: int = Field(448 * 448, ge=1, description="area of a frame after resizing, at most")
     batch_frames: int = Field(16, ge=1, le=1024, description="frames decoded, sent and encoded together")
+    repeat_tolerance: float | None = Field(
+        None,
+        ge=0,
+        le=255,
+        description="frames that differ by no more from the ones before, on average in every token's patch (0 to 255), "
+        "are counted instead of encoded (Qwen-VL); null: all are encoded",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -220,7 +227,27 @@ class Engine(_Section):
         description="decoder layers that keep no vision for what comes later; which can, depends on the model",
     )
     cache_bytes: int | None = Field(
-        None, ge=1, description="of all caches together; a further unit waits while they are full. null: unbounded"
+        None,
+        ge=1,
+        description="of all caches together; a further unit waits while they are full. null: what limits leave",
+    )
+
+
+class Budget(_Section):
+    """What one unit's cache may take, however long the unit is: what is more merges on where the least is lost."""
+
+    kv_bytes: int | None = Field(
+        None, ge=1, description="of the vision in one unit's cache; null: as lightkv leaves it"
+    )
+
+
+class Limits(_Section):
+    """What an actor may take of its machine."""
+
+    gpu_memory_bytes: int | None = Field(
+        None,
+        ge=1 << 20,
+        description="of its GPU, weights included; pieces, caches and batches are sized by it. null: what the GPU has",
     )
 
 
@@ -297,6 +324,8 @@ class JobConfig(_Section):
     model: Model = Model()
     lightkv: LightKV = LightKV()
     engine: Engine = Engine()
+    budget: Budget = Budget()
+    limits: Limits = Limits()
     ray: Ray = Ray()
     run: Run = Run()
     report: Report = Report()
@@ -308,6 +337,11 @@ class JobConfig(_Section):
             raise ValueError("prompts: expected at least one, got none")
         if len(set(ids)) < len(ids):
             raise ValueError(f"prompts: every id must be there once, got {ids}")
+        if self.budget.kv_bytes is not None and self.lightkv.enabled and self.lightkv.method != "spacetime":
+            raise ValueError(
+                "budget.kv_bytes needs lightkv.method: spacetime, or lightkv.enabled: false, "
+                f"got {self.lightkv.method}: what one prompt of a unit merges would not be what its others need"
+            )
         return self
 
     def hash(self) -> str:
@@ -315,7 +349,7 @@ class JobConfig(_Section):
         parts = self.model_dump(
             mode="json",
             exclude={
-                **dict.fromkeys(("ray", "run", "storage", "decode", "sink", "report"), True),
+                **dict.fromkeys(("ray", "run", "storage", "decode", "sink", "report", "limits"), True),
                 "model": {"timeout_s"},
                 "engine": {"answers", "cache_bytes"},
             },

@@ -42,6 +42,7 @@ class FrameEncoder:
     def __init__(self, config: Any, preprocessor: dict[str, Any]) -> None:
         self.config = config
         self.preprocessor = preprocessor
+        self.repeat_tolerance: float | None = None  # Frames.repeat_tolerance, for encoders that know of it
 
     def sizing(self, frames: Frames) -> Sizing:
         """The sizes frames may have."""
@@ -135,10 +136,32 @@ class QwenEncoder(FrameEncoder):
             if batch is None:
                 yield None
                 continue
-            frames = np.repeat(batch[1], self.temporal_patch, axis=0) if kind == "images" else batch[1]
+            if kind == "images":
+                features, grid = self._tower(model, np.repeat(batch[1], self.temporal_patch, axis=0))
+                yield Vision(features, grid)
+                continue
+            frames, counts = self._without_repeats(batch[1])
             features, grid = self._tower(model, frames)
-            yield Vision(features, grid, first=0 if kind == "images" else steps)
-            steps += grid[0]
+            yield Vision(features, grid, steps, counts)
+            steps += sum(counts) if counts is not None else grid[0]
+
+    def _without_repeats(self, frames: np.ndarray) -> tuple[np.ndarray, tuple[int, ...] | None]:
+        """Frames [T, H, W, 3] without the steps in time that repeat the last one left, and how many each stands for."""
+        if self.repeat_tolerance is None:
+            return frames, None
+        kept, counts = [0], [1]
+        steps = frames.reshape(-1, self.temporal_patch, *frames.shape[1:])
+        cell = self.patch * self.merge
+        for number in range(1, len(steps)):
+            apart = np.abs(steps[number].astype(np.int16) - steps[kept[-1]].astype(np.int16))
+            _, height, width, _ = apart.shape
+            patches = apart.reshape(-1, height // cell, cell, width // cell, cell, 3).mean(axis=(0, 2, 4, 5))
+            if patches.max() <= self.repeat_tolerance:
+                counts[-1] += 1
+            else:
+                kept.append(number)
+                counts.append(1)
+        return steps[kept].reshape(-1, *frames.shape[1:]), tuple(counts)
 
     def _tower(self, model: Any, frames: np.ndarray) -> tuple[Tensor, tuple[int, int, int]]:
         """The vision tower over whole temporal patches; its attention never crosses them, so chunks are exact."""

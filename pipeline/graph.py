@@ -8,6 +8,7 @@ import ray.data
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, ExecutionResources
 from ray.data.checkpoint import CheckpointConfig
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
 from pipeline.actor import CaptionActor
@@ -49,8 +50,7 @@ def execute(job: JobConfig, work: Work, attempts: ActorHandle, actor: type[Capti
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would tell how to enable them
     context.use_datasource_v2 = False  # it starts 32 processes to read the footer of one file
     context.max_consecutive_actor_init_deaths = 2
-    # Nothing moves while an actor works on its units; Ray Data's half an hour is less than a long block takes.
-    context.execution_no_progress_timeout_s = job.ray.actors.batch_units * job.model.timeout_s
+    context.execution_no_progress_timeout_s = longest_block_s(job)
     context.execution_options.preserve_order = False
     context.custom_execution_callback_classes = [functools.partial(Drain, attempts)]
     if job.ray.actors.num_cpus > 0:  # decode tasks are not Ray Data's: keep it from taking their CPUs
@@ -72,17 +72,25 @@ def execute(job: JobConfig, work: Work, attempts: ActorHandle, actor: type[Capti
             min_rows_per_file=job.sink.rows_per_file,
             compression=job.sink.compression,
         )
-    except (RayError, OSError) as error:
+    except (RayError, ExecutionTimeoutError, OSError) as error:
         raise RunError(f"the job cannot go on: {_cause(error)}; rows in {work.data} stay, fix it and repeat") from error
     finally:
         context.checkpoint_config = None
         context.custom_execution_callback_classes = []
 
 
+def longest_block_s(job: JobConfig) -> float:
+    """How long nothing may move: an actor works on a block, and, should it die of one, on the same block again.
+
+    Never less than Ray Data's own half an hour, in which models load and clusters grow.
+    """
+    return max(1800.0, job.ray.actors.batch_units * job.run.max_attempts * job.model.timeout_s)
+
+
 def _cause(error: Exception) -> str:
-    """The last line of what Ray tells, in which the cause stands after a traceback."""
+    """The line of what Ray tells in which the cause stands: the first of a stall, else the last, after a traceback."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].strip()[:300]
+    return lines[0 if isinstance(error, ExecutionTimeoutError) else -1].strip()[:300]
 
 
 def _gpus(job: JobConfig) -> float:

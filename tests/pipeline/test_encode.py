@@ -109,3 +109,34 @@ def test_sizes_that_no_frame_can_have_are_refused(qwen):
 def test_family_without_an_encoder_is_refused_with_the_list():
     with pytest.raises(ConfigError, match=", ".join(ENCODERS)):
         encoder_for(transformers.Idefics3Config(), {})
+
+
+def test_steps_that_repeat_the_one_before_are_counted_instead_of_encoded(qwen):
+    encoder, model, _ = qwen
+    rng = np.random.default_rng(0)
+    first, other = (rng.integers(0, 256, (96, 96, 3), np.uint8) for _ in range(2))
+    noisy = np.clip(first.astype(np.int16) + rng.integers(-2, 3, first.shape), 0, 255).astype(np.uint8)
+    frames = np.stack([first, first, noisy, first, first, noisy, other, other, first, first])
+    encoder.repeat_tolerance = 2.0
+    try:
+        (part,) = encoder.parts(model, "video", [(0, frames)])
+    finally:
+        encoder.repeat_tolerance = None
+    (whole,) = encoder.parts(model, "video", [(0, frames)])
+    assert (part.grid, part.counts, part.stands_for) == ((3, 6, 6), (3, 1, 1), 180)
+    assert part.steps.tolist() == [0, 3, 4]
+    assert torch.equal(
+        part.features, whole.features[torch.tensor([0, 3, 4])[:, None] * 36 + torch.arange(36)].flatten(0, 1)
+    )
+
+
+def test_one_patch_that_changes_makes_another_step(qwen):
+    encoder, model, _ = qwen
+    frames = np.zeros((4, 96, 96, 3), np.uint8)
+    frames[2:, 16:32, 80:96] = 40
+    encoder.repeat_tolerance = 2.0
+    try:
+        (part,) = encoder.parts(model, "video", [(0, frames)])
+    finally:
+        encoder.repeat_tolerance = None
+    assert part.counts == (1, 1)
