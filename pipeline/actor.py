@@ -54,6 +54,7 @@ class CaptionActor:
         self._job = job
         self._sampling = sampling
         self._attempts = attempts
+        self._draining = False  # for good, once a turn has said so
         self._metrics = ActorMetrics(run_id)
         self._logs = ExitStack()  # open as long as this process
         context = ray.get_runtime_context()
@@ -101,19 +102,20 @@ class CaptionActor:
                 ahead.append(_InModel(unit, self._open(unit)))
             streams = [one.stream for one in (*ahead, *in_model.values())]
             self._metrics.streams(asked=len(streams), running=sum(stream.running() for stream in streams))
-            if ray.get(self._attempts.draining.remote()):
-                for late in ahead:
-                    late.stream.close()
-                return
+            if self._draining:
+                break
             one = ahead.popleft()
             in_model[one.unit["id"]] = one
             yield Given(one.unit, self._frames(one), alone=one.unit["id"] in begun)
+        for late in ahead:
+            late.stream.close()
 
     def _frames(self, one: _InModel) -> Iterator[FrameBatch | None]:
         """A unit's frames, once it may enter the model."""
         one.started = datetime.now(UTC)
         one.turn = ray.get(self._attempts.start.remote(one.unit["id"]))
         if one.turn.draining:
+            self._draining = True
             raise UnitError("generate", "Draining", "the job is about to end: this unit stays open")
         if not one.turn.go:
             raise self._given_up(one.turn)
