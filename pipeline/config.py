@@ -259,7 +259,10 @@ class Actors(_Section):
     num_gpus: float | None = Field(None, ge=0, description="GPUs of one actor; null: 1 on a GPU device, 0 on the CPU")
     num_cpus: float = Field(0.0, ge=0, description="CPUs that decode tasks then cannot have")
     batch_units: int = Field(
-        16, ge=1, le=1024, description="units per hand-over to an actor, answered together; repeated together if it dies"
+        16,
+        ge=1,
+        le=1024,
+        description="units per hand-over to an actor, answered together; repeated together if it dies",
     )
 
     @model_validator(mode="after")

@@ -80,7 +80,7 @@ def execute(job: JobConfig, work: Work, attempts: ActorHandle, actor: type[Capti
 
 
 def longest_block_s(job: JobConfig) -> float:
-    """How long nothing may move: an actor works on a block, and, should it die of one, on the same block again.
+    """How long nothing may move: while an actor works on a block and, should a unit end it, on the same block again.
 
     Never less than Ray Data's own half an hour, in which models load and clusters grow.
     """
