@@ -1,5 +1,9 @@
-"""Decoder backends that take their time, or misbehave by file name: `crash…`, `hang…`, and `poison…` in the model."""
+"""Decoder backends that take their time, or misbehave by file name.
 
+`crash…` and `hang…` do so in the decoder, `poison…` and `silent…` in the model.
+"""
+
+import ctypes
 import os
 import time
 
@@ -15,9 +19,10 @@ def slow(path, index, size):
 
 
 def dangerous(path, index, size):
-    """decord, but `crash…` kills its process, `hang…` never comes back, and `poison…` kills who takes its frames.
+    """decord, but `crash…` kills its process, `hang…` never comes back, `poison…` kills who takes its frames, and who
+    works on those of `silent…` is stuck in native code.
 
-    A `poison-once…` does so the first time only, which a file beside it remembers.
+    A `poison-once…` kills the first time only, which a file beside it remembers.
     """
     name = os.path.basename(path)
     if name.startswith("crash"):
@@ -26,17 +31,19 @@ def dangerous(path, index, size):
         time.sleep(3600)
     source = DecordSource(path, index, size)
     if name.startswith("poison"):
-        return _Poisoned(source, f"{path}.taken" if name.startswith("poison-once") else None)
+        return _Trapped(source, _kill, f"{path}.taken" if name.startswith("poison-once") else None)
+    if name.startswith("silent"):
+        return _Trapped(source, _silence)
     return source
 
 
-class _Poisoned:
-    def __init__(self, source, marker):
-        self._source, self._marker = source, marker
+class _Trapped:
+    def __init__(self, source, *trap):
+        self._source, self._trap = source, trap
 
     def read(self, picks):
         frames = self._source.read(picks).view(_Frames)
-        frames.marker = self._marker
+        frames.trap = self._trap
         return frames
 
     def close(self):
@@ -44,17 +51,30 @@ class _Poisoned:
 
 
 class _Frames(np.ndarray):
-    """Frames that kill the process which unpickles them; with a `marker`, the first one only."""
+    """Frames with a trap: a function and its arguments, called with them in the process that unpickles them."""
 
-    marker = None
+    trap = None
 
     def __reduce_ex__(self, protocol):
-        return _take, (np.array(self), self.marker)
+        trap, *arguments = self.trap
+        return trap, (np.array(self), *arguments)
 
 
-def _take(frames, marker):
+def _kill(frames, marker):
+    """The process, or, with a `marker`, the first one only."""
     if marker is not None:
         if os.path.exists(marker):
             return frames
         open(marker, "x").close()
     os.kill(os.getpid(), 9)
+
+
+def _silence(frames):
+    return frames.view(_Silent)
+
+
+class _Silent(np.ndarray):
+    """Frames that whoever takes some of them never gets; no other thread of its process runs any more, either."""
+
+    def __getitem__(self, _):
+        ctypes.PyDLL(None).sleep(3600)  # a call that keeps the interpreter's lock

@@ -1,5 +1,6 @@
 """Running the jobs as a user does: as processes, killed or not."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -46,6 +47,34 @@ def run(job, *overrides, check=True, **extra):
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+@contextlib.contextmanager
+def started(job, *overrides, **extra):
+    """A job as a process, for as long as the block lasts."""
+    process = subprocess.Popen(
+        command(job, *overrides),
+        cwd=ROOT,
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition, process, seconds=240):
+    """Until `condition()` holds; fails with the job's output when it ends before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError("\n".join(process.communicate()))
+        time.sleep(0.05)
 
 
 def run_and_kill(job, *overrides, when, **extra):

@@ -1,6 +1,5 @@
 """A cluster that grows for a job's backlog and shrinks when there is none; nodes are processes on this machine."""
 
-import subprocess
 import time
 
 import pyarrow.parquet as pq
@@ -8,7 +7,7 @@ import pytest
 
 from jobs.soak import Tally, judge, undisturbed, write_manifest
 from tests.integration import clusters
-from tests.integration.jobs import ROOT, command, environment
+from tests.integration.jobs import started
 
 pytestmark = pytest.mark.integration
 
@@ -29,20 +28,12 @@ def test_nodes_come_for_a_backlog_and_go_when_idle(tmp_path):
     out = tmp_path / "out"
     expected = write_manifest(tmp_path / "units.jsonl", undisturbed(tmp_path / "videos"), 80)
     with clusters.autoscaling(head_cpus=1, worker={"CPU": 1, "GPU": 1}, most=2, idle_s=5) as cluster:
-        job = subprocess.Popen(
-            command("caption", f"source.uri={tmp_path}/units.jsonl", f"sink.uri={out}", *POOL),
-            cwd=ROOT,
-            env=environment(RAY_ADDRESS=cluster.address),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        counts = [len(cluster.nodes())]
-        try:
+        where = [f"source.uri={tmp_path}/units.jsonl", f"sink.uri={out}"]
+        with started("caption", *where, *POOL, RAY_ADDRESS=cluster.address) as job:
+            counts = [len(cluster.nodes())]
             while job.poll() is None:
                 counts.append(len(cluster.nodes()))
                 time.sleep(0.5)
-        finally:
-            job.kill()
         assert job.returncode == 0, job.stderr.read()
         assert (counts[0], max(counts)) == (1, 3), "the head, and a node for each of the pool's actors"
         cluster.wait_for_nodes(1)

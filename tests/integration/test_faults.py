@@ -3,14 +3,13 @@
 import json
 import signal
 import subprocess
-import time
 
 import pyarrow.parquet as pq
 import pytest
 
 from jobs.soak import processes
 from pipeline.mini.world import render_demo
-from tests.integration.jobs import ROOT, command, committed, environment, rows_by_name, run
+from tests.integration.jobs import committed, rows_by_name, run, started, wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -39,21 +38,6 @@ def write(folder, clips, *names):
     return folder
 
 
-def start(job, *overrides):
-    return subprocess.Popen(
-        command(job, *overrides), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            raise AssertionError("\n".join(process.communicate()))
-        time.sleep(0.05)
-
-
 def test_unit_that_kills_its_model_process_is_an_error_row_and_retry_heals_it(clips, expected, tmp_path):
     videos = write(tmp_path / "videos", clips, "a", "poison", "poison-once", "b")
     out = tmp_path / "out"
@@ -73,14 +57,13 @@ def test_unit_that_kills_its_model_process_is_an_error_row_and_retry_heals_it(cl
     assert (healed["text"], healed["attempts"]) == (expected[1], 3)
 
 
-def test_model_that_dies_of_every_unit_ends_the_job_with_a_line(clips, tmp_path):
-    videos = write(tmp_path / "videos", clips, "poison-1", "poison-2", "poison-3", "poison-4")
+def test_model_that_dies_of_every_unit_ends_the_job_with_a_line_and_the_same_command_goes_on(clips, expected, tmp_path):
+    videos = write(tmp_path / "videos", clips, *(f"poison-{n}" for n in range(6)))
+    out = tmp_path / "out"
+    overrides = [f"source.uri={videos}", f"sink.uri={out}", "ray.num_cpus=2", "ray.actors.batch_units=1"]
     ended = run(
         "caption",
-        f"source.uri={videos}",
-        f"sink.uri={tmp_path / 'out'}",
-        "ray.num_cpus=2",
-        "ray.actors.batch_units=1",
+        *overrides,
         "run.max_attempts=1",
         "run.max_given_up=1",
         "decode.backend=tests.integration.backends:dangerous",
@@ -89,17 +72,63 @@ def test_model_that_dies_of_every_unit_ends_the_job_with_a_line(clips, tmp_path)
     assert ended.returncode == 2
     assert "error: 2 units in a row" in ended.stderr.splitlines()[-1]
     assert "run.max_given_up" in ended.stderr.splitlines()[-1]
+    given_up = {name for name, row in rows_by_name(out).items() if row["error_type"] == "ModelCrashed"}
+    assert len(given_up) == len(rows_by_name(out)) <= 2, "the others stay open"
+    run("caption", *overrides)  # what made every unit deadly is mended
+    rows = rows_by_name(out)
+    healed = [rows[f"poison-{n}.mp4"]["text"] for n in range(6)]
+    assert healed == [None if f"poison-{n}.mp4" in given_up else (expected * 2)[n] for n in range(6)]
+
+
+def test_units_given_up_here_and_there_do_not_end_the_job(clips, tmp_path):
+    names = ("poison-1", "good-1", "poison-2", "good-2")
+    videos = write(tmp_path / "videos", clips, *names)
+    manifest = tmp_path / "units.jsonl"  # in this order
+    manifest.write_text("\n".join(json.dumps({"uri": f"{videos}/{name}.mp4"}) for name in names))
+    out = tmp_path / "out"
+    run(
+        "caption",
+        f"source.uri={manifest}",
+        f"sink.uri={out}",
+        "ray.num_cpus=2",
+        "ray.actors.batch_units=2",
+        "run.max_attempts=1",
+        "run.max_given_up=1",
+        "decode.backend=tests.integration.backends:dangerous",
+    )
+    kinds = {name: row["error_type"] for name, row in rows_by_name(out).items()}
+    assert kinds == {f"{name}.mp4": "ModelCrashed" if name.startswith("poison") else None for name in names}
+
+
+def test_model_that_is_silent_for_too_long_is_ended_and_its_unit_an_error_row(clips, expected, tmp_path):
+    videos = write(tmp_path / "videos", clips, "a", "silent", "b")
+    out = tmp_path / "out"
+    run(
+        "caption",
+        f"source.uri={videos}",
+        f"sink.uri={out}",
+        "ray.num_cpus=2",
+        "ray.actors.batch_units=1",
+        "model.timeout_s=8",
+        "run.max_attempts=1",
+        "decode.backend=tests.integration.backends:dangerous",
+    )
+    rows = rows_by_name(out)
+    assert [rows[f"{name}.mp4"]["text"] for name in ("a", "silent", "b")] == [expected[0], None, expected[2]]
+    silent = rows["silent.mp4"]
+    assert (silent["error_stage"], silent["error_type"], silent["attempts"]) == ("generate", "ModelCrashed", 1)
+    assert "silent for model.timeout_s = 8 s" in silent["error_message"]
 
 
 def test_killed_model_process_costs_nothing_but_its_time(clips, expected, tmp_path):
     videos = write(tmp_path / "videos", clips, *(f"{n:02d}" for n in range(12)))
     out = tmp_path / "out"
-    process = start("caption", f"source.uri={videos}", f"sink.uri={out}", "ray.num_cpus=2", "sink.rows_per_file=1",
-                    "ray.actors.batch_units=2")  # fmt: skip
-    wait_for(lambda: committed(out), process)
-    (model,) = processes(process.pid, "CaptionActor")
-    model.kill()
-    output = process.communicate(timeout=240)
+    overrides = [f"source.uri={videos}", f"sink.uri={out}", "ray.num_cpus=2"]
+    with started("caption", *overrides, "sink.rows_per_file=1", "ray.actors.batch_units=2") as process:
+        wait_for(lambda: committed(out), process)
+        (model,) = processes(process.pid, "CaptionActor")
+        model.kill()
+        output = process.communicate(timeout=240)
     assert process.returncode == 0, output
     rows = rows_by_name(out)
     assert [rows[f"{n:02d}.mp4"]["text"] for n in range(12)] == expected * 4
@@ -110,12 +139,12 @@ def test_job_asked_to_end_finishes_what_is_in_the_model_and_the_same_command_goe
     videos = write(tmp_path / "videos", clips, *(f"{n:02d}" for n in range(40)))
     out = tmp_path / "out"
     overrides = [f"source.uri={videos}", f"sink.uri={out}", "ray.num_cpus=2", "run.grace_s=60"]
-    process = start("caption", *overrides)
     attempts = out / "_run" / "attempts.json"
-    wait_for(lambda: attempts.exists() and attempts.read_text() != "{}", process)
-    second = run("caption", *overrides, check=False)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
+    with started("caption", *overrides) as process:
+        wait_for(lambda: attempts.exists() and attempts.read_text() != "{}", process)
+        second = run("caption", *overrides, check=False)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "asked to end" in errors.splitlines()[-1]
     assert json.loads(attempts.read_text()) == {}, "an end on request is no unit's fault"
@@ -141,11 +170,11 @@ def test_full_disk_ends_the_job_with_a_line_and_room_lets_it_go_on(clips, tmp_pa
     try:
         overrides = [f"source.uri={videos}", f"sink.uri={small / 'out'}", "ray.num_cpus=2"]
         filler = small / "filler"
-        process = start("caption", *overrides)
-        wait_for((small / "out" / "_run" / "open.parquet").exists, process)
-        with pytest.raises(OSError, match="No space"):
-            filler.write_bytes(bytes(16 << 20))
-        _, errors = process.communicate(timeout=240)
+        with started("caption", *overrides) as process:
+            wait_for((small / "out" / "_run" / "open.parquet").exists, process)
+            with pytest.raises(OSError, match="No space"):
+                filler.write_bytes(bytes(16 << 20))
+            _, errors = process.communicate(timeout=240)
         assert process.returncode == 2, errors
         assert "error: " in errors.splitlines()[-1]
         assert "No space left" in errors.splitlines()[-1]
