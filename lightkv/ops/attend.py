@@ -6,14 +6,16 @@ took. Queries are the last L of the K keys; left padding is the keys before `fir
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightkv.errors import ConfigError
-from lightkv.ops.dispatch import use_triton
+from lightkv.ops.dispatch import use_fused, use_triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_DIMS = 256  # of a head; the kernels hold whole heads in registers
 SCORES_AT_ONCE = 2**24  # of the twin, over the batch and all heads: 64 MiB each for scores and weights
+MASK_AT_ONCE = 2**22  # numbers of the mask that torch's own attention is given: 16 MiB
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor | None, scale: float) -> Tensor:
@@ -31,7 +33,30 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor |
         from lightkv.ops.attend_kernel import attend_triton
 
         return attend_triton(q, k, v, bias, first, scale)
+    if use_fused(q) and first is None and k.shape[2]:
+        return attend_fused(q, k, v, bias, scale)
     return attend_torch(q, k, v, bias, first, scale)
+
+
+@torch.no_grad()
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """The same by torch's own attention, without padding: the bias is in a mask, some queries at a time."""
+    (batch, heads, length, dims), keys = q.shape, k.shape[2]
+    bias = q.new_zeros(batch, keys) if bias is None else bias
+    out = q.new_empty(batch, length, heads, dims)
+    step = max(1, MASK_AT_ONCE // max(1, batch * keys))
+    for begin in range(0, length, step):
+        end = min(begin + step, length)
+        seen = keys - length + end
+        mask = bias[:, None, :seen].expand(-1, end - begin, -1)
+        if end - begin > 1:
+            later = torch.full((end - begin, end - begin), -torch.inf, device=q.device).triu_(1)
+            mask = mask.clone()
+            mask[:, :, keys - length + begin :] += later
+        states = q[:, :, begin:end], k[:, :, :seen], v[:, :, :seen]
+        mixed = F.scaled_dot_product_attention(*states, attn_mask=mask[:, None], scale=scale, enable_gqa=True)
+        out[:, begin:end] = mixed.transpose(1, 2)
+    return out
 
 
 @torch.no_grad()

@@ -1,4 +1,7 @@
-"""Which form of an operation runs: the Triton kernel on CUDA devices that have Triton, the torch twin elsewhere."""
+"""Which form of an operation runs: the Triton kernel on CUDA devices that have Triton, the torch twin elsewhere.
+
+Of attention there is a third, torch's own, for CPUs.
+"""
 
 import os
 from functools import cache
@@ -18,12 +21,22 @@ def use_triton(tensor: Tensor) -> bool:
     Never in float64. LIGHTKV_OPS=torch switches them off; =triton asks for them everywhere, which on a CPU needs
     TRITON_INTERPRET=1. Raises ConfigError for another value.
     """
-    choice = os.environ.get("LIGHTKV_OPS", "auto")
-    if choice not in CHOICES:
-        raise ConfigError(f"LIGHTKV_OPS must be one of {CHOICES}, got {choice!r}")
+    choice = _choice()
     if tensor.dtype == torch.float64:
         return False
     return choice == "triton" or (choice == "auto" and tensor.is_cuda and _has_triton())
+
+
+def use_fused(tensor: Tensor) -> bool:
+    """True where torch's own attention should do it: in fp32 on CPUs, unless LIGHTKV_OPS says otherwise."""
+    return _choice() == "auto" and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
+def _choice() -> str:
+    choice = os.environ.get("LIGHTKV_OPS", "auto")
+    if choice not in CHOICES:
+        raise ConfigError(f"LIGHTKV_OPS must be one of {CHOICES}, got {choice!r}")
+    return choice
 
 
 @cache

@@ -268,7 +268,7 @@ def test_the_median_and_the_ends():
 def test_attention_without_the_kernel_is_the_same_attention(setting):
     form = setting(TINY, 40)
     torch.testing.assert_close(form.beside["no kernel"](), form.twin(), atol=1e-5, rtol=1e-5)
-    assert torch.equal(form.operation(), form.twin())
+    torch.testing.assert_close(form.operation(), form.twin(), atol=1e-5, rtol=1e-5)
     assert form.beside["sdpa"]().transpose(1, 2).shape == form.twin().shape
 
 

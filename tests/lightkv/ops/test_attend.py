@@ -6,7 +6,7 @@ from torch import Tensor
 from lightkv.errors import ConfigError
 from lightkv.ops import attend as operation
 from lightkv.ops import attend_kernel
-from lightkv.ops.attend import attend, attend_torch
+from lightkv.ops.attend import attend, attend_fused, attend_torch
 from lightkv.ops.attend_kernel import attend_triton, decode_tiles, prefill_tiles
 from tests.lightkv.ops.offline import compile_kernel
 
@@ -54,6 +54,18 @@ def test_twin_is_attention_under_a_dense_mask(length, keys, first, biased, monke
     out = attend_torch(q, k, v, bias, first, 0.3)
     assert (out.shape, out.dtype) == ((2, length, 6, 20), FP32)
     assert_near(out, dense(q, k, v, bias, first, 0.3), 1e-5)
+
+
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize(("length", "keys"), [(9, 9), (4, 9), (1, 9), (1, 1)])
+def test_torchs_own_attention_is_the_twins(length, keys, biased, monkeypatch):
+    monkeypatch.setattr(operation, "MASK_AT_ONCE", 2 * 9 * 3)  # three queries at a time
+    q, k, v, bias = inputs(2, 6, 2, length, keys, 20)
+    bias[1, 0] = -1e30  # not there
+    bias = bias if biased else None
+    out = attend_fused(q, k, v, bias, 0.3)
+    assert (out.shape, out.dtype) == ((2, length, 6, 20), FP32)
+    assert_near(out, attend_torch(q, k, v, bias, None, 0.3), 1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -218,6 +230,16 @@ def test_form_is_chosen_by_dispatch(choice, form, monkeypatch):
     monkeypatch.setenv("LIGHTKV_OPS", choice)
     q, k, v, bias = inputs(1, 2, 1, 3, 5, 16)
     assert torch.equal(attend(q, k, v, bias, None, 0.3), form(q, k, v, bias, None, 0.3))
+
+
+def test_cpus_have_torchs_own_attention_but_for_padding_and_small_types(monkeypatch):
+    monkeypatch.delenv("LIGHTKV_OPS", raising=False)
+    q, k, v, bias = inputs(1, 2, 1, 3, 5, 16)
+    assert torch.equal(attend(q, k, v, bias, None, 0.3), attend_fused(q, k, v, bias, 0.3))
+    padded = torch.tensor([2])
+    assert torch.equal(attend(q, k, v, bias, padded, 0.3), attend_torch(q, k, v, bias, padded, 0.3))
+    q, k, v = q.bfloat16(), k.bfloat16(), v.bfloat16()
+    assert torch.equal(attend(q, k, v, bias, None, 0.3), attend_torch(q, k, v, bias, None, 0.3))
 
 
 @pytest.mark.parametrize(
