@@ -15,7 +15,8 @@ class Positions:
     """Hands out the positions that `generate` would give the same prompt in one piece, repeated steps included.
 
     Ordinary RoPE counts tokens. M-RoPE (Qwen2-VL, Qwen2.5-VL) gives a vision token its step in time, row and column
-    from where its item begins; text goes on after the larger side of the item's frames, whatever its length in time.
+    from where its item begins; text goes on after the larger side of the item's frames, whatever its length in time,
+    and so does the answer after it.
     Raises ConfigError for a later part of an item that does not follow an earlier one.
     """
 
@@ -26,14 +27,12 @@ class Positions:
         self._next = 0  # of text, and of a new item
         self._begin = 0  # of the item in progress
         self._frame: tuple[int, int] | None = None  # its rows and columns; None after text
-        self._highest = -1
 
     def text(self, count: int, *, taken: bool = True) -> Tensor:
         """int64 [axes, count] of the next text tokens; with taken=False only looked at."""
         place = (torch.arange(count) + self._next).expand(self.axes, -1)
-        if taken:
-            self._go_on(self._next + count, place)
-            self._frame = None if count else self._frame
+        if taken and count:
+            self._next, self._frame = self._next + count, None
         return place
 
     def vision(self, vision: "Vision") -> Tensor:
@@ -47,29 +46,16 @@ class Positions:
                 f"got {'text or nothing' if self._frame is None else self._frame} before it"
             )
         self._frame = h, w
-        steps = torch.cat([vision.steps, vision.steps[-1:] + vision.repeats[-1:] - 1])  # the last is only looked at
+        steps = vision.steps
         if self.axes == 1:
-            place = self._begin + (steps[:, None] * h * w + torch.arange(h * w)).flatten()[None]
-            after = int(place.max()) + 1
-        else:
-            interval = 1.0
-            if vision.interval_s is not None and self._per_second is not None:
-                interval = self._per_second * torch.tensor(vision.interval_s)
-            grid = torch.meshgrid((steps * interval).long(), torch.arange(h), torch.arange(w), indexing="ij")
-            place = self._begin + torch.stack([axis.flatten() for axis in grid])
-            after = self._begin + max(h, w)
-        self._go_on(after, place)
-        return place[:, : -h * w]
-
-    @property
-    def generated(self) -> int:
-        """Of the first generated token: after the highest of all, as `generate` counts."""
-        return self._highest + 1
-
-    def _go_on(self, after: int, place: Tensor) -> None:
-        self._next = after
-        if place.numel():
-            self._highest = max(self._highest, int(place.max()))
+            self._next = self._begin + (int(steps[-1]) + int(vision.repeats[-1])) * h * w
+            return self._begin + (steps[:, None] * h * w + torch.arange(h * w)).flatten()[None]
+        interval = 1.0
+        if vision.interval_s is not None and self._per_second is not None:
+            interval = self._per_second * torch.tensor(vision.interval_s)
+        self._next = self._begin + max(h, w)
+        grid = torch.meshgrid((steps * interval).long(), torch.arange(h), torch.arange(w), indexing="ij")
+        return self._begin + torch.stack([axis.flatten() for axis in grid])
 
 
 def turned(states: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:

@@ -193,7 +193,7 @@ class Stream:
             suffix = self._suffix(branch.question)
             tail: list[tuple[Tensor, Tensor]] = []
             hidden, _ = self._beside(suffix, range(len(self._layers)), kv, tail)
-            position = max(self._positions.generated, int(suffix.positions.max()) + 1)
+            position = int(suffix.positions[0, -1]) + 1
             merges = tuple(torch.cat(parts) for parts in zip(*branch.merges, strict=True))
             held = (*self._trunk.held, *branch.held)
             prefilled.append(Prefilled(kv, tail, self._layers.logits(hidden[-1]), position, held, merges))
