@@ -50,6 +50,19 @@ class Cached:
             torch.cat([self.positions, more.positions], dim=1),
         )
 
+    def _turns(self) -> Tensor:
+        """int64 [n]: a token's number among those at its place of the frame, in order of time; 0 for text.
+
+        Merging halves its tokens by the parity of time (spacetime.py), and what is cached may all be of even steps.
+        """
+        column = torch.unique(self.place[:, [0, 2, 3]], dim=0, return_inverse=True)[1]
+        order = torch.argsort(self.place[:, 1], stable=True)
+        order = order[torch.argsort(column[order], stable=True)]
+        first = torch.bincount(column).cumsum(0) - torch.bincount(column)
+        turn = torch.empty_like(column)
+        turn[order] = torch.arange(len(column), device=column.device) - first[column[order]]
+        return torch.where(self.place[:, 0] == TEXT, 0, turn)
+
     def merged(self, most: int) -> tuple["Cached", Compressed] | None:
         """What is left when more than `most` vision tokens became SLACK of that, and how; None where they are not more.
 
@@ -63,7 +76,8 @@ class Cached:
         if items > most:
             raise ConfigError(f"a budget of {most} tokens cannot hold {items} images and videos: raise it")
         stage = Stage(-1, drop=1 - target / vision)
-        layout = VisionLayout.from_coordinates(*self.place.unbind(1))
+        item, _, y, x = self.place.unbind(1)
+        layout = VisionLayout.from_coordinates(item, self._turns(), y, x)
         done = spacetime(Tokens(self.features, layout, self.size), stage, LightKVConfig((stage,), method="spacetime"))
         kept = done.kept
         return Cached(done.hidden, self.place[kept], done.size, self.positions[:, kept]), done

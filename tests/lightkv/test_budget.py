@@ -1,0 +1,124 @@
+"""A budget for one prompt's cache: never more, all of it used, and spent where the video changes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from lightkv import ConfigError, LightKVConfig, LightKVError, Stage, Text, Vision
+from lightkv.layerkv import Bits
+from lightkv.layers import Layers
+from lightkv.rotary import Positions
+from lightkv.stream import Stream
+from tests.lightkv.tiny import random, tiny_model
+
+HALVED = LightKVConfig((Stage(-1, drop=0.5),), method="spacetime")
+QUESTION = torch.tensor([11, 12, 13])
+STEPS, SIDE = 12, 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("qwen2_5_vl")
+
+
+def _video(still=0):
+    """Parts of two steps of a video whose first `still` steps are the same."""
+    frames = random(STEPS, SIDE * SIDE, 32, seed=1)
+    frames[:still] = frames[0]
+    return [Vision(frames[t : t + 2].flatten(0, 1), (2, SIDE, SIDE), first=t) for t in range(0, STEPS, 2)]
+
+
+def _stream(model, config=HALVED, questions=(QUESTION,), **options):
+    options = {"fold": True, **options}
+    return Stream(
+        Layers(model), Positions(model.config), config, list(questions), Bits(options.pop("bits", 16)), **options
+    )
+
+
+def _prefilled(model, stream, parts):
+    with stream._layers.attached():
+        stream.take([Text(torch.tensor([1, 2, 3]))])
+        for part in parts:
+            stream.take([part])
+        return stream.finish()
+
+
+@pytest.mark.parametrize("budget", [7, 30, 60])
+def test_every_layer_holds_at_most_the_budget_and_the_text(model, budget):
+    (prompt,) = _prefilled(model, _stream(model, budget=budget), _video())
+    assert {len(layer) for layer in prompt.kv} == {prompt.held[0] + 3}
+    assert int(budget * 0.8) <= prompt.held[0] <= budget
+    assert set(prompt.held) == {prompt.held[0]}
+
+
+def test_sizes_stay_what_came_in(model):
+    stream = _stream(model, budget=20)
+    _prefilled(model, stream, _video())
+    vision = stream._cached.place[:, 0] >= 0
+    assert stream._cached.size[vision].sum() == STEPS * SIDE * SIDE
+    assert torch.equal(stream._cached.size[~vision], torch.ones(3))
+    assert torch.allclose(stream._trunk.kv[0].view()[2].exp(), stream._cached.size)
+
+
+def test_a_budget_is_spent_where_the_video_changes(model):
+    stream = _stream(model, budget=40)
+    _prefilled(model, stream, _video(still=8))
+    t = stream._cached.place[stream._cached.place[:, 0] >= 0, 1]
+    still, moving = int((t < 8).sum()), int((t >= 8).sum())
+    assert still <= SIDE * SIDE  # 8 steps of the same 16 tokens
+    assert moving / 4 >= 2 * still / 8
+
+
+@pytest.mark.parametrize("config", [HALVED, None])
+def test_a_budget_that_is_not_reached_changes_nothing(model, config):
+    (free,) = _prefilled(model, _stream(model, config), _video())
+    (bound,) = _prefilled(model, _stream(model, config, budget=STEPS * SIDE * SIDE), _video())
+    assert torch.equal(free.first, bound.first)
+    assert free.held == bound.held
+
+
+def test_merged_caches_take_few_bits_at_the_end(model):
+    (plain,) = _prefilled(model, _stream(model, budget=40), _video())
+    (packed,) = _prefilled(model, _stream(model, budget=40, bits=8), _video())
+    assert packed.held == plain.held
+    assert packed.nbytes < plain.nbytes
+    assert torch.allclose(packed.first, plain.first, atol=0.1 * float(plain.first.std()))
+
+
+def test_questions_share_what_a_budget_leaves(model):
+    stream = _stream(model, questions=[QUESTION, QUESTION[:2]], budget=30)
+    first, second = _prefilled(model, stream, _video())
+    (alone,) = _prefilled(model, _stream(model, budget=30), _video())
+    assert torch.equal(first.first, alone.first)
+    assert first.held == second.held == alone.held
+
+
+def test_what_a_budget_cannot_do_is_refused(model):
+    with pytest.raises(ConfigError, match="a budget needs fold=True"):
+        _stream(model, budget=30, fold=False)
+    guided = LightKVConfig((Stage(-1, drop=0.5), Stage(1, drop=0.5)), method="lightkv")
+    with pytest.raises(ConfigError, match="a method that none of them guides"):
+        _stream(model, guided, [QUESTION, QUESTION], budget=30)
+    (prompt,) = _prefilled(model, _stream(model, guided, budget=30), _video())  # a single question may guide
+    assert set(prompt.held) == {prompt.held[0]}
+    assert prompt.held[0] <= 30
+
+
+def test_more_items_than_the_budget_are_refused(model):
+    images = [dataclasses.replace(part, first=0) for part in _video()]
+    with pytest.raises(ConfigError, match="a budget of 4 tokens cannot hold 5 images and videos"):
+        _prefilled(model, _stream(model, budget=4), images)
+
+
+def test_memory_that_runs_out_while_merging_is_no_matter_of_smaller_pieces(model, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError
+
+    stream = _stream(model, budget=10)
+    parts = _video()
+    with stream._layers.attached():
+        stream.take([parts[0]])
+        monkeypatch.setattr("lightkv.stream.folded", full)
+        with pytest.raises(LightKVError, match="while the cache was merged to its budget"):
+            stream.take([parts[1]])
