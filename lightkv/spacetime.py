@@ -1,9 +1,10 @@
 """Merging in space and time: tokens become one with their nearest in place and content, where there is most to spare.
 
-A stage takes rounds. In a round the tokens of an item are split by a parity of their place: first of t + y + x, a
-checkerboard in space and time, so that the nearest neighbours of every a in A are in B, then of other sums in turn
-(PATTERNS), so that what one split keeps apart the next brings together. Each a looks for the b from which it differs
-least in content and place,
+A stage takes rounds. In a round the tokens of an item are split by a parity of their turns, a token's turn along an
+axis being its number in its row of what is left: first of the sum over t, y and x, a checkerboard in space and time, so
+that the nearest neighbours of every a in A are in B, then of other sums (PATTERNS), so that what one split keeps apart
+the next brings together. (By the parity of coordinates, what is left of even steps alone would never meet.) Each a
+looks for the b from which it differs least in content and place,
 
     d(a, b) = ‖x_a − x_b‖² / 2s² + λ · dist(a, b),    dist = sqrt(Δt²/4 + Δy² + Δx²) in grid steps,
 
@@ -159,8 +160,12 @@ def sides(tokens: VisionLayout, block: Tensor, turn: int) -> Tensor:
 
     In a block of one parity, such as an image's when time is counted, every second token is.
     """
-    t, y, x = PATTERNS[turn % len(PATTERNS)]
-    odd = (t * tokens.t + y * tokens.y + x * tokens.x + turn) % 2
+    odd = torch.full_like(tokens.item, turn)
+    place = [tokens.t, tokens.y, tokens.x]
+    for axis, counted in enumerate(PATTERNS[turn % len(PATTERNS)]):
+        if counted:
+            odd += _turn(tokens.item, place[:axis] + place[axis + 1 :], place[axis])
+    odd %= 2
     sizes = torch.bincount(block)
     odds = torch.bincount(block[odd == 1], minlength=len(sizes))
     order = torch.argsort(block, stable=True)
@@ -168,6 +173,18 @@ def sides(tokens: VisionLayout, block: Tensor, turn: int) -> Tensor:
     rank[order] = _rank(block[order])
     one_parity = (odds == 0) | (odds == sizes)
     return torch.where(one_parity[block], (rank + turn) % 2, odd) == 1
+
+
+def _turn(item: Tensor, row: list[Tensor], along: Tensor) -> Tensor:
+    """int64 [N]: the number of each token in its row, which has an item and two coordinates in common."""
+    key = item
+    for column in row:
+        key = key * (int(column.max()) + 1 if len(column) else 1) + column
+    order = torch.argsort(along, stable=True)
+    order = order[torch.argsort(key[order], stable=True)]
+    turn = torch.empty_like(key)
+    turn[order] = _rank(key[order])
+    return turn
 
 
 def _rank(group: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ def _engine(
     """`method` in the engine. In fewer bits it keeps as many more tokens as take the same bytes, all at the most."""
     text = model_config.get_text_config()
     dims = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    memory = Memory(Bits(bits, group), fold, frozenset(silent), chunk_tokens)
+    memory = Memory(bits=Bits(bits, group), fold=fold, silent=frozenset(silent), chunk_tokens=chunk_tokens)
     number = memory.bits.per_number(dims)
     depth = text.num_hidden_layers
     tokens = retention * 16 / number * depth / (depth - len(silent))

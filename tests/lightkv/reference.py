@@ -125,6 +125,14 @@ def spacetime(hidden, size, layout, drop, rounds, distance, limit):
         (ta, ya, xa), (tb, yb, xb) = place[a], place[b]
         return math.sqrt((ta - tb) ** 2 / 4 + (ya - yb) ** 2 + (xa - xb) ** 2)
 
+    def turns(i, alive):
+        """For each axis: how many of those alive come before i in its row, which shares the other two coordinates."""
+        rows = (
+            [j for j in alive if place[j][:axis] + place[j][axis + 1 :] == place[i][:axis] + place[i][axis + 1 :]]
+            for axis in range(3)
+        )
+        return [sum((place[j][axis], j) < (place[i][axis], i) for j in row) for axis, row in enumerate(rows)]
+
     for item in sorted(set(layout.item[layout.mergeable].tolist())):
         alive = [i for i in range(len(layout)) if layout.item[i] == item]
         wanted = min(math.floor(len(alive) * drop + 1e-9), len(alive) - 1)
@@ -139,7 +147,7 @@ def spacetime(hidden, size, layout, drop, rounds, distance, limit):
             found = []
             for block in halved(alive, place, limit):
                 counted = ((1, 1, 1), (1, 0, 0), (1, 1, 0), (1, 0, 1))[turn % 4]
-                a_set = [i for i in block if (sum(map(mul, counted, place[i])) + turn) % 2 == 0]
+                a_set = [i for i in block if (sum(map(mul, counted, turns(i, alive))) + turn) % 2 == 0]
                 b_set = [i for i in block if i not in a_set]
                 if not a_set or not b_set:
                     a_set, b_set = block[turn % 2 :: 2], block[1 - turn % 2 :: 2]

@@ -141,3 +141,13 @@ def test_half_precision_similarities_are_taken_in_fp32():
     large = torch.randn(16, 64, generator=generator(3)).half() * 200
     assert run(large, layout, 0.5).kept.tolist() == run(large.float(), layout, 0.5).kept.tolist()
     assert run(large, layout, 0.5).hidden.dtype == torch.float16
+
+
+def test_what_is_left_of_even_steps_alone_still_merges_along_time():
+    """A still video without its odd steps: half of what is left can go, and only equal tokens merge."""
+    layout = VisionLayout.grids([(0, 8, 3, 3)], 72)
+    even = layout.take(layout.t % 2 == 0)
+    still = torch.randn(9, 16, generator=generator(5)).repeat(4, 1)
+    result = run(still, even, 18 / 36, rounds=1)
+    assert torch.equal(result.hidden, still[result.kept])
+    assert len(result.kept) == 18
