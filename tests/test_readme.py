@@ -8,6 +8,7 @@ from PIL import Image
 
 from jobs.benchmark.readme import read, with_tables
 from jobs.evaluate.readme import with_table
+from jobs.results_readme import filled
 from tests.models import save_tiny_llava
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -40,3 +41,7 @@ def test_the_fidelity_table_is_what_the_evaluation_found():
 
 def test_the_speed_tables_are_what_the_benchmark_found():
     assert with_tables(README, read(Path(__file__).parents[1] / "jobs/results")) == README
+
+
+def test_the_pipelines_figures_are_what_its_jobs_found():
+    assert filled(README, Path(__file__).parents[1] / "jobs/results") == README
