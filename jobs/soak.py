@@ -32,7 +32,7 @@ SETTINGS = [
     "frames.max_px=9216",
     "model.max_new_tokens=24",
     "sink.rows_per_file=4",
-    "ray.actors.batch_units=2",
+    "ray.actors.batch_units=4",
     "ray.num_cpus=2",
     "ray.object_store_bytes=200000000",
 ]

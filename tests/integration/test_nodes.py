@@ -1,14 +1,11 @@
 """Nodes that die under a running job: every unit has one row, the one that an undisturbed run gives it."""
 
-import subprocess
-import time
-
 import pyarrow.parquet as pq
 import pytest
 
 from jobs.soak import Tally, judge, undisturbed, write_manifest
 from tests.integration import clusters
-from tests.integration.jobs import ROOT, command, committed, environment
+from tests.integration.jobs import committed, started, wait_for
 
 pytestmark = pytest.mark.integration
 
@@ -18,37 +15,55 @@ ON_WORKERS = [
     "decode.backend=tests.integration.backends:slow",
     "model.max_new_tokens=24",
     "ray.actors.num_gpus=1",
-    "ray.actors.min=2",
-    "ray.actors.max=2",
     "ray.actors.batch_units=2",
     "sink.rows_per_file=2",
 ]
 WORKER = ("--num-cpus=1", "--num-gpus=1")
 
 
-def test_lost_node_costs_no_unit(tmp_path):
-    out = tmp_path / "out"
-    expected = write_manifest(tmp_path / "units.jsonl", undisturbed(tmp_path / "videos"), 48)
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    return undisturbed(tmp_path_factory.mktemp("undisturbed") / "videos")
+
+
+def job_on(cluster, folder, *, actors):
+    """The job over `folder/units.jsonl` on a cluster, with so many model actors."""
+    where = [f"source.uri={folder}/units.jsonl", f"sink.uri={folder}/out"]
+    pool = [f"ray.actors.min={actors}", f"ray.actors.max={actors}"]
+    return started("caption", *where, *ON_WORKERS, *pool, RAY_ADDRESS=cluster.address)
+
+
+def judged(folder, expected):
+    """The rows of `folder/out`, after a look that none is lost, doubled or another video's."""
+    rows, tally = pq.read_table(folder / "out").to_pylist(), Tally()
+    judge(rows, expected, tally)
+    assert tally.clean, tally
+    return rows
+
+
+def test_lost_node_costs_no_unit(answers, tmp_path):
+    expected = write_manifest(tmp_path / "units.jsonl", answers, 28)
     with clusters.fixed(num_cpus=1) as cluster:
         cluster.add_worker(*WORKER)
         doomed = cluster.add_worker(*WORKER)
-        job = subprocess.Popen(
-            command("caption", f"source.uri={tmp_path}/units.jsonl", f"sink.uri={out}", *ON_WORKERS),
-            cwd=ROOT,
-            env=environment(RAY_ADDRESS=cluster.address),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            while len(committed(out)) < 3:
-                assert job.poll() is None, job.stderr.read()
-                time.sleep(0.1)
+        with job_on(cluster, tmp_path, actors=2) as job:
+            wait_for(lambda: len(committed(tmp_path / "out")) >= 3, job)
             cluster.kill(doomed)  # and no other comes: its units are done by the node that is left
             _, errors = job.communicate(timeout=240)
-        finally:
-            job.kill()
         assert job.returncode == 0, errors
-    rows, tally = pq.read_table(out).to_pylist(), Tally()
-    judge(rows, expected, tally)
-    assert tally.clean, tally
+    rows = judged(tmp_path, expected)
     assert len({row["actor"] for row in rows}) == 2, "both nodes' actors answered units"
+
+
+def test_node_that_replaces_the_only_one_does_the_rest(answers, tmp_path):
+    expected = write_manifest(tmp_path / "units.jsonl", answers, 16)
+    with clusters.fixed(num_cpus=1) as cluster:
+        doomed = cluster.add_worker(*WORKER)
+        with job_on(cluster, tmp_path, actors=1) as job:
+            wait_for(lambda: committed(tmp_path / "out"), job)
+            cluster.kill(doomed)
+            before = pq.read_table(tmp_path / "out").num_rows
+            cluster.add_worker(*WORKER)
+            _, errors = job.communicate(timeout=240)
+        assert job.returncode == 0, errors
+    assert before < len(judged(tmp_path, expected))
