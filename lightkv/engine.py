@@ -396,12 +396,13 @@ class _Flow:
         """Give rows to answers that wait; to fewer, for the rest of the run, where memory runs out on that."""
         while self._ready and len(self._rows) < self._most:
             fresh = [self._ready.popleft() for _ in range(min(len(self._ready), self._most - len(self._rows)))]
+            last = len(self._rows) + len(fresh) == 1  # if this does not fit, nothing less will
             try:
-                self._slots.admit([prompt for _, prompt in fresh])
+                self._slots.admit([prompt for _, prompt in fresh], spend=last)
                 self._rows += [row for row, _ in fresh]
                 continue
             except Exception as error:
-                if not out_of_memory(error) or len(self._rows) + len(fresh) == 1:
+                if not out_of_memory(error) or last:
                     self._rows += [row for row, _ in fresh]
                     raise
             self._ready.extendleft(reversed(fresh))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightkv.layerkv import Bits
+from lightkv.layerkv import Bits, LayerKV
 from lightkv.ops.attend import attend
 from lightkv.ops.quantised import ABSENT, Quantised, attend_quantised, concatenated
 from lightkv.stream import Prefilled
@@ -25,8 +25,9 @@ class Slots(Protocol):
     def nbytes(self) -> int:
         """Of the memory held, room for what comes included."""
 
-    def admit(self, prompts: Sequence[Prefilled]) -> None:
-        """Further rows, after those that are there."""
+    def admit(self, prompts: Sequence[Prefilled], spend: bool = False) -> None:
+        """Further rows, after those that are there. With `spend` the prompts let go of each layer as it is taken over,
+        so that it is held twice for no longer: they are of no use afterwards, whatever comes of it."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but these, which close up in this order."""
@@ -51,20 +52,18 @@ class _Padded:
     def add(self, rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         """k, v [Hkv, n, d] and bias [n] of further rows, which may be on any layer's own lengths."""
         lengths = [k.shape[1] for k, _, _ in rows]
-        room = max([*self.lengths, *lengths]) + ROOM
-        if not self.lengths:
-            heads, _, dims = rows[0][0].shape
-            self.k = self.v = rows[0][0].new_empty(0, heads, room, dims)
-            self.bias = rows[0][2].new_empty(0, room)
-        self._widen(max(room, self.bias.shape[1]))
-        room = self.bias.shape[1]
+        before, (heads, _, dims) = len(self.lengths), rows[0][0].shape
+        room = max(max([*self.lengths, *lengths]) + ROOM, self.bias.shape[-1])
         # Zeros, not what lay there: weights of nothing times what is no number would be no number.
-        more = [
-            torch.stack([F.pad(row[part], (0, 0, 0, room - row[part].shape[1])) for row in rows]) for part in (0, 1)
-        ]
-        bias = torch.stack([F.pad(row[2], (0, room - len(row[2])), value=ABSENT) for row in rows])
-        self.k, self.v = torch.cat([self.k, more[0]]), torch.cat([self.v, more[1]])
-        self.bias = torch.cat([self.bias, bias])
+        k, v = (rows[0][part].new_zeros(before + len(rows), heads, room, dims) for part in (0, 1))
+        bias = rows[0][2].new_full((before + len(rows), room), ABSENT)
+        if before:
+            held = self.bias.shape[1]
+            k[:before, :, :held], v[:before, :, :held], bias[:before, :held] = self.k, self.v, self.bias
+        for number, (row_k, row_v, row_bias) in enumerate(rows, before):
+            length = len(row_bias)
+            k[number, :, :length], v[number, :, :length], bias[number, :length] = row_k, row_v, row_bias
+        self.k, self.v, self.bias = k, v, bias
         self.lengths += lengths
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -113,7 +112,7 @@ class PlainSlots:
     def nbytes(self) -> int:
         return sum(layer.nbytes for layer in self._layers)
 
-    def admit(self, prompts: Sequence[Prefilled]) -> None:
+    def admit(self, prompts: Sequence[Prefilled], spend: bool = False) -> None:
         for index, layer in enumerate(self._layers):
             rows = []
             for prompt in prompts:
@@ -124,6 +123,8 @@ class PlainSlots:
                 )
                 rows.append((torch.cat([k, tail_k], 1), torch.cat([v, tail_v], 1), torch.cat([log_size, bias])))
             layer.add(rows)
+            if spend:
+                _let_go(prompts, index)
 
     def keep(self, rows: Sequence[int]) -> None:
         for layer in self._layers:
@@ -152,12 +153,14 @@ class PackedSlots:
         packed = sum(part.nbytes for rows in self._rows for part, _ in rows)
         return packed + sum(tail.nbytes for tail in self._tails)
 
-    def admit(self, prompts: Sequence[Prefilled]) -> None:
+    def admit(self, prompts: Sequence[Prefilled], spend: bool = False) -> None:
         for index, tail in enumerate(self._tails):
             self._rows[index] += [prompt.kv[index].packed() for prompt in prompts]
             tail.add(
                 [(k, v, k.new_zeros(k.shape[1], dtype=torch.float32)) for k, v in (p.tail[index] for p in prompts)]
             )
+            if spend:
+                _let_go(prompts, index)
         self._join()
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -181,3 +184,9 @@ class PackedSlots:
             self._rows[index] = [(packed.between(*cut), bias[slice(*cut)]) for cut in pairwise(ends)]
             starts = torch.tensor(ends, device=bias.device)
             self._joined.append((packed, bias, starts, max(len(part) for part, _ in rows)))
+
+
+def _let_go(prompts: Sequence[Prefilled], index: int) -> None:
+    """Empty a layer of prompts that nobody wants any more."""
+    for prompt in prompts:
+        prompt.kv[index] = LayerKV(Bits())

@@ -501,8 +501,8 @@ def test_where_memory_runs_out_on_rows_fewer_are_answered_together(most, bits, m
     requests, expected = requests_of_pool(), alone(LIGHTKV, memory)
     admit, rows = kind.admit, []
 
-    def full(self, prompts):
-        admit(self, prompts)
+    def full(self, prompts, **options):
+        admit(self, prompts, **options)
         if len(self) > most:
             raise torch.OutOfMemoryError("out of memory")
         rows.append(len(self))
@@ -518,7 +518,7 @@ def test_where_memory_runs_out_on_rows_fewer_are_answered_together(most, bits, m
 
 
 def test_a_row_that_does_not_fit_by_itself_is_an_error(monkeypatch):
-    def full(self, prompts):
+    def full(self, prompts, **options):
         raise torch.OutOfMemoryError("out of memory")
 
     model = tiny_model("llava")

@@ -111,6 +111,17 @@ def test_a_row_is_not_touched_by_what_is_no_number_in_another(bits):
         assert bool(found[0].isnan().all())
 
 
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_prompts_that_are_spent_hold_nothing_and_are_heard_all_the_same(bits):
+    fresh, held = [prompt(bits, [40, 0, 17], 3, seed) for seed in (0, 9)], slots(LAYERS, Bits(bits))
+    rows = [ByItself(one) for one in fresh]
+    held.admit(fresh[:1])
+    assert fresh[0].kv[0].nbytes > 0
+    held.admit(fresh[1:], spend=True)
+    assert [layer.nbytes for layer in fresh[1].kv] == [0] * LAYERS
+    steps(held, rows, 2, 0)
+
+
 def test_room_goes_with_the_row_that_needed_it():
     held = slots(LAYERS, Bits())
     long, short = prompt(16, [500] * LAYERS, 1, 0), prompt(16, [10] * LAYERS, 1, 1)
