@@ -212,7 +212,7 @@ class Stream:
         merged = self._cached.merged(self._budget) if self._cached is not None and self._budget is not None else None
         if merged is None:
             return
-        before, (self._cached, done) = self._cached, merged
+        before, (after, done) = self._cached, merged
         assert before is not None
         everything = torch.arange(len(before), device=before.size.device)
         into = torch.searchsorted(done.kept, done.target)
@@ -226,12 +226,13 @@ class Stream:
                     k, v, _ = layer.since(0)
                     k, v = folded(k, v, (cos[0], sin[0]), before.size, into, done.kept, everything)
                     layer.truncate(0)
-                    layer.push(k, v, self._cached.size.log())
-                    branch.held[number] = self._cached.vision
+                    layer.push(k, v, after.size.log())
+                    branch.held[number] = after.vision
         except Exception as error:
             if out_of_memory(error):  # some layers are merged and some are not: there is no way back
                 raise LightKVError("memory ran out while the cache was merged to its budget") from error
             raise
+        self._cached = after
 
     # --- one piece ---
 
