@@ -8,7 +8,7 @@ Plan = list[tuple[int, float]]  # (layer a stage follows, share it drops), in as
 
 USUAL_DROP = 0.5  # what one matching removes at most, and the drop that rounding in small windows hurts least
 FRACTIONS = (12 / 32, 24 / 32)  # the paper's first and last stage as a share of the depth
-SECOND_STAGE, SECOND_DROP = 1 / 3, 0.4  # of derive_early, chosen on the embedded model's validation split
+SECOND_STAGE, SECOND_DROP = 1 / 3, 0.2  # of derive_early, chosen on the embedded model's validation split
 
 
 def kept_share(plan: Sequence[tuple[int, float]], depth: int) -> float:
@@ -47,7 +47,7 @@ def derive_early(depth: int, first: int, stages: int | None, target: float) -> P
     """A plan of one or two stages (None: two) that keeps exactly `target`, down to any where first is -1.
 
     The first stage comes as early as the model allows, where merging what repeats itself helps all layers. The second
-    follows a third of the layers, when the question has had time to look, and drops 0.4 · (1 - target); the first
+    follows a third of the layers, when the question has had time to look, and drops 0.2 · (1 - target); the first
     drops what is then left to be dropped.
     """
     if stages not in (None, 1, 2):
