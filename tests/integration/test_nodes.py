@@ -49,14 +49,14 @@ def test_lost_node_costs_no_unit(answers, tmp_path):
         with job_on(cluster, tmp_path, actors=2) as job:
             wait_for(lambda: len(committed(tmp_path / "out")) >= 3, job)
             cluster.kill(doomed)  # and no other comes: its units are done by the node that is left
-            _, errors = job.communicate(timeout=240)
+            _, errors = job.communicate(timeout=480)
         assert job.returncode == 0, errors
     rows = judged(tmp_path, expected)
     assert len({row["actor"] for row in rows}) == 2, "both nodes' actors answered units"
 
 
 def test_node_that_replaces_the_only_one_does_the_rest(answers, tmp_path):
-    expected = write_manifest(tmp_path / "units.jsonl", answers, 16)
+    expected = write_manifest(tmp_path / "units.jsonl", answers, 12)
     with clusters.fixed(num_cpus=1) as cluster:
         doomed = cluster.add_worker(*WORKER)
         with job_on(cluster, tmp_path, actors=1) as job:
@@ -64,6 +64,6 @@ def test_node_that_replaces_the_only_one_does_the_rest(answers, tmp_path):
             cluster.kill(doomed)
             before = pq.read_table(tmp_path / "out").num_rows
             cluster.add_worker(*WORKER)
-            _, errors = job.communicate(timeout=240)
+            _, errors = job.communicate(timeout=480)
         assert job.returncode == 0, errors
     assert before < len(judged(tmp_path, expected))
