@@ -187,8 +187,8 @@ def test_the_hash_ignores_where_and_how_fast(change):
 
 
 def test_every_key_has_a_unit_or_needs_none():
-    """A fractional number is seconds and says so, or a ratio."""
-    bare = {"fps", "retention", "temperature", "num_cpus", "num_gpus"}
+    """A fractional number is seconds and says so, or a ratio, or a level of brightness."""
+    bare = {"fps", "retention", "temperature", "num_cpus", "num_gpus", "repeat_tolerance"}
 
     def keys(section, prefix=""):
         for name, field in section.model_fields.items():
