@@ -2,11 +2,12 @@
 
     python -m jobs.benchmark --device cuda --json jobs/results/benchmark-h200.json     # 8 minutes at most
     python -m jobs.benchmark --device cpu --json FILE     # a small copy of it in seconds: a test, no statement on speed
+    python -m jobs.benchmark --device cpu --suite engine --json FILE     # long videos, many answers at once
     python -m jobs.benchmark.readme --results jobs/results --readme README.md          # its tables into the page
 
-Weights are random and nothing is downloaded. Every cell is in the file from the start, as not measured; the file is
-replaced after each, so a run that is ended early keeps what it has. Exit code 1: a cell failed, other than for want of
-memory or time; the file says which.
+Weights are random, but for the engine's on a CPU, and nothing is downloaded. Every cell is in the file from the start,
+as not measured; the file is replaced after each, so a run that is ended early keeps what it has. Exit code 1: a cell
+failed, other than for want of memory or time; the file says which.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,7 @@ from jobs.benchmark.run import SHARES, ends, run
 from jobs.benchmark.scale import Scale, on_cpu, on_gpu
 from jobs.benchmark.timer import Timer
 
+ENGINE = "engine"  # runs by itself: it needs the pipeline, and on a CPU it says something
 MINUTES = 7.5  # with imports and the last cell, eight
 
 
@@ -49,17 +52,25 @@ def cells(scale: Scale, suites: Sequence[str]) -> list[Cell]:
     return [cell for suite in suites for cell in of_suite[suite]()]
 
 
-def header(scale: Scale, command: str, limit_s: float) -> Values:
-    """What the figures hold for; `shape` is that of operations and stages."""
+def head(on: torch.device, dtype: torch.dtype, command: str, limit_s: float, **more: Any) -> Values:
+    """What the figures hold for."""
     return {
         "command": command,
-        "device": device(scale.device),
-        "dtype": str(scale.dtype).removeprefix("torch."),
-        "shape": vars(scale.shape),
+        "device": device(on),
+        "dtype": str(dtype).removeprefix("torch."),
+        **more,
         "versions": versions(),
         "limit_s": limit_s,
         "spent_s": 0.0,
     }
+
+
+def engine(on: torch.device, command: str, limit_s: float) -> tuple[list[Cell], dict[str, float], Values]:
+    """Cells of the engine's suite, what of the time each part may take, and the head of its file."""
+    from jobs.benchmark.engine import suite
+
+    scale = suite.scale_of(on)
+    return suite.cells(scale), suite.SHARES, head(on, scale.dtype, command, limit_s)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="result file, replaced")
-    parser.add_argument("--suite", nargs="+", choices=tuple(SHARES), default=list(SHARES), help="default: all")
+    parser.add_argument(
+        "--suite", nargs="+", choices=(*SHARES, ENGINE), default=list(SHARES), help=f"default: all but {ENGINE}"
+    )
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, metavar="N", help=f"after these no cell is begun ({MINUTES})"
     )
@@ -76,15 +89,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--device cuda: expected a GPU that torch can use, found none; --device cpu runs a small copy")
     if args.minutes <= 0:
         parser.error(f"--minutes: expected more than 0, got {args.minutes}")
-    suites = [suite for suite in SHARES if suite in args.suite]
-    scale = scale_of(torch.device(args.device))
+    if ENGINE in args.suite and len(args.suite) > 1:
+        parser.error(f"--suite {ENGINE}: expected it by itself, got {' '.join(args.suite)}")
+    suites = [suite for suite in (*SHARES, ENGINE) if suite in args.suite]
+    on = torch.device(args.device)
     which = "" if suites == list(SHARES) else f" --suite {' '.join(suites)}"
     limit = "" if args.minutes == MINUTES else f" --minutes {args.minutes:g}"
     command = f"python -m jobs.benchmark --device {args.device} --json {args.json.name}{which}{limit}"
-    found = cells(scale, suites)
-    result = ResultFile(args.json, header(scale, command, 60 * args.minutes), found)
-    left_s = 60 * args.minutes - (time.perf_counter() - started)
-    run(found, result, Timer(scale.device, scale.budget_s), ends(suites, left_s))
+    limit_s = 60 * args.minutes
+    if suites == [ENGINE]:
+        found, shares, header = engine(on, command, limit_s)
+        timer = Timer(on, 0.0)
+    else:
+        scale = scale_of(on)
+        found, shares = cells(scale, suites), {suite: SHARES[suite] for suite in suites}
+        header = head(on, scale.dtype, command, limit_s, shape=vars(scale.shape))  # of operations and stages
+        timer = Timer(on, scale.budget_s)
+    result = ResultFile(args.json, header, found)
+    run(found, result, timer, ends(shares, limit_s - (time.perf_counter() - started)))
     return int(any(part["status"] == FAILED for cell in result.cells for part in parts(cell)))
 
 

@@ -11,6 +11,7 @@ import torch
 from jobs.benchmark.timer import Timer
 
 Values = dict[str, Any]
+Place = Mapping[str, int | str]
 
 MEASURED, NOT_MEASURED, FAILED = "measured", "not measured", "failed"
 
@@ -26,7 +27,7 @@ class Cell:
 
     suite: str
     name: str
-    at: Mapping[str, int | str]
+    at: Place
     measure: Callable[[Timer], Values]
     estimate_s: float = 0.0
     skip: str = ""

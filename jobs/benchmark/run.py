@@ -1,7 +1,7 @@
 """Runs the cells of all suites within a time limit; each suite has its share, and what one leaves the next may use."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -15,11 +15,11 @@ SHARES = {"ops": 0.3, "stage": 0.1, "prefill": 0.45, "decode": 0.15}  # of the t
 OUT_OF_TIME = "out of time"
 
 
-def ends(suites: Sequence[str], limit_s: float) -> dict[str, float]:
-    """Seconds after the start at which each suite must have ended; the last one's is the limit."""
-    total, done, found = sum(SHARES[suite] for suite in suites), 0.0, {}
-    for suite in suites:
-        done += SHARES[suite]
+def ends(shares: Mapping[str, float], limit_s: float) -> dict[str, float]:
+    """Seconds after the start at which each suite must have ended, by its share; the last one's is the limit."""
+    total, done, found = sum(shares.values()), 0.0, {}
+    for suite, share in shares.items():
+        done += share
         found[suite] = limit_s * done / total
     return found
 

@@ -118,7 +118,7 @@ def test_prefill_holds_the_share_of_the_cache_that_was_asked_for(result, model):
     assert plain["kv_bytes"] == 2 * 4 * 2 * (64 + 64) * 2 * 16 * 4  # batch, layers, k and v, tokens, heads, dims, fp32
     for share in (0.55, 0.25):
         cell = of(result, "prefill", f"lightkv {share:.0%}", model=model)
-        assert cell["retention"] == pytest.approx(share, abs=0.02)
+        assert cell["retention"] == pytest.approx(share, abs=2 / 64)  # each of two stages may keep a token more
         assert cell["kv_bytes"] == pytest.approx(plain["kv_bytes"] * (1 + cell["retention"]) / 2)
         assert cell["analytic_speedup"] > 1
         assert cell["speedup"] == pytest.approx(plain["seconds"]["median_s"] / cell["seconds"]["median_s"])
@@ -167,8 +167,10 @@ def test_a_cell_that_would_end_too_late_is_not_begun(tmp_path):
 
 
 def test_suites_share_the_time_and_the_last_one_has_it_all():
-    assert ends(["ops", "decode"], 90.0) == pytest.approx({"ops": 60.0, "decode": 90.0})
-    assert ends(list(SHARES), 480.0)["decode"] == pytest.approx(480.0)
+    assert ends({name: SHARES[name] for name in ("ops", "decode")}, 90.0) == pytest.approx(
+        {"ops": 60.0, "decode": 90.0}
+    )
+    assert ends(SHARES, 480.0)["decode"] == pytest.approx(480.0)
 
 
 def test_want_of_memory_is_a_cell_and_so_is_an_error(tmp_path):

@@ -1,0 +1,42 @@
+"""Several pieces of work, in turns: what other load does to a machine, it does to all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+Works = Mapping[str, Callable[[], object]]
+Seconds = dict[str, list[float]]
+
+
+def in_turns(works: Works, rounds: int, budget_s: float, device: torch.device) -> Seconds:
+    """Seconds of each, a value per round; rounds begin until `budget_s` are spent, at least `rounds`.
+
+    Every other round goes backwards. Each has run once before.
+    """
+    for work in works.values():
+        work()
+    found: Seconds = {name: [] for name in works}
+    started, done = time.perf_counter(), 0
+    while done < rounds or time.perf_counter() - started < budget_s:
+        for name in list(works)[:: -1 if done % 2 else 1]:
+            began = time.perf_counter()
+            works[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            found[name].append(time.perf_counter() - began)
+        done += 1
+    return found
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
+    """Spread of the quotients, each within a round."""
+    return spread([a / b for a, b in zip(over, under, strict=True)])
