@@ -1,6 +1,7 @@
 """Methods: what reaches the model, which frames remain, and what cannot be reached is said."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -118,3 +119,20 @@ def test_what_cannot_be_reached_says_why(model_config, preset, suite, retention,
 def test_a_method_configured_wrong_is_refused_by_name(model_config, method, message):
     with pytest.raises(ConfigError, match=message):
         treatment(_config(it=method), "it", IMAGE, 0.5, model_config)
+
+
+def test_few_bits_buy_tokens_for_the_same_bytes(model_config):
+    config, suite = _config(engine={"preset": "engine", "options": {"bits": 4}}), IMAGE
+    few = treatment(config, "engine", suite, 0.10, model_config)
+    assert few.bits == 5.0  # 4, and a scale and a zero of 16 bits each for 32 numbers
+    assert few.memory.bits.bits == 4
+    assert few.config.retention(6) == pytest.approx(0.32)
+    whole = treatment(config, "engine", suite, 0.40, model_config)
+    assert (whole.config, whole.memory.bits.bits) == (None, 4)  # all tokens take 31 %
+
+
+def test_folded_layers_all_keep_what_was_asked_for(model_config):
+    options = {"method": "spacetime", "fold": True}
+    folded = treatment(_config(engine={"preset": "engine", "options": options}), "engine", IMAGE, 0.25, model_config)
+    assert folded.memory.fold
+    assert math.prod(1 - stage.drop for stage in folded.config.stages) == pytest.approx(0.25, abs=1e-6)
