@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from lightkv import LightKVConfig, estimate
+from lightkv import Bits, Cost, LightKVConfig, estimate
+from lightkv.cost import Shape
 from pipeline.config import Frames, JobConfig
 from pipeline.frames import Sizing, target_times
 
@@ -152,6 +153,23 @@ def _cost_counter(
         options = {"vision_tokens": vision, "text_tokens": text, "dtype_bytes": 4 if wide else 2}
         plain = estimate(model_config, config=None, **options)
         less = plain if compression is None else estimate(model_config, config=compression, **options)
-        return less.kv_bytes, plain.kv_bytes, less.flops, plain.flops
+        return _held_bytes(less, text, model_config, config), plain.kv_bytes, less.flops, plain.flops
 
     return cost
+
+
+def _held_bytes(cost: Cost, text: int, model_config: Any, config: JobConfig) -> int:
+    """Of the engine's cache, as the job folds it, silences layers, packs it in few bits and bounds it.
+
+    Text counts in the model's own type; in 32 bits, scales are taken to be of the same share as in 16.
+    """
+    engine, budget = config.engine, config.budget.kv_bytes
+    bits = Bits(engine.kv_bits, engine.kv_group).per_number(Shape.of(model_config).head_dim) / 16
+    folded = cost.per_layer[-1].tokens - text if engine.fold or budget is not None else None
+    vision_bytes = text_bytes = 0.0
+    for number, layer in enumerate(cost.per_layer):
+        token = layer.kv_bytes / max(1, layer.tokens)
+        vision = layer.tokens - text if folded is None else folded
+        text_bytes += text * token
+        vision_bytes += 0 if number in engine.silent_layers else vision * token * bits
+    return round(text_bytes + min(vision_bytes, vision_bytes if budget is None else budget))

@@ -128,3 +128,19 @@ def test_float32_takes_twice_the_bytes(card):
 def test_an_image_set_counts_every_image(card):
     images = unit(0, kind="images", uris=["a.png", "b.png", "c.png"], duration_s=None, fps=None)
     assert summary([images], card).total.vision_tokens == 3 * 16
+
+
+def test_what_the_engine_does_to_its_cache_is_counted(card):
+    def kv(*overrides):
+        return summary([unit(0)], card, "lightkv.retention=0.5", "lightkv.method=spacetime", *overrides).total.kv_bytes
+
+    usual = kv()
+    whole = summary([unit(0)], card, "lightkv.enabled=false").total
+    text = whole.kv_bytes_uncompressed * whole.text_tokens // (whole.vision_tokens + whole.text_tokens)
+    assert kv("engine.fold=true") < usual
+    packed = kv("engine.kv_bits=4", "engine.kv_group=32")
+    assert text < packed < text + (usual - text) / 2
+    layers = card.config.get_text_config().num_hidden_layers
+    silent = kv("lightkv.enabled=false", "engine.silent_layers=[0]")
+    assert silent - text == pytest.approx((whole.kv_bytes - text) * (layers - 1) / layers, rel=0.01)
+    assert kv("budget.kv_bytes=3000") - text == pytest.approx(3000, rel=0.01)
