@@ -22,7 +22,7 @@ from lightkv import Engine, Memory
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SIZES = dict(
-    minutes=(1,), plain_minutes=1, units=tuple(Video(number, 4, 96, 2.0) for number in range(2)), answers=2,
+    minutes=(1,), plain_minutes=1, units=(tuple(Video(number, 4, 96, 2.0) for number in range(2)),), answers=2,
     prompts=(1, 2), asked=Video(0, 4, 96, 4.0), compared=(Video(7, 8, 96, 2.0),), pieces=40, chunk_tokens=200, rounds=1,
     budget_s=0.0,
 )  # fmt: skip
@@ -156,7 +156,8 @@ def test_every_part_runs_on_random_weights_as_on_a_gpu(monkeypatch):
         | {"minutes": (1,), "side_px": 56}
         | {name: dataclasses.replace(SIZES[name], side_px=56) for name in ("asked",)}
     )
-    sizes |= {name: tuple(dataclasses.replace(v, side_px=56) for v in SIZES[name]) for name in ("units", "compared")}
+    sizes["compared"] = tuple(dataclasses.replace(video, side_px=56) for video in SIZES["compared"])
+    sizes["units"] = tuple(tuple(dataclasses.replace(video, side_px=56) for video in of) for of in SIZES["units"])
     scale = dataclasses.replace(TINY, subject=drawn, **sizes)
     found = memory.on_device(scale, "+ 4 bits", 1)
     assert found["peak_bytes"] == 7
@@ -200,13 +201,14 @@ def test_rounds_go_there_and_back_and_ratios_are_taken_within_them():
 def test_the_page_has_a_table_per_part_and_says_what_was_not_measured(result):
     cells = [dict(cell) for cell in result["cells"]]
     lost = next(cell for cell in cells if (cell["suite"], cell["name"]) == ("memory", PLAIN))
-    lost |= {"status": "not measured"}
+    lost |= {"status": "not measured", "why": "out of time"}
     text = engine_section([result | {"cells": cells}])
     assert "| plain | 26.4 GB | 0 h 11 min | 1 h 47 min |" in text
     assert f"| {PLAIN} | – |" in text
-    assert f"| {LOOP} | " in text
+    assert f"| 2 × 4, 96 px | {LOOP} | " in text
     assert "| lightkv, vision tower included | ×1.00 | " in text
     assert "answers are word for word the same" in text
+    assert "– not measured: out of time (1)." in text
     assert text.endswith("in the shape of Qwen2.5-VL-7B).")
     assert "On a GPU" not in engine_section([result | {"device": {"type": "cuda", "name": "A GPU"}}])
     assert engine_section([]).startswith("Not measured")

@@ -24,7 +24,7 @@ class EngineScale:
 
     subject         makes the model; in another process, too
     minutes         of the videos of `memory`, ascending, at 1 fps; `plain_minutes` at most without compression
-    units, answers  of throughput: videos, and how many answers share their steps
+    units, answers  of throughput: sets of videos alike, and how many answers share their steps
     prompts         on one video
     pieces          tokens of a piece, where many pieces are compared with one
     budget_s        in which rounds are begun, of each part that has rounds, after `rounds` of them
@@ -37,7 +37,7 @@ class EngineScale:
     minutes: tuple[int, ...]
     plain_minutes: int
     side_px: int
-    units: tuple[Video, ...]
+    units: tuple[tuple[Video, ...], ...]
     answers: int
     prompts: tuple[int, ...]
     asked: Video
@@ -75,7 +75,10 @@ def on_cpu() -> EngineScale:
         minutes=(1, 10, 30, 120),
         plain_minutes=30,
         side_px=64,
-        units=tuple(Video(number, 16, 96, 2.0) for number in range(24)),
+        units=(
+            tuple(Video(number, 16, 96, 2.0) for number in range(24)),
+            tuple(Video(number, 600, 96) for number in range(3)),
+        ),
         answers=16,
         prompts=(1, 2, 4, 8),
         asked=Video(0, 64, 224, 4.0),
@@ -83,7 +86,7 @@ def on_cpu() -> EngineScale:
         pieces=100,
         chunk_tokens=4096,
         rounds=3,
-        budget_s=60.0,
+        budget_s=30.0,
     )
 
 
@@ -98,7 +101,10 @@ def on_gpu(device: torch.device) -> EngineScale:
         minutes=(1, 10, 30, 120),
         plain_minutes=10,
         side_px=448,
-        units=tuple(Video(number, 32, 448) for number in range(32)),
+        units=(
+            tuple(Video(number, 32, 448) for number in range(32)),
+            tuple(Video(number, 600, 448) for number in range(4)),
+        ),
         answers=16,
         prompts=(1, 2, 4, 8),
         asked=Video(0, 128, 448),
@@ -106,5 +112,5 @@ def on_gpu(device: torch.device) -> EngineScale:
         pieces=1024,
         chunk_tokens=4096,
         rounds=3,
-        budget_s=60.0,
+        budget_s=30.0,
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from jobs.benchmark.cell import MEASURED, Values
 from jobs.benchmark.engine.hours import CARDS, PIECE_BYTES, WEIGHTS_BYTES
-from jobs.benchmark.tables import NONE
+from jobs.benchmark.tables import NONE, missing
 
 Spread = dict[str, float]
 
@@ -20,7 +20,7 @@ def report(result: Values) -> str:
         f"`{result['command']}` in {result['spent_s'] / 60:.1f} minutes."
     )
     cells = result["cells"]
-    paragraphs = [head, *(part(cells) for part in (memory, throughput, prompts, streamed))]
+    paragraphs = [head, *(part(cells) for part in (memory, throughput, prompts, streamed, missing))]
     return "\n\n".join(text for text in paragraphs if text)
 
 
@@ -70,18 +70,29 @@ def throughput(cells: Iterable[Values]) -> str:
     found = [cell for cell in cells if cell["suite"] == "throughput" and cell["status"] == MEASURED]
     if not found:
         return ""
-    (cell,) = found
-    at = cell["at"]
     rows = [
-        [name, _number(cell["units_per_hour"][name]), _spread(cell["times_loop"][name], "×"), f"{equal:.0%}"]
+        [
+            _videos(cell),
+            name,
+            _number(cell["units_per_hour"][name]),
+            _spread(cell["times_loop"][name], "×"),
+            f"{equal:.0%}",
+        ]
+        for cell in found
         for name, equal in cell["equal_to_loop"].items()
     ]
+    rounds = " and ".join(str(cell["rounds"]) for cell in found)
     legend = (
-        f"**Throughput**, {at['units']} videos of {at['frames']} frames of {at['frame_px']} × {at['frame_px']} px in "
-        f"memory, a caption each, up to {at['answers']} answers together ({cell['rounds']} rounds in turns, ratios "
-        "within a round):"
+        f"**Throughput**, a caption of each video, frames in memory, vision tower included, up to "
+        f"{found[0]['at']['answers']} answers together ({rounds} rounds in turns, ratios within a round):"
     )
-    return _table(legend, ["", "videos per hour", "times the loop", "captions equal to the loop's"], rows)
+    head = ["videos × frames", "", "videos per hour", "times the loop", "captions equal to the loop's"]
+    return _table(legend, head, rows)
+
+
+def _videos(cell: Values) -> str:
+    at = cell["at"]
+    return f"{at['units']} × {at['frames']}, {at['frame_px']} px"
 
 
 def prompts(cells: Iterable[Values]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from jobs.benchmark.cell import Cell, Place, Values
 from jobs.benchmark.engine.rounds import Works, in_turns, ratios, spread
 from jobs.benchmark.engine.scale import EngineScale
-from jobs.benchmark.engine.subject import Subject, request
+from jobs.benchmark.engine.subject import Subject, Video, request
 from jobs.benchmark.timer import Timer
 from lightkv import Engine, LightKVConfig, Memory
 
@@ -15,34 +16,39 @@ LOOP, ENGINE, OURS = "generate, one by one", "engine, plain", "engine, lightkv 2
 
 
 def cells(scale: EngineScale) -> list[Cell]:
-    first = scale.units[0]
-    at: Place = {
-        "model": scale.name,
-        "units": len(scale.units),
-        "frames": first.frames,
-        "frame_px": first.side_px,
-        "answers": scale.answers,
-    }
-    return [Cell("throughput", "captions", at, partial(_measure, scale))]
+    """Short clips, which are mostly answers, and long ones, which are mostly prefill."""
+    found = []
+    for units in scale.units:
+        at: Place = {
+            "model": scale.name,
+            "units": len(units),
+            "frames": units[0].frames,
+            "frame_px": units[0].side_px,
+            "answers": scale.answers,
+        }
+        found.append(Cell("throughput", "captions", at, partial(_measure, scale, units)))
+    return found
 
 
-def _measure(scale: EngineScale, timer: Timer) -> Values:
+def _measure(scale: EngineScale, units: Sequence[Video], timer: Timer) -> Values:
     """Vision tower included."""
     subject = scale.subject()
-    held = [list(subject.batches(video)) for video in scale.units]
+    held = [list(subject.batches(video)) for video in units]
+    tokens = sum(len(part) for part in subject.vision(held[0]))
     said: dict[str, list[str]] = {}
 
     def loop() -> None:
         said[LOOP] = [subject.plain(batches).text for batches in held]
 
     def engine(name: str, config: LightKVConfig | None) -> None:
-        said[name] = captions(scale, subject, held, config)
+        said[name] = captions(scale, subject, units, held, config)
 
     ours = scale.ours(subject.model)
     works: Works = {LOOP: loop, ENGINE: partial(engine, ENGINE, None), OURS: partial(engine, OURS, ours)}
     seconds = in_turns(works, scale.rounds, scale.budget_s, scale.device)
     count = len(held)
     return {
+        "vision_tokens": tokens,
         "rounds": len(seconds[LOOP]),
         "seconds_per_round": {name: spread(of) for name, of in seconds.items()},
         "units_per_hour": {name: spread([3600 * count / one for one in of]) for name, of in seconds.items()},
@@ -53,12 +59,18 @@ def _measure(scale: EngineScale, timer: Timer) -> Values:
     }
 
 
-def captions(scale: EngineScale, subject: Subject, held: list[list[object]], config: LightKVConfig | None) -> list[str]:
+def captions(
+    scale: EngineScale,
+    subject: Subject,
+    units: Sequence[Video],
+    held: Sequence[list[object]],
+    config: LightKVConfig | None,
+) -> list[str]:
     """Of all units, in their order."""
     memory = Memory(chunk_tokens=scale.chunk_tokens, answers=scale.answers)
     asked = (
         request(subject, number, subject.vision(batches), video)
-        for number, (batches, video) in enumerate(zip(held, scale.units, strict=True))
+        for number, (batches, video) in enumerate(zip(held, units, strict=True))
     )
     found: dict[object, str] = {}
     for result in Engine(subject.model, config, memory).run(asked):
