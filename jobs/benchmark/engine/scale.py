@@ -77,7 +77,7 @@ def on_cpu() -> EngineScale:
         side_px=64,
         units=(
             tuple(Video(number, 16, 96, 2.0) for number in range(24)),
-            tuple(Video(number, 600, 96) for number in range(3)),
+            tuple(Video(number, 600, 96) for number in range(2)),
         ),
         answers=16,
         prompts=(1, 2, 4, 8),

@@ -10,7 +10,7 @@ from jobs.benchmark.cell import Cell
 from jobs.benchmark.engine import hours, memory, prompts, streamed, throughput
 from jobs.benchmark.engine.scale import EngineScale, on_cpu, on_gpu
 
-SHARES = {"hours": 0.01, "streamed": 0.14, "prompts": 0.2, "throughput": 0.25, "memory": 0.4}
+SHARES = {"hours": 0.01, "streamed": 0.09, "prompts": 0.17, "throughput": 0.33, "memory": 0.4}
 
 
 def scale_of(device: torch.device) -> EngineScale:
