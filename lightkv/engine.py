@@ -26,7 +26,7 @@ from lightkv.families import first_stage_layer
 from lightkv.layerkv import Bits
 from lightkv.layers import Layers
 from lightkv.rotary import Positions
-from lightkv.segments import Segment
+from lightkv.segments import Segment, Text
 from lightkv.slots import Slots, slots
 from lightkv.stream import Prefilled, Stream
 
@@ -141,6 +141,7 @@ class _Job:
     request: Request
     vision_tokens: int = 0
     text_tokens: int = 0  # but the questions
+    heard: set[int] = field(default_factory=set)  # tokens of its text but the questions
     answers: dict[int, Generated] = field(default_factory=dict)
     error: Exception | None = None
     prefill_s: float = 0.0
@@ -158,6 +159,7 @@ class _Row:
     tokens: list[int]
     begun: Generated
     draw: torch.Generator | None
+    heard: set[int]  # tokens of its text and of what it has said, for the repetition penalty
 
 
 class Engine:
@@ -179,6 +181,7 @@ class Engine:
         if any(not 0 <= layer < len(self.layers) for layer in self.memory.silent):
             raise ConfigError(f"silent layers must be of 0 … {len(self.layers) - 1}, got {sorted(self.memory.silent)}")
         self.memory.bits.check(self.layers.head_dims)
+        self.penalty = model.generation_config.repetition_penalty or 1.0  # some models are published with one
         stop = model.generation_config.eos_token_id
         self.stops = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         self._chunk_tokens = self.memory.chunk_tokens
@@ -281,6 +284,8 @@ class _Prefill:
 
     def _gather(self, part: Segment) -> bool:
         """Add a part to the piece; whether one was full, and was prefilled."""
+        if isinstance(part, Text):
+            self.job.heard.update(part.ids.tolist())
         most, full = self._engine.chunk_tokens, False
         if self._gathered and _tokens(self._gathered) + len(part) > most:
             full = self._flush()
@@ -361,7 +366,8 @@ class _Flow:
             if request.temperature > 0:
                 seed = request.seeds[number] if request.seeds is not None else 0
                 draw = torch.Generator(device=prompt.first.device).manual_seed(seed)
-            row = _Row(job, number, prompt.position, [], self._begun(job, number, prompt), draw)
+            heard = job.heard | set(request.questions[number].tolist())
+            row = _Row(job, number, prompt.position, [], self._begun(job, number, prompt), draw, heard)
             self._say([row], prompt.first[None])
             self._ready.append((row, prompt))
         yield from self._leave([row for row, _ in self._ready if row.job is job], job)
@@ -411,6 +417,8 @@ class _Flow:
 
     def _say(self, rows: Sequence[_Row], logits: Tensor) -> None:
         """Each row's next token, from logits [B, V]."""
+        if self._engine.penalty != 1.0:
+            logits = torch.stack([self._penalised(row, one) for row, one in zip(rows, logits, strict=True)])
         best, greedy = (found.tolist() for found in logits.max(-1))
         for number, row in enumerate(rows):
             if not math.isfinite(best[number]):  # a maximum over what is no number is none
@@ -421,7 +429,14 @@ class _Flow:
                 chances = (logits[number] / row.job.request.temperature).softmax(-1)
                 token = int(torch.multinomial(chances, 1, generator=row.draw))
             row.tokens.append(token)
+            row.heard.add(token)
             row.position += 1
+
+    def _penalised(self, row: _Row, logits: Tensor) -> Tensor:
+        """As transformers' repetition penalty: what was heard or said becomes less likely."""
+        heard = torch.tensor(sorted(row.heard), device=logits.device)
+        some, penalty = logits[heard], self._engine.penalty
+        return logits.index_copy(0, heard, torch.where(some > 0, some / penalty, some * penalty))
 
     def _leave(self, rows: Sequence[_Row], *jobs: _Job) -> Iterator[Result]:
         """Take out those of `rows` whose answer has ended, and all of requests that have failed; what is complete."""

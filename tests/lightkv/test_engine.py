@@ -62,6 +62,17 @@ def test_answers_are_those_of_generate(prompt, method):
     torch.testing.assert_close(logits, torch.cat(out.logits), **CLOSE)
 
 
+@pytest.mark.parametrize("prompt", ["llava, images", "qwen2_5_vl, video"])
+def test_a_repetition_penalty_that_comes_with_a_model_holds(prompt):
+    family, images, video = PROMPTS[prompt]
+    model, sample = copy.deepcopy(tiny_model(family)), tiny_sample(family, *images, video=video)
+    segments, question = apart(model, sample)
+    free = ask(model, None, segments, question, max_new_tokens=12)[0].tokens
+    model.generation_config.repetition_penalty = 3.0
+    wanted = new_tokens(model.generate(**sample, **{**GREEDY, "max_new_tokens": 12}), sample)[0].tolist()
+    assert ask(model, None, segments, question, max_new_tokens=12)[0].tokens == wanted != free
+
+
 @pytest.mark.parametrize("config", [None, LIGHTKV], ids=["plain", "lightkv"])
 def test_time_between_frames_counts_as_in_generate(config):
     """Two videos and an image, 2 positions per second: the last video's times go beyond the question's places."""
