@@ -140,9 +140,11 @@ def test_job_asked_to_end_finishes_what_is_in_the_model_and_the_same_command_goe
     out = tmp_path / "out"
     overrides = [f"source.uri={videos}", f"sink.uri={out}", "ray.num_cpus=2", "run.grace_s=60"]
     attempts = out / "_run" / "attempts.json"
-    with started("caption", *overrides) as process:
-        wait_for(lambda: attempts.exists() and attempts.read_text() != "{}", process)
+    slowly = "decode.backend=tests.integration.backends:slow"  # not through before it is asked to end
+    with started("caption", *overrides, slowly) as process:
+        wait_for((out / "_run" / "lock" / "000001.json").exists, process)
         second = run("caption", *overrides, check=False)
+        wait_for(lambda: attempts.exists() and attempts.read_text() != "{}", process)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
