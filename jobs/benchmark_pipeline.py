@@ -1,10 +1,10 @@
 """What the pipeline costs on top of its model: the same clips through both, in turns, on the CPU.
 
-The model alone: one process decodes every clip into memory, then answers one after the other (`engine`). The pipeline:
+The model alone: one process decodes every clip into memory, then answers them (`engine`). The pipeline:
 `jobs.caption` with one model actor on a local Ray; it decodes, queues, hands over and writes while it answers. Both
-load the embedded model, compute in as many threads as OMP_NUM_THREADS says (set to --threads for both), run at the same
-priority (Ray would lower that of its workers) and answer from the first unit on without warming up. Every answer must
-be the same word for word.
+load the embedded model, answer as many units together, compute in as many threads as OMP_NUM_THREADS says (set to
+--threads for both), run at the same priority (Ray would lower that of its workers) and answer from the first unit on
+without warming up. Every answer must be the same word for word.
 
     overhead = steady ÷ engine − 1
     engine   seconds of the model alone on all clips, frames in memory
@@ -144,7 +144,7 @@ def engine(job: JobConfig) -> dict[str, Any]:
     """The model alone on frames in memory: seconds for all units, answers, and what decoding them beforehand took."""
     import torch
 
-    from pipeline.captioner import Captioner
+    from pipeline.captioner import Captioner, Given
     from pipeline.decode import decode_unit
     from pipeline.plan import plan_units
 
@@ -157,7 +157,7 @@ def engine(job: JobConfig) -> dict[str, Any]:
     ]
     decode_s, decode_cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
     began = time.perf_counter()
-    rows = [captioner.row(unit, batches) for unit, batches in zip(units, clips, strict=True)]
+    rows = list(captioner.rows(Given(unit, batches) for unit, batches in zip(units, clips, strict=True)))
     engine_s = time.perf_counter() - began
     if any(row["text"] is None for row in rows):
         raise RuntimeError(f"expected an answer to every clip, got {[row['error_message'] for row in rows]}")
