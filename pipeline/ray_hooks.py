@@ -8,12 +8,15 @@ from itertools import takewhile
 from typing import Any
 
 import ray
+from pyarrow.fs import FileSelector
 from ray.actor import ActorHandle
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.operators.actor_pool_map_operator import ActorPoolMapOperator
 from ray.data.checkpoint.checkpoint_filter import IdColumnCheckpointManager
+from ray.data.checkpoint.checkpoint_writer import PENDING_CHECKPOINT_SUFFIX
 
 _ASK_EVERY_S = 0.5
+_PENDING = f"{PENDING_CHECKPOINT_SUFFIX}.parquet"
 
 
 class CleanOnly(IdColumnCheckpointManager):
@@ -23,8 +26,21 @@ class CleanOnly(IdColumnCheckpointManager):
     """
 
     def load_checkpoint(self, data_file_dir: str | None = None, data_file_filesystem: Any = None) -> tuple[None, int]:
+        self._finish_commits()
         self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
         return None, 0
+
+    def _finish_commits(self) -> None:
+        """Take away the pending twin of what is committed.
+
+        An object store renames by a copy and a deletion. A commit that ended in between has both names, and Ray, which
+        looks at the pending one alone, would delete data of units that count as done.
+        """
+        folder = FileSelector(self.checkpoint_path_unwrapped, allow_not_found=True)
+        names = {file.path for file in self.filesystem.get_file_info(folder)}
+        for path in sorted(name for name in names if name.endswith(_PENDING)):
+            if path.removesuffix(_PENDING) + ".parquet" in names:
+                self.filesystem.delete_file(path)
 
 
 class Drain(ExecutionCallback):
