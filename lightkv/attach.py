@@ -43,6 +43,7 @@ from lightkv.cache import cache_holding, held_tokens, put_short_layer
 from lightkv.config import LightKVConfig
 from lightkv.errors import LightKVError, UnsupportedCallError, UnsupportedModelError
 from lightkv.families import EMBEDDINGS, FAMILIES, family_of, first_stage_layer
+from lightkv.layers import check_attention
 from lightkv.layout import VisionLayout
 from lightkv.methods import METHODS
 from lightkv.ops.dispatch import use_triton
@@ -92,15 +93,8 @@ class _Session:
         self._check_decoder()
 
     def _check_decoder(self) -> None:
-        layers = getattr(self.decoder, "layers", None)
-        if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
-            raise UnsupportedModelError(f"{type(self.decoder).__name__} has no decoder layers with self_attn")
-        self.config.check_depth(len(layers), first_stage_layer(self.model.config))
-        kinds = set(getattr(self.text_config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"}:
-            raise UnsupportedModelError(f"all layers must use full attention, this decoder has {sorted(kinds)}")
-        if getattr(self.text_config, "sliding_window", None) and getattr(self.text_config, "use_sliding_window", True):
-            raise UnsupportedModelError("sliding-window attention is not supported")
+        check_attention(self.decoder)
+        self.config.check_depth(len(self.decoder.layers), first_stage_layer(self.model.config))
         rope = getattr(self.text_config, "rope_parameters", None) or {}
         self.mrope = "mrope_section" in rope
         if self.config.positions == "compact" and rope.get("rope_type") in ("dynamic", "longrope"):

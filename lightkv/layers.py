@@ -30,7 +30,8 @@ class Layers:
         self._decoder = model.get_decoder()
         self._head = model.get_output_embeddings()
         self._config = self._decoder.config
-        check_decoder(self._decoder)
+        check_attention(self._decoder)
+        check_angles(self._decoder)
         if NAME not in ALL_ATTENTION_FUNCTIONS:
             AttentionInterface.register(NAME, _attend)
 
@@ -89,8 +90,8 @@ class Layers:
             self._config._attn_implementation = before
 
 
-def check_decoder(decoder: Any) -> None:
-    """Raises UnsupportedModelError unless all layers have full attention through a `self_attn`, and lasting angles."""
+def check_attention(decoder: Any) -> None:
+    """Raises UnsupportedModelError unless all layers have full attention through a `self_attn`."""
     layers = getattr(decoder, "layers", None)
     if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
         raise UnsupportedModelError(f"{type(decoder).__name__} has no decoder layers with self_attn")
@@ -99,6 +100,10 @@ def check_decoder(decoder: Any) -> None:
         raise UnsupportedModelError(f"all layers must use full attention, this decoder has {sorted(kinds)}")
     if getattr(decoder.config, "sliding_window", None) and getattr(decoder.config, "use_sliding_window", True):
         raise UnsupportedModelError("sliding-window attention is not supported")
+
+
+def check_angles(decoder: Any) -> None:
+    """Raises UnsupportedModelError where the angles of what is cached would change with what comes later."""
     rope = (getattr(decoder.config, "rope_parameters", None) or {}).get("rope_type")
     if rope in ("dynamic", "longrope"):
         raise UnsupportedModelError(f"{rope} RoPE is not supported: its angles depend on how much is still to come")
