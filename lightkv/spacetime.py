@@ -16,6 +16,7 @@ has shown what the question attends to, the rank of an a is multiplied by a pric
 matters to the question merges late. Long items are searched in blocks of space and time, and ranked as a whole.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,23 +44,31 @@ def spacetime(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compre
     """Merge floor(drop · M) of the M tokens of every item, in config.rounds rounds of equal share.
 
     What a round cannot give is left to the rounds after it, beyond the last if need be. Ties go to the lower index.
+    Raises FloatingPointError where too few tokens are finite: what is no number has no nearest neighbour.
     """
     hidden, size, layout = tokens.hidden.clone(), tokens.size.clone(), tokens.layout
     target = torch.arange(len(layout), device=hidden.device)
-    alive = layout.mergeable
-    wanted = removals(torch.bincount(layout.item[alive], minlength=len(layout.grid)), stage.drop)
     unit, price, place = _unit(hidden, layout), _price(tokens), places(layout)
-    done, turn = torch.zeros_like(wanted), 0
-    while bool((done < wanted).any()):
+    field = Field.of(layout)
+    wanted = removals(field.sizes, stage.drop)
+    alive = torch.ones_like(field.item, dtype=torch.bool)
+    done, left, turn = torch.zeros_like(wanted), int(wanted.sum()), 0
+    while left:
         share = wanted * min(turn + 1, config.rounds) // config.rounds - done
-        busy = torch.nonzero(alive & (share[layout.item] > 0)).flatten()
-        source, into = pairs(hidden, unit, place, size, price, layout, busy, share, turn, config.distance)
+        order, starts, middles = field.sets(alive, alive & (share[field.item] > 0), turn)
+        closest, apart = nearest(
+            hidden, unit, place, field.index[order], starts, middles, min(BLOCK_TOKENS, len(order)), config.distance
+        )
+        chosen, into = field.cheapest(order, closest, apart, size, price, share)
+        if not len(chosen) and turn >= config.rounds:
+            raise FloatingPointError(f"{left} more tokens should merge, but the others' hidden states are not finite")
+        source = field.index[chosen]
         merge(hidden, size, source, into)
         target = target.index_copy(0, source, into)[target]
-        alive = alive.index_fill(0, source, False)
-        done = done + torch.bincount(layout.item[source], minlength=len(done))
-        turn += 1
-    kept = torch.nonzero(alive | ~layout.mergeable).flatten()
+        alive[chosen] = False
+        done = done + torch.bincount(field.item[chosen], minlength=len(done))
+        left, turn = left - len(chosen), turn + 1
+    kept = torch.nonzero(target == torch.arange(len(layout), device=target.device)).flatten()
     return Compressed(hidden[kept], kept, target, size[kept])
 
 
@@ -87,49 +96,101 @@ def _price(tokens: Tokens) -> Tensor:
     return torch.where(most > 0, FLOOR + score / torch.where(most > 0, most, 1.0), 1.0)
 
 
-def pairs(
-    hidden: Tensor,
-    unit: Tensor,
-    place: Tensor,
-    size: Tensor,
-    price: Tensor,
-    layout: VisionLayout,
-    index: Tensor,
-    share: Tensor,
-    turn: int,
-    distance: float,
-) -> tuple[Tensor, Tensor]:
-    """The merges of one round: sources and the tokens they merge into, positions int64 [R] each.
-
-    index int64 [N] ascending positions of the tokens that take part; share [items] how many may merge at most.
-    """
-    order, starts, middles = sets(layout.take(index), turn)
-    order = index[order]
-    closest, apart = nearest(hidden, unit, place, order, starts, middles, min(BLOCK_TOKENS, len(index)), distance)
-    found = torch.nonzero(apart < torch.inf).flatten()
-    found = found[torch.argsort(order[found])]
-    source, into = order[found], closest[found]
-    own, other = size[source], size[into]
-    cheapest = torch.argsort(price[source] * own * other / (own + other) * apart[found], stable=True)
-    by_item = cheapest[torch.argsort(layout.item[source[cheapest]], stable=True)]
-    item = layout.item[source[by_item]]
-    chosen = by_item[_rank(item) < share[item]]
-    return source[chosen], into[chosen]
-
-
 def places(layout: VisionLayout) -> Tensor:
     """(t / 2, y, x) of every token, fp32 [S, 3]: what distances are taken between."""
     return torch.stack([layout.t / 2, layout.y, layout.x], dim=-1).float()
 
 
-def sets(tokens: VisionLayout, turn: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The turn's sets as `nearest` wants them: order by block, its A before its B; where blocks and their B begin."""
-    block = blocks(tokens)
-    in_b = sides(tokens, block, turn)
-    ends = torch.bincount(block).cumsum(0)
-    starts = torch.cat([ends.new_zeros(1), ends])
-    middles = ends - torch.bincount(block[in_b], minlength=len(ends))
-    return torch.argsort(2 * block + in_b.long(), stable=True), starts, middles
+@dataclass(frozen=True)
+class Field:
+    """The N mergeable tokens item after item, and what of their places is the same in every round.
+
+    index   int64 [N] position in the sequence, ascending within an item · layout of these N
+    item    int64 [N] of I items that are there, numbered through · sizes int64 [I]
+    rows    int64 [3, N] for each axis the tokens row after row, a row having an item and two coordinates in common
+    first   int64 [3, N] for each of those where its row begins
+    where   int64 [3, N] where each token is in `rows`
+    """
+
+    index: Tensor
+    layout: VisionLayout
+    item: Tensor
+    sizes: Tensor
+    rows: Tensor
+    first: Tensor
+    where: Tensor
+    long: bool
+
+    @classmethod
+    def of(cls, layout: VisionLayout) -> "Field":
+        index = torch.nonzero(layout.mergeable).flatten()
+        index = index[torch.argsort(layout.item[index], stable=True)]
+        tokens = layout.take(index)
+        item, sizes = torch.unique_consecutive(tokens.item, return_inverse=True, return_counts=True)[1:]
+        place = torch.stack([tokens.t, tokens.y, tokens.x])
+        extent = layout.grid.amax(0) if len(layout.grid) else place.new_zeros(3)
+        one, two, along = place[[1, 0, 0]], place[[2, 2, 1]], place
+        row = (item * extent[[1, 0, 0], None] + one) * extent[[2, 2, 1], None] + two
+        rows = torch.argsort(row * extent[:, None] + along, dim=1, stable=True)
+        number = torch.arange(len(index), device=index.device)
+        row = row.gather(1, rows)
+        begins = torch.ones_like(row, dtype=torch.bool)
+        begins[:, 1:] = row[:, 1:] != row[:, :-1]
+        first = torch.where(begins, number, 0).cummax(1).values
+        where = torch.empty_like(rows).scatter_(1, rows, number.expand(3, -1))
+        return cls(index, tokens, item, sizes, rows, first, where, bool((sizes > BLOCK_TOKENS).any()))
+
+    def sets(self, alive: Tensor, busy: Tensor, turn: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The turn's sets as `nearest` wants them: order by block, its A before its B; where blocks and their B begin.
+
+        alive bool [N] tokens that are left · busy bool [N] those of them that take part: whole items. order int64 [n]
+        numbers them among the N.
+        """
+        now = torch.nonzero(busy).flatten()
+        if self.long:
+            block = blocks(self.layout.take(now))
+            by_block = torch.argsort(block, stable=True)
+            now, block = now[by_block], block[by_block]
+        else:
+            block = torch.unique_consecutive(self.item[now], return_inverse=True)[1]
+        sizes = torch.bincount(block)
+        ends = sizes.cumsum(0)
+        odd = self._turns(alive, PATTERNS[turn % len(PATTERNS)])[now] + turn & 1
+        odds = torch.zeros_like(sizes).index_add(0, block, odd)
+        # In a block of one parity, such as an image's when time is counted, every second token is in B.
+        alike = (odds == 0) | (odds == sizes)
+        odds = torch.where(alike, (sizes + turn % 2) // 2, odds)
+        second = torch.arange(turn, len(now) + turn, device=now.device) - (ends - sizes)[block] & 1
+        odd = torch.where(alike[block], second, odd)
+        starts = torch.cat([ends.new_zeros(1), ends])
+        return now[torch.argsort(2 * block + odd, stable=True)], starts, ends - odds
+
+    def _turns(self, alive: Tensor, pattern: tuple[int, int, int]) -> Tensor:
+        """int64 [N]: the sum over the axes counted of a token's turn, its number in its row of those alive."""
+        axes = [axis for axis, counted in enumerate(pattern) if counted]
+        here = alive[self.rows[axes]].long()
+        before = here.cumsum(1) - here
+        turn = before - before.gather(1, self.first[axes])
+        return turn.gather(1, self.where[axes]).sum(0)
+
+    def cheapest(
+        self, order: Tensor, closest: Tensor, apart: Tensor, size: Tensor, price: Tensor, share: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The merges of a round: numbers among the N of those that merge, at most `share` [I] of an item, and into
+        which positions; int64 [R] each, the least cost of an item first.
+
+        order [n] numbers of the tokens that `closest` and `apart` are of, as `nearest` gives them.
+        """
+        into = torch.full_like(self.index, -1).index_copy(0, order, closest)
+        own, other = size[self.index], size[into.clamp(min=0)]
+        cost = torch.full_like(own, torch.inf).index_copy(0, order, apart)
+        cost = price[self.index] * own * other / (own + other) * cost
+        by_item = torch.argsort(cost, stable=True)
+        if len(self.sizes) > 1:
+            by_item = by_item[torch.argsort(self.item[by_item], stable=True)]
+        place = torch.arange(len(by_item), device=order.device) - (self.sizes.cumsum(0) - self.sizes)[self.item]
+        chosen = by_item[(place < share[self.item]) & (into[by_item] >= 0)]
+        return chosen, into[chosen]
 
 
 def blocks(tokens: VisionLayout, limit: int | None = None) -> Tensor:
@@ -153,38 +214,6 @@ def blocks(tokens: VisionLayout, limit: int | None = None) -> Tensor:
         later[sizes[block] <= limit] = 0
         block = torch.unique(2 * block + later, return_inverse=True)[1]
     return block
-
-
-def sides(tokens: VisionLayout, block: Tensor, turn: int) -> Tensor:
-    """Bool [N]: which tokens are in B, by the parity that this turn counts.
-
-    In a block of one parity, such as an image's when time is counted, every second token is.
-    """
-    odd = torch.full_like(tokens.item, turn)
-    place = [tokens.t, tokens.y, tokens.x]
-    for axis, counted in enumerate(PATTERNS[turn % len(PATTERNS)]):
-        if counted:
-            odd += _turn(tokens.item, place[:axis] + place[axis + 1 :], place[axis])
-    odd %= 2
-    sizes = torch.bincount(block)
-    odds = torch.bincount(block[odd == 1], minlength=len(sizes))
-    order = torch.argsort(block, stable=True)
-    rank = torch.empty_like(block)
-    rank[order] = _rank(block[order])
-    one_parity = (odds == 0) | (odds == sizes)
-    return torch.where(one_parity[block], (rank + turn) % 2, odd) == 1
-
-
-def _turn(item: Tensor, row: list[Tensor], along: Tensor) -> Tensor:
-    """int64 [N]: the number of each token in its row, which has an item and two coordinates in common."""
-    key = item
-    for column in row:
-        key = key * (int(column.max()) + 1 if len(column) else 1) + column
-    order = torch.argsort(along, stable=True)
-    order = order[torch.argsort(key[order], stable=True)]
-    turn = torch.empty_like(key)
-    turn[order] = _rank(key[order])
-    return turn
 
 
 def _rank(group: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from lightkv.matching import Windows
 from lightkv.ops.merge import merge, merge_torch
 from lightkv.ops.nearest import nearest, nearest_torch
 from lightkv.ops.votes import Reduce, softmax_votes, softmax_votes_torch
-from lightkv.spacetime import BLOCK_TOKENS, places, sets
+from lightkv.spacetime import BLOCK_TOKENS, Field, places
 
 DISTANCE = 0.02  # the default of LightKVConfig
 
@@ -21,7 +21,8 @@ DISTANCE = 0.02  # the default of LightKVConfig
 def nearest_in_blocks(scale: Scale, tokens: int) -> OpWork:
     """As spacetime calls it in its first round: blocks of BLOCK_TOKENS in space and time, every second token in A."""
     layout = layout_of(tokens, text=False).to(scale.device)
-    order, starts, middles = sets(layout, 0)
+    everything = torch.ones(tokens, dtype=torch.bool, device=scale.device)
+    order, starts, middles = Field.of(layout).sets(everything, everything, 0)
     return _nearest(scale, places(layout), order, starts, middles, min(BLOCK_TOKENS, tokens), DISTANCE)
 
 

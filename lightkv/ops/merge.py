@@ -11,7 +11,7 @@ from torch import Tensor
 from lightkv.errors import ConfigError
 from lightkv.ops.dispatch import use_triton
 
-FEATURES_AT_ONCE = 1 << 25  # fp32 features of receivers that the twin holds at a time: 128 MiB
+FEATURES_AT_ONCE = 1 << 25  # fp32 features that the twin holds at a time: 128 MiB
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -42,32 +42,16 @@ def merge(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> Non
 
 
 def merge_torch(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> None:
-    """The twin. Round k adds the k-th source of every receiver that has one: index_put and index_add leave the order of
-    their sums to threads on CPU or CUDA, rounds do not."""
-    target, by_target = torch.sort(target, stable=True)
-    source = source[by_target]
-    receiver, length = torch.unique_consecutive(target, return_counts=True)
-    begin = length.cumsum(0) - length
-    length, longest_first = torch.sort(length, descending=True, stable=True)
-    receiver, begin = receiver[longest_first], begin[longest_first]
-    rounds = [source[begin[:many] + k] for k, many in enumerate(_more_than(length))]
-
-    total = weight[receiver]
-    for sender in rounds:
-        total[: len(sender)] += weight[sender]
+    """The twin. On CPUs index_add adds row after row; on a GPU, where the kernel should run, in any order."""
+    receiver, group = torch.unique(target, return_inverse=True)
+    own, given = weight[receiver], weight[source]
+    total = own.index_add(0, group, given)
     silent = total == 0
-    share = torch.where(silent, length + 1.0, total)
-    own = weight[receiver].masked_fill_(silent, 1.0) / share
-    given = [weight[sender].masked_fill_(silent[: len(sender)], 1.0) / share[: len(sender)] for sender in rounds]
-    for part in hidden.split(max(1, FEATURES_AT_ONCE // max(1, len(receiver))), dim=1):
+    share = torch.where(silent, torch.bincount(group, minlength=len(receiver)) + 1.0, total)
+    own = own.masked_fill_(silent, 1.0) / share
+    given = given.masked_fill_(silent[group], 1.0) / share[group]
+    for part in hidden.split(max(1, FEATURES_AT_ONCE // max(1, len(receiver) + len(source))), dim=1):
         mean = part[receiver].float() * own[:, None]
-        for sender, factor in zip(rounds, given, strict=True):
-            mean[: len(sender)] += part[sender].float() * factor[:, None]
+        mean.index_add_(0, group, part[source].float() * given[:, None])
         part.index_copy_(0, receiver, mean.to(hidden.dtype))
     weight.index_copy_(0, receiver, total)
-
-
-def _more_than(length: Tensor) -> list[int]:
-    """How many of the lengths (descending) are more than 0, 1, 2, … up to the last that any is."""
-    longest = int(length[0]) if len(length) else 0
-    return torch.searchsorted(-length, -torch.arange(longest, device=length.device)).tolist()

@@ -18,6 +18,7 @@ from lightkv.ops.dispatch import use_triton
 
 SCORES_AT_ONCE = 1 << 24  # fp32 differences that the twin holds at a time: 64 MiB
 FEATURES_AT_ONCE = 1 << 25  # fp32 features that it holds at a time, but at least one set B: 128 MiB
+EXACT = "donot_use_mm_for_euclid_dist"  # of places, which are small: squares and their sums have no error then
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -63,40 +64,42 @@ def nearest_torch(
     closest = torch.full_like(order, -1)
     apart = torch.full(order.shape, torch.inf, dtype=torch.float32, device=order.device)
     for group, most_a, most_b in _chunks(starts, middles, hidden.shape[1]):
-        slot_b = middles[group, None] + torch.arange(most_b, device=order.device)
-        missing = slot_b >= starts[group + 1, None]
-        token_b = order[slot_b.masked_fill(missing, 0)]
+        slot_b, missing = _slots(middles[group], starts[group + 1], 0, most_b)
+        token_b = order[slot_b]
         features_b, half_b = _features(hidden, scale, token_b)
         step = max(1, min(SCORES_AT_ONCE // most_b, FEATURES_AT_ONCE // max(1, hidden.shape[1])) // len(group))
-        for part in torch.arange(most_a, device=order.device).split(step):
-            slot_a = starts[group, None] + part
-            present = slot_a < middles[group, None]
-            token_a = order[slot_a.masked_fill(~present, 0)]
+        for begin in range(0, most_a, step):
+            slot_a, absent = _slots(starts[group], middles[group], begin, min(step, most_a - begin))
+            token_a = order[slot_a]
             features_a, half_a = _features(hidden, scale, token_a)
-            differ = half_a[:, :, None] + half_b[:, None] - torch.bmm(features_a, features_b.transpose(1, 2))
+            differ = half_a[:, :, None] + half_b[:, None]
+            differ -= torch.bmm(features_a, features_b.transpose(1, 2))
             differ.clamp_(min=0)
             if distance and place is not None:
-                differ += distance * _far(place[token_a], place[token_b])
-            differ.masked_fill_(missing[:, None], torch.inf).nan_to_num_(nan=torch.inf, posinf=torch.inf)
-            least, which = differ.min(dim=-1)
+                differ += distance * torch.cdist(place[token_a], place[token_b], compute_mode=EXACT)
+            if missing is not None:
+                differ.masked_fill_(missing[:, None], torch.inf)
+            least, which = differ.nan_to_num_(nan=torch.inf, posinf=torch.inf).min(dim=-1)
             token = token_b.gather(1, which).masked_fill_(least == torch.inf, -1)
-            closest[slot_a[present]] = token[present]
-            apart[slot_a[present]] = least[present]
+            if absent is not None:
+                slot_a, token, least = slot_a[~absent], token[~absent], least[~absent]
+            closest[slot_a], apart[slot_a] = token, least
     return closest, apart
+
+
+def _slots(first: Tensor, end: Tensor, begin: int, count: int) -> tuple[Tensor, Tensor | None]:
+    """[C, count] slots from first + begin on, and which of them are not there; None where that is none: one group."""
+    slot = first[:, None] + torch.arange(begin, begin + count, device=first.device)
+    if len(first) == 1:
+        return slot, None
+    missing = slot >= end[:, None]
+    return slot.masked_fill_(missing, 0), missing
 
 
 def _features(hidden: Tensor, scale: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
     """s x in fp32 [..., D], and half of its squared length."""
     features = hidden[token].float() * scale[token][..., None]
     return features, features.square().sum(dim=-1) / 2
-
-
-def _far(a: Tensor, b: Tensor) -> Tensor:
-    """‖p_a − p_b‖₂ of [C, A, 3] and [C, B, 3]: [C, A, B], axis by axis to hold one square at a time."""
-    squares = (a[:, :, None, 0] - b[:, None, :, 0]).square()
-    for axis in (1, 2):
-        squares += (a[:, :, None, axis] - b[:, None, :, axis]).square()
-    return squares.sqrt_()
 
 
 def _chunks(starts: Tensor, middles: Tensor, width: int) -> Iterator[tuple[Tensor, int, int]]:

@@ -141,7 +141,7 @@ def test_videos_are_made_as_they_are_asked_for():
 def test_the_loop_over_random_weights_says_what_the_engine_says():
     subject, video = drawn(), Video(3, 70, 84)
     plain = subject.plain(subject.batches(video))
-    asked = request(subject, 0, subject.vision(subject.batches(video)), video)
+    asked = request(subject, 0, subject.vision(subject.batches(video)))
     (result,) = Engine(subject.model, None, Memory(chunk_tokens=50)).run([asked])
     assert subject.said(result.answers[0]) == plain
     assert result.vision_tokens == 35 * 9

@@ -97,7 +97,7 @@ def answer(scale: EngineScale, subject: Subject, name: str, video: Video) -> Sai
     if name == PLAIN:
         return subject.plain(subject.batches(video))
     config, memory = scale.variants(subject.model)[name]
-    asked = request(subject, 0, subject.vision(subject.batches(video)), video)
+    asked = request(subject, 0, subject.vision(subject.batches(video)))
     (result,) = Engine(subject.model, config, memory).run([asked])
     if result.error is not None:
         raise result.error

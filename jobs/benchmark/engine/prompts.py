@@ -28,12 +28,11 @@ def _measure(scale: EngineScale, method: str, timer: Timer) -> Values:
     subject = scale.subject()
     batches = list(subject.batches(scale.asked))
     vision = list(subject.vision(batches))
-    question = subject.questions(scale.asked)[0]
     memory = Memory(chunk_tokens=scale.chunk_tokens, answers=max(scale.prompts))
     engine = Engine(subject.model, scale.ours(subject.model, method), memory)
 
     def ask(count: int) -> None:
-        (result,) = engine.run([request(subject, 0, vision, scale.asked, [question] * count)])
+        (result,) = engine.run([request(subject, 0, vision, [subject.caption] * count)])
         if result.error is not None:
             raise result.error
 

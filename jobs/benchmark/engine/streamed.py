@@ -39,7 +39,7 @@ def _measure(scale: EngineScale, compressed: bool, timer: Timer) -> Values:
 def answers(scale: EngineScale, subject: Subject, config: LightKVConfig | None, chunk_tokens: int) -> list[str]:
     """To every question about every video."""
     asked = [
-        request(subject, number, subject.vision(subject.batches(video)), video, subject.questions(video))
+        request(subject, number, subject.vision(subject.batches(video)), subject.questions(video))
         for number, video in enumerate(scale.compared)
     ]
     memory = Memory(chunk_tokens=chunk_tokens, answers=scale.answers)

@@ -61,6 +61,10 @@ class Subject(Protocol):
     def vision(self, batches: Iterable[Any]) -> Iterator[Vision]:
         """The batches as tokens."""
 
+    @property
+    def caption(self) -> Tensor:
+        """Token ids of the question for a caption."""
+
     def questions(self, video: Video) -> list[Tensor]:
         """Token ids of all there is to ask about it, a caption first."""
 
@@ -74,11 +78,9 @@ class Subject(Protocol):
         """What the engine gave, likewise."""
 
 
-def request(
-    subject: Subject, key: int, vision: Iterable[Vision], video: Video, questions: Sequence[Tensor] = ()
-) -> Request:
+def request(subject: Subject, key: int, vision: Iterable[Vision], questions: Sequence[Tensor] = ()) -> Request:
     """A caption, or answers to `questions`."""
-    asked = list(questions) or subject.questions(video)[:1]
+    asked = list(questions) or [subject.caption]
     return Request(key, subject.segments(vision), asked, max_new_tokens=subject.new_tokens)
 
 
@@ -100,10 +102,14 @@ class Mini:
             assert part is not None
             yield part
 
+    @property
+    def caption(self) -> Tensor:
+        return self._frame.after
+
     def questions(self, video: Video) -> list[Tensor]:
         _, asked = next(_scenes(video))
         others = [qa.question for qa in asked if qa.family != "caption"]
-        return [self.answerer.prompts.frame(prompt, "video").after for prompt in (CAPTION, *others)]
+        return [self.caption, *(self.answerer.prompts.frame(prompt, "video").after for prompt in others)]
 
     def segments(self, vision: Iterable[Vision]) -> Iterator[Segment]:
         yield Text(self._frame.before)
@@ -153,6 +159,10 @@ class Drawn:
             t, h, w, _ = batch.shape
             yield Vision(batch.flatten(0, 2), (t, h, w), first=first)
             first += t
+
+    @property
+    def caption(self) -> Tensor:
+        return self._text(1, 32)
 
     def questions(self, video: Video) -> list[Tensor]:
         return [self._text(number, 32) for number in range(1, 5)]

@@ -41,7 +41,7 @@ def _measure(scale: EngineScale, units: Sequence[Video], timer: Timer) -> Values
         said[LOOP] = [subject.plain(batches).text for batches in held]
 
     def engine(name: str, config: LightKVConfig | None) -> None:
-        said[name] = captions(scale, subject, units, held, config)
+        said[name] = captions(scale, subject, held, config)
 
     ours = scale.ours(subject.model)
     works: Works = {LOOP: loop, ENGINE: partial(engine, ENGINE, None), OURS: partial(engine, OURS, ours)}
@@ -62,16 +62,12 @@ def _measure(scale: EngineScale, units: Sequence[Video], timer: Timer) -> Values
 def captions(
     scale: EngineScale,
     subject: Subject,
-    units: Sequence[Video],
     held: Sequence[list[object]],
     config: LightKVConfig | None,
 ) -> list[str]:
     """Of all units, in their order."""
     memory = Memory(chunk_tokens=scale.chunk_tokens, answers=scale.answers)
-    asked = (
-        request(subject, number, subject.vision(batches), video)
-        for number, (batches, video) in enumerate(zip(held, units, strict=True))
-    )
+    asked = (request(subject, number, subject.vision(batches)) for number, batches in enumerate(held))
     found: dict[object, str] = {}
     for result in Engine(subject.model, config, memory).run(asked):
         if result.error is not None:
