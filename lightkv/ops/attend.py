@@ -83,17 +83,26 @@ def attend_torch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Te
     return out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor | None) -> None:
+def check_states(q: Tensor, k: Tensor, v: Tensor, ndim: int, expected: str) -> None:
+    """Raises ConfigError unless q, k, v have so many dimensions, heads in the second, and go together."""
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         raise ConfigError(f"q, k, v must share a dtype of {DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}")
     shapes = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ConfigError(f"expected q [B, Hq, L, d] and k, v [B, Hkv, K, d], {shapes}")
-    (batch, heads, length, dims), (key_heads, keys) = q.shape, k.shape[1:3]
-    if (batch, dims) != (k.shape[0], k.shape[3]) or not 1 <= dims <= MAX_DIMS:
-        raise ConfigError(f"q, k, v must share batch and head dimension, which is 1 to {MAX_DIMS}, {shapes}")
+    if not q.ndim == k.ndim == ndim or k.shape != v.shape:
+        raise ConfigError(f"expected {expected}, {shapes}")
+    heads, key_heads, dims = q.shape[1], k.shape[1], q.shape[-1]
+    if dims != k.shape[-1] or not 1 <= dims <= MAX_DIMS:
+        raise ConfigError(f"q, k, v must share a head dimension, which is 1 to {MAX_DIMS}, {shapes}")
     if not key_heads or heads % key_heads or not heads:
         raise ConfigError(f"query heads must be a multiple of key heads, {shapes}")
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor | None) -> None:
+    check_states(q, k, v, 4, "q [B, Hq, L, d] and k, v [B, Hkv, K, d]")
+    batch, length, keys = len(q), q.shape[2], k.shape[2]
+    shapes = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if batch != len(k):
+        raise ConfigError(f"q, k, v must share the batch, {shapes}")
     if length > keys:
         raise ConfigError(f"queries are the last of the keys and cannot be more, {shapes}")
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != (batch, keys)):
