@@ -11,9 +11,9 @@ Several questions share everything up to the first stage that depends on them; f
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -30,51 +30,18 @@ from lightkv.layers import Layers
 from lightkv.layout import TEXT, Span, VisionLayout, coordinates
 from lightkv.methods import METHODS
 from lightkv.ops.attend import attend
+from lightkv.ops.attend_packed import attend_packed
 from lightkv.packing import Packing
+from lightkv.piece import Heard, Passage, Piece
 from lightkv.rotary import Positions
 from lightkv.segments import Segment, Vision
 from lightkv.tokens import Tokens
 
 NO_STAGES = LightKVConfig((), method="spacetime")  # steps that stand for several are heard as several
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens on their way through the layers.
-
-    hidden [n, D] · layout of the n tokens · size fp32 [n] · positions int64 [axes, n] ·
-    place int64 [n]: which tokens of the whole piece they are, ascending
-    """
-
-    hidden: Tensor
-    layout: VisionLayout
-    size: Tensor
-    positions: Tensor
-    place: Tensor
-
-
-@dataclass(frozen=True)
-class Heard:
-    """Queries and keys of one layer, [H, n, d], for the scores of the stage after it."""
-
-    q: Tensor
-    k: Tensor
-    scale: float
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A piece's way so far: per group of layers what it was there, and per stage where its tokens went.
-
-    targets int64 [n] per stage: the token of the whole piece that each of its tokens is part of by then; -1: dropped
-    """
-
-    states: list[Piece] = field(default_factory=list)
-    targets: list[Tensor] = field(default_factory=list)
-    heard: Heard | None = None
-
-    def branched(self) -> "Passage":
-        return Passage(list(self.states), list(self.targets), self.heard)
+# Of several questions, what passes the layers together is bounded, so that a piece stays what memory is made of.
+TOKENS_AT_ONCE = 16_384  # of all of them, but at least one question's
+KEYS_AT_ONCE = 65_536  # beyond that they are not copied for one launch: each question's are read where they are
 
 
 @dataclass
@@ -188,16 +155,34 @@ class Stream:
         self._keep_to_budget()
         self._seal(rest=True)
         prefilled = []
-        for branch in self._branches:
-            kv = [*self._trunk.kv, *branch.kv]
-            suffix = self._suffix(branch.question)
-            tail: list[tuple[Tensor, Tensor]] = []
-            hidden, _ = self._beside(suffix, range(len(self._layers)), kv, tail)
-            position = int(suffix.positions[0, -1]) + 1
-            merges = tuple(torch.cat(parts) for parts in zip(*branch.merges, strict=True))
-            held = (*self._trunk.held, *branch.held)
-            prefilled.append(Prefilled(kv, tail, self._layers.logits(hidden[-1]), position, held, merges))
+        for branches in self._together():
+            questions = self._suffixes(branches)
+            caches = [self._kv(branch) for branch in branches]
+            tails: list[list[tuple[Tensor, Tensor]]] = [[] for _ in branches]
+            hidden, _ = self._beside(questions, range(len(self._layers)), caches, tails)
+            for branch, kv, tail, part in zip(branches, caches, tails, questions.parts, strict=True):
+                position = int(questions.positions[0, part.stop - 1]) + 1
+                first = self._layers.logits(hidden[part.stop - 1])
+                merges = tuple(torch.cat(parts) for parts in zip(*branch.merges, strict=True))
+                prefilled.append(Prefilled(kv, tail, first, position, (*self._trunk.held, *branch.held), merges))
         return prefilled
+
+    def _kv(self, branch: Branch) -> list[LayerKV]:
+        """Of all layers, as one question has them."""
+        return [*self._trunk.kv, *branch.kv]
+
+    def _together(self, tokens: int = 0) -> Iterator[list[Branch]]:
+        """The questions, as many together as TOKENS_AT_ONCE allows when each stands for so many tokens at least."""
+        some: list[Branch] = []
+        taken = 0
+        for branch in self._branches:
+            more = max(tokens, len(branch.question))
+            if some and taken + more > TOKENS_AT_ONCE:
+                yield some
+                some, taken = [], 0
+            some.append(branch)
+            taken += more
+        yield some
 
     def _seal(self, rest: bool = False) -> None:
         """Pack what earlier pieces have left, which stays; under a budget only at the end."""
@@ -265,19 +250,19 @@ class Stream:
             length += len(segment)
         layout = VisionLayout.grids(spans, length).to(device)
         self._where = torch.cat(where).to(device)
-        place = torch.arange(length, device=device)
-        return Piece(torch.cat(hidden), layout, torch.cat(sizes).to(device), torch.cat(positions, 1).to(device), place)
+        size, place = torch.cat(sizes).to(device), torch.arange(length, device=device)
+        return Piece(torch.cat(hidden), layout, size, torch.cat(positions, 1).to(device), place, (length,))
 
     def _prefill(self, piece: Piece) -> None:
         begun = [[len(layer) for layer in branch.kv] for branch in (self._trunk, *self._branches)]
-        passage = Passage()
+        passage, heard = Passage(), list[Heard]()
         for number in range(self._split + 1):
-            stage = number - 1
-            piece, heard = self._group(
-                number, self._stage(stage, piece, None, passage) if number else piece, passage, self._trunk.kv
-            )
-            passage = replace(passage, heard=heard)
-        passages = [self._branch(piece, passage.branched(), branch) for branch in self._branches]
+            if number:
+                piece = self._stage(number - 1, piece, None, [passage])
+            piece, heard = self._group(number, piece, [passage], [self._trunk.kv])
+        passages: list[Passage] = []
+        for branches in self._together(len(piece.place)):
+            passages += self._branch(piece, passage, heard, branches)
         # What several questions share cannot end as each of them would have it.
         alone = passages[0] if len(passages) == 1 or not self._branches[0].kv else passage
         for branch, way, marks in zip((self._trunk, *self._branches), (alone, *passages), begun, strict=True):
@@ -291,82 +276,108 @@ class Stream:
                 branch.merges.append(self._traced_targets(way))
         self._given += int(passage.states[0].layout.is_vision.sum())
 
-    def _branch(self, piece: Piece, passage: Passage, branch: Branch) -> Passage:
-        """The groups that one question has to itself: the piece, and beside it the question as a temporary suffix."""
+    def _branch(self, piece: Piece, passage: Passage, heard: list[Heard], branches: list[Branch]) -> list[Passage]:
+        """The groups that each question has to itself: the piece, and beside it the question as a temporary suffix."""
+        passages = [passage.branched() for _ in branches]
         if self._split == len(self._config.stages):
-            return passage
-        kv = [*self._trunk.kv, *branch.kv]
-        suffix = self._suffix(branch.question)
-        # Up to the first of its stages the question has to pass all layers so far, which hold this piece already.
-        hidden, said = self._beside(suffix, range(self._groups[self._split].stop), kv)
-        heard = passage.heard
+            return passages
+        caches = [self._kv(branch) for branch in branches]
+        questions = self._suffixes(branches)
+        # Up to the first of its stages a question has to pass all layers so far, which hold this piece already.
+        hidden, said = self._beside(questions, range(self._groups[self._split].stop), caches)
+        piece, heard = Piece.packed([piece] * len(branches)), heard * len(branches)
         for number in range(self._split + 1, len(self._groups)):
             score = self._score(number - 1, piece, heard, said)
-            piece, heard = self._group(number, self._stage(number - 1, piece, score, passage), passage, kv)
+            piece, heard = self._group(number, self._stage(number - 1, piece, score, passages), passages, caches)
             if self._listens(number):
-                hidden, said = self._beside(replace(suffix, hidden=hidden), self._groups[number], kv)
-        return passage
+                hidden, said = self._beside(replace(questions, hidden=hidden), self._groups[number], caches)
+        return passages
 
-    def _stage(self, number: int, piece: Piece, score: Tensor | None, passage: Passage) -> Piece:
-        """What stage `number` leaves of the piece; where the tokens went is noted in the passage."""
+    def _stage(self, number: int, piece: Piece, score: Tensor | None, passages: list[Passage]) -> Piece:
+        """What stage `number` leaves of a piece; where the tokens went is noted in each sequence's passage."""
         stage = self._config.stages[number]
-        if not bool(piece.hidden.isfinite().all()):  # what is no number has no nearest neighbour: merging never ends
+        if not bool(piece.hidden.isfinite().all()):  # what is no number has no nearest neighbour
             raise FloatingPointError(f"the hidden states before the stage after layer {stage.layer} are not finite")
         layout = piece.layout.squared() if self._config.windows == "released" else piece.layout
-        done = self._method.compress(Tokens(piece.hidden, layout, piece.size, score), stage, self._config)
+        tokens = Tokens(piece.hidden, layout, piece.size, score, piece.lengths)
+        done = self._method.compress(tokens, stage, self._config)
         went = torch.where(done.target < 0, -1, piece.place[done.target])
-        if passage.targets:
-            before = passage.targets[-1]
-            index = torch.searchsorted(piece.place, before.clamp(min=0))
-            went = torch.where(before < 0, -1, went[index])
-        passage.targets.append(went)
+        for passage, part in zip(passages, piece.parts, strict=True):
+            mine = went[part]
+            if passage.targets:
+                before = passage.targets[-1]
+                index = torch.searchsorted(piece.place[part], before.clamp(min=0))
+                mine = torch.where(before < 0, -1, mine[index])
+            passage.targets.append(mine)
+        lengths = (len(done.kept),)
+        if len(passages) > 1:
+            lengths = tuple(torch.bincount(tokens.row[done.kept], minlength=len(passages)).tolist())
         positions, place = piece.positions[:, done.kept], piece.place[done.kept]
-        return Piece(done.hidden, layout.take(done.kept), done.size, positions, place)
+        return Piece(done.hidden, layout.take(done.kept), done.size, positions, place, lengths)
 
-    def _group(self, number: int, piece: Piece, passage: Passage, kv: list[LayerKV]) -> tuple[Piece, Heard | None]:
-        """The piece after the layers of group `number`, whose keys and values go to their caches."""
-        passage.states.append(piece)
+    def _group(
+        self, number: int, piece: Piece, passages: list[Passage], caches: list[list[LayerKV]]
+    ) -> tuple[Piece, list[Heard]]:
+        """A piece after the layers of group `number`, whose keys and values go to each sequence's caches."""
+        for passage, alone in zip(passages, piece.split(), strict=True):
+            passage.states.append(alone)
         log_size, listens = piece.size.log(), self._listens(number)
+        if not self._method.proportional:
+            log_size = torch.zeros_like(log_size)
         heard: list[Heard] = []
-        weighs = self._method.proportional
 
         def attend_to(index: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            if listens and index == self._groups[number][-1]:
-                heard.append(Heard(q[0], k[0], scale))
-            kv[index].push(k[0], v[0], log_size if weighs else torch.zeros_like(log_size))
-            return _over(kv[index], q, scale)
+            layers = [kv[index] for kv in caches]
+            for layer, part in zip(layers, piece.parts, strict=True):
+                layer.push(k[0][:, part], v[0][:, part], log_size[part])
+                if listens and index == self._groups[number][-1]:
+                    heard.append(Heard(q[0][:, part], k[0][:, part], scale))
+            return _over(layers, q, piece, scale)
 
         angles = self._layers.angles(piece.positions[:, None])
         hidden = self._layers.run(piece.hidden[None], angles, self._groups[number], attend_to)[0]
-        return replace(piece, hidden=hidden), heard[0] if heard else None
+        return replace(piece, hidden=hidden), heard
 
-    def _suffix(self, question: Tensor) -> Piece:
-        """The question where it would stand if the prompt ended here."""
-        place, device = torch.arange(len(question)), question.device
-        layout = VisionLayout.grids([], len(question)).to(device)
-        positions = self._positions.text(len(question), taken=False).to(device)
-        ones = torch.ones(len(question), device=device)
-        return Piece(self._layers.embed(question), layout, ones, positions, place.to(device))
+    def _suffixes(self, branches: list[Branch]) -> Piece:
+        """The questions where each would stand if the prompt ended here."""
+        device = self._layers.device
+        pieces = []
+        for branch in branches:
+            length = len(branch.question)
+            place = torch.arange(length, device=device)
+            layout = VisionLayout.grids([], length).to(device)
+            positions = self._positions.text(length, taken=False).to(device)
+            hidden = self._layers.embed(branch.question)
+            pieces.append(Piece(hidden, layout, torch.ones(length, device=device), positions, place, (length,)))
+        return Piece.packed(pieces)
 
     def _beside(
-        self, suffix: Piece, which: range, kv: list[LayerKV], tail: list[tuple[Tensor, Tensor]] | None = None
-    ) -> tuple[Tensor, Heard]:
-        """hidden [T, D] of the suffix after some layers, which it leaves as they were; its own KV goes to `tail`."""
+        self,
+        questions: Piece,
+        which: range,
+        caches: list[list[LayerKV]],
+        tails: list[list[tuple[Tensor, Tensor]]] | None = None,
+    ) -> tuple[Tensor, list[Heard]]:
+        """hidden [n, D] of questions after some layers, which they leave as they were; their own KV goes to `tails`."""
         heard: list[Heard] = []
 
         def attend_to(index: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-            if index == which[-1]:
-                heard.append(Heard(q[0], k[0], scale))
-            if tail is not None:
-                tail.append((k[0], v[0]))
-            layer, mark = kv[index], len(kv[index])
-            layer.push(k[0], v[0], torch.zeros_like(suffix.size))
-            seen = _over(layer, q, scale)
-            layer.truncate(mark)
-            return seen
+            seen = []
+            for number, (kv, part) in enumerate(zip(caches, questions.parts, strict=True)):
+                q_own, k_own, v_own = q[:, :, part], k[0][:, part], v[0][:, part]
+                if index == which[-1]:
+                    heard.append(Heard(q_own[0], k_own, scale))
+                if tails is not None:
+                    tails[number].append((k_own, v_own))
+                layer, mark = kv[index], len(kv[index])  # in part the same layer for all of them
+                layer.push(k_own, v_own, torch.zeros_like(questions.size[part]))
+                k_all, v_all, log_size = layer.view()
+                seen.append(attend(q_own, k_all[None], v_all[None], log_size[None], None, scale))
+                layer.truncate(mark)
+            return torch.cat(seen, dim=1)
 
-        angles = self._layers.angles(suffix.positions[:, None])
-        return self._layers.run(suffix.hidden[None], angles, which, attend_to)[0], heard[0]
+        angles = self._layers.angles(questions.positions[:, None])
+        return self._layers.run(questions.hidden[None], angles, which, attend_to)[0], heard
 
     # --- what a stage wants to know ---
 
@@ -377,18 +388,21 @@ class Stream:
         """Whether the stage after this group asks for the attention of its last layer."""
         return group < len(self._config.stages) and self._scorer(group) is not None
 
-    def _score(self, stage: int, piece: Piece, heard: Heard | None, said: Heard) -> Tensor | None:
-        """fp32 [n] for the piece, with the question as the text after it."""
+    def _score(self, stage: int, piece: Piece, heard: list[Heard], said: list[Heard]) -> Tensor | None:
+        """fp32 [n] for a piece, each sequence with its question as the text after it."""
         scorer = self._scorer(stage)
         if scorer is None:
             return None
-        assert heard is not None
-        length, device = piece.hidden.shape[0] + said.q.shape[1], piece.hidden.device
-        text = VisionLayout.grids([], said.q.shape[1]).to(device)
-        layout = VisionLayout.packed([piece.layout, text])
-        q, k = torch.cat([heard.q, said.q], 1), torch.cat([heard.k, said.k], 1)
-        score = scorer(q[None], k[None], layout, Packing((length,), length, device), heard.scale)
-        return score[: piece.hidden.shape[0]]
+        scores = []
+        for alone, of_piece, of_question in zip(piece.split(), heard, said, strict=True):
+            device, length = piece.hidden.device, len(alone.place) + of_question.q.shape[1]
+            text = VisionLayout.grids([], of_question.q.shape[1]).to(device)
+            layout = VisionLayout.packed([alone.layout, text])
+            q = torch.cat([of_piece.q, of_question.q], dim=1)
+            k = torch.cat([of_piece.k, of_question.k], dim=1)
+            score = scorer(q[None], k[None], layout, Packing((length,), length, device), of_piece.scale)
+            scores.append(score[: len(alone.place)])
+        return torch.cat(scores)
 
     # --- when a piece is through ---
 
@@ -448,7 +462,25 @@ class Stream:
                 layer.truncate(length)
 
 
-def _over(layer: LayerKV, q: Tensor, scale: float) -> Tensor:
-    """Causal attention of the last tokens of a layer over all of them: q [1, Hq, S, d] → [1, S, Hq, d]."""
-    k, v, log_size = layer.view()
-    return attend(q, k[None], v[None], log_size[None], None, scale)
+def _over(layers: list[LayerKV], q: Tensor, piece: Piece, scale: float) -> Tensor:
+    """Causal attention of each sequence's tokens, the last of its layer, over all of them.
+
+    q [1, Hq, n, d] → [1, n, Hq, d].
+    """
+    if len(layers) > 1 and sum(len(layer) for layer in layers) <= KEYS_AT_ONCE:
+        return _packed([layer.view() for layer in layers], q, piece.lengths, scale)
+    seen = []
+    for layer, part in zip(layers, piece.parts, strict=True):
+        k, v, log_size = layer.view()
+        seen.append(attend(q[:, :, part], k[None], v[None], log_size[None], None, scale))
+    return torch.cat(seen, dim=1)
+
+
+def _packed(views: list[tuple[Tensor, Tensor, Tensor]], q: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
+    """The same in one launch."""
+    k, v = (torch.cat([view[side] for view in views], dim=1).transpose(0, 1) for side in (0, 1))
+    counts = [len(view[2]) for view in views]
+    starts_q, starts_k = (torch.tensor([0, *accumulate(of)], device=q.device) for of in (lengths, counts))
+    bias = torch.cat([view[2] for view in views])
+    states = q[0].transpose(0, 1), k, v
+    return attend_packed(*states, bias, starts_q, starts_k, scale, max(lengths), max(counts))[None]

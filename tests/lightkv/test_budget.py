@@ -90,7 +90,8 @@ def test_questions_share_what_a_budget_leaves(model):
     stream = _stream(model, questions=[QUESTION, QUESTION[:2]], budget=30)
     first, second = _prefilled(model, stream, _video())
     (alone,) = _prefilled(model, _stream(model, budget=30), _video())
-    assert torch.equal(first.first, alone.first)
+    # Linear layers that see the rows of both questions round a little differently.
+    torch.testing.assert_close(first.first, alone.first, atol=1e-4, rtol=1e-4)
     assert first.held == second.held == alone.held
 
 

@@ -330,6 +330,22 @@ def test_silent_layers_hold_text_alone_and_all_of_it(method, fold):
             assert same_caches([(k, v)], [(whole[0][:, there], whole[1][:, there])], **CLOSE)
 
 
+@pytest.mark.parametrize(("limit", "most"), [("TOKENS_AT_ONCE", 150), ("TOKENS_AT_ONCE", 1), ("KEYS_AT_ONCE", 0)])
+@pytest.mark.parametrize("method", ["lightkv", "asked", "published, early"])
+def test_how_many_questions_pass_the_layers_together_does_not_matter(method, limit, most, monkeypatch):
+    model, config = tiny_model("qwen2_5_vl"), STAGED[method]
+    segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 2))
+    together, layers = streamed(model, config, [segments[:2], segments[2:]], questions=QUESTIONS)
+    monkeypatch.setattr(streaming, limit, most)
+    apart_, _ = streamed(model, config, [segments[:2], segments[2:]], questions=QUESTIONS)
+    with layers.attached():
+        for one, other in zip(together.finish(), apart_.finish(), strict=True):
+            torch.testing.assert_close(one.first, other.first, **CLOSE)
+            assert one.held == other.held
+            for a, b in zip(one.kv, other.kv, strict=True):
+                same_caches([a.view()], [b.view()], **CLOSE)
+
+
 # --- few bits ---
 
 
