@@ -3,7 +3,12 @@
 Stages drop a fixed share of every piece, a still lecture's like a football match's. Under a budget, the tokens that
 all pieces so far have left are ranked together by Ward's criterion, as a stage does it (spacetime.py), on the
 embeddings that they came in with; keys and values of what merges are averaged as in folding (fold.py). So a budget is
-spent where the video changes, and what repeats what was cached an hour ago costs nothing.
+spent where the video changes, and what repeats what was cached an hour ago costs nothing. Where the method asks what
+the question attends to, it is asked of the whole cache, and what matters to the question merges late.
+
+Windows follow from that: they are blocks of so many tokens (spacetime.py), cut anew whenever the cache is merged. The
+fewer tokens are left of a minute, the longer the time and the larger the part of the frame that a block spans: patches
+merge with patches first, what they became with regions, and in the end frames with frames.
 """
 
 from dataclasses import dataclass
@@ -63,21 +68,19 @@ class Cached:
         turn[order] = torch.arange(len(column), device=column.device) - first[column[order]]
         return torch.where(self.place[:, 0] == TEXT, 0, turn)
 
-    def merged(self, most: int) -> tuple["Cached", Compressed] | None:
-        """What is left when more than `most` vision tokens became SLACK of that, and how; None where they are not more.
+    def merged(self, most: int, score: Tensor | None = None) -> tuple["Cached", Compressed]:
+        """What is left when SLACK of `most` vision tokens are, and how; `score` [n]: what a question attends to.
 
         Raises ConfigError where the items alone are more: each keeps a token.
         """
-        vision = self.vision
-        if vision <= most:
-            return None
         target = max(1, int(most * SLACK))
         items = int(self.place[:, 0].max()) + 1
         if items > most:
             raise ConfigError(f"a budget of {most} tokens cannot hold {items} images and videos: raise it")
-        stage = Stage(-1, drop=1 - target / vision)
+        stage = Stage(-1, drop=1 - target / self.vision)
         item, _, y, x = self.place.unbind(1)
         layout = VisionLayout.from_coordinates(item, self._turns(), y, x)
-        done = spacetime(Tokens(self.features, layout, self.size), stage, LightKVConfig((stage,), method="spacetime"))
+        tokens = Tokens(self.features, layout, self.size, score)
+        done = spacetime(tokens, stage, LightKVConfig((stage,), method="spacetime"))
         kept = done.kept
         return Cached(done.hidden, self.place[kept], done.size, self.positions[:, kept]), done

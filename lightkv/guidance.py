@@ -135,6 +135,14 @@ class QuestionAttention:
         )
         return torch.zeros(len(layout), device=q.device).index_copy(0, keys.token, best)
 
+    def of_keys(self, q: Tensor, k: Tensor, vision: Tensor, scale: float) -> Tensor:
+        """The same for the queries of a question, q [Hq, T, d], and any keys, k [Hkv, n, d], of which `vision` int64
+        says which are vision's: fp32 [n]."""
+        ends = [torch.tensor([0, count], device=q.device) for count in (len(vision), q.shape[1])]
+        text = torch.arange(q.shape[1], device=q.device)
+        best = softmax_votes(k[None], q[None], vision, ends[0], text, ends[1], scale, "max", len(vision), q.shape[1])
+        return torch.zeros(k.shape[1], device=q.device).index_copy(0, vision, best)
+
     def pairs(self, tokens: int, text_tokens: int) -> int:
         """As if all text came after the vision."""
         return (tokens - text_tokens) * text_tokens

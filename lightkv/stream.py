@@ -12,6 +12,7 @@ Several questions share everything up to the first stage that depends on them; f
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -24,7 +25,7 @@ from lightkv.budget import Cached
 from lightkv.config import LightKVConfig
 from lightkv.errors import ConfigError, LightKVError, out_of_memory
 from lightkv.fold import folded, mean_by_size
-from lightkv.guidance import Scorer
+from lightkv.guidance import QuestionAttention, Scorer
 from lightkv.layerkv import Bits, LayerKV
 from lightkv.layers import Layers
 from lightkv.layout import TEXT, Span, VisionLayout, coordinates
@@ -142,12 +143,8 @@ class Stream:
         """Prefill the next piece of the prompt. When that fails, all is as it was before."""
         self._keep_to_budget()
         self._seal()
-        undo = self._state()
-        try:
+        with self._or_as_before():
             self._prefill(self._piece(segments))
-        except BaseException:
-            self._restore(undo)
-            raise
 
     @torch.no_grad()
     def finish(self) -> list[Prefilled]:
@@ -194,11 +191,12 @@ class Stream:
 
     def _keep_to_budget(self) -> None:
         """Merge what is cached where it is more than the budget; nothing is sealed yet."""
-        merged = self._cached.merged(self._budget) if self._cached is not None and self._budget is not None else None
-        if merged is None:
+        before = self._cached
+        if before is None or self._budget is None or before.vision <= self._budget:
             return
-        before, (after, done) = self._cached, merged
-        assert before is not None
+        with self._or_as_before():
+            score = self._score_of_cached(before)
+        after, done = before.merged(self._budget, score)
         everything = torch.arange(len(before), device=before.size.device)
         into = torch.searchsorted(done.kept, done.target)
         cos, sin = self._layers.angles(before.positions[:, None])
@@ -404,6 +402,24 @@ class Stream:
             scores.append(score[: len(alone.place)])
         return torch.cat(scores)
 
+    def _score_of_cached(self, cached: Cached) -> Tensor | None:
+        """fp32 [n] for all that is cached: what the question attends to, where a stage asks for that.
+
+        It is asked of the last layer before such a stage that holds vision.
+        """
+        scorers = {number: self._scorer(number) for number in range(len(self._config.stages))}
+        asking = [number for number, scorer in scorers.items() if isinstance(scorer, QuestionAttention)]
+        if not asking:
+            return None
+        layers = [layer for layer in range(self._config.stages[asking[-1]].layer + 1) if layer not in self._silent]
+        if not layers:
+            return None
+        (branch,) = self._branches  # a budget and a stage that asks: there is but one question
+        kv = self._kv(branch)
+        _, (said,) = self._beside(self._suffixes([branch]), range(layers[-1] + 1), [kv])
+        vision = torch.nonzero(cached.place[:, 0] != TEXT).flatten()
+        return QuestionAttention().of_keys(said.q, kv[layers[-1]].since(0)[0], vision, said.scale)
+
     # --- when a piece is through ---
 
     def _settle(self, index: int, layer: LayerKV, mark: int, way: Passage) -> int:
@@ -444,6 +460,16 @@ class Stream:
         number = torch.full_like(way.states[0].place, -1)
         number[vision] = torch.arange(len(vision), device=vision.device) + self._given
         return [torch.where(went[vision] < 0, -1, number[went[vision]]) for went in way.targets]
+
+    @contextmanager
+    def _or_as_before(self) -> Iterator[None]:
+        """What fails within this scope has left nothing behind."""
+        undo = self._state()
+        try:
+            yield
+        except BaseException:
+            self._restore(undo)
+            raise
 
     def _state(self) -> Any:
         branches = [

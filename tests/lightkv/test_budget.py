@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from lightkv import ConfigError, LightKVConfig, LightKVError, Stage, Text, Vision
+from lightkv import ConfigError, LightKVConfig, LightKVError, Stage, Text, Vision, VisionLayout
+from lightkv.budget import Cached
 from lightkv.layerkv import Bits
 from lightkv.layers import Layers
+from lightkv.layout import coordinates
 from lightkv.rotary import Positions
+from lightkv.spacetime import blocks
 from lightkv.stream import Stream
 from tests.lightkv.tiny import random, tiny_model
 
@@ -93,6 +96,43 @@ def test_questions_share_what_a_budget_leaves(model):
     # Linear layers that see the rows of both questions round a little differently.
     torch.testing.assert_close(first.first, alone.first, atol=1e-4, rtol=1e-4)
     assert first.held == second.held == alone.held
+
+
+def test_the_question_is_asked_of_all_that_is_cached_as_a_stage_asks_it(model, monkeypatch):
+    """One piece from which nothing was dropped: both see the same keys."""
+    config = LightKVConfig((Stage(-1, drop=0.0), Stage(1, drop=0.0)), method="lightkv")
+    asked, ask = [], Stream._score
+    monkeypatch.setattr(Stream, "_score", lambda *arguments: asked.append(ask(*arguments)) or asked[-1])
+    stream, text = _stream(model, config, budget=STEPS * SIDE * SIDE), Text(torch.tensor([1, 2, 3]))
+    with stream._layers.attached():
+        stream.take([text, *_video()])
+        score = stream._score_of_cached(stream._cached)
+        assert [len(layer) for layer in stream._trunk.kv] == [len(score)] * 2  # the question has left nothing behind
+    torch.testing.assert_close(score, asked[-1])
+    assert torch.equal(score[:3], torch.zeros(3))
+    assert float(score.max()) > 2 * float(score[3:].min()) > 0
+
+
+def test_what_the_question_attends_to_merges_late():
+    count = STEPS * SIDE * SIDE
+    place = torch.nn.functional.pad(coordinates(STEPS, SIDE, SIDE), (1, 0))
+    cached = Cached(random(count, 32, seed=3), place, torch.ones(count), torch.arange(count)[None])
+    looked_at = torch.arange(count) % 10 == 0
+    after, done = cached.merged(60, torch.where(looked_at, 1.0, 0.01))
+    assert after.vision == 48
+    assert looked_at[done.kept].sum() == looked_at.sum()
+    assert looked_at[cached.merged(60)[1].kept].sum() < 0.5 * looked_at.sum()
+
+
+def test_the_fewer_tokens_are_left_the_more_time_a_block_spans():
+    """Patches look among patches, then what they became among regions, then over frames: 64 frames of 64 tokens."""
+    place = torch.nn.functional.pad(coordinates(64, 8, 8), (1, 0))
+    spans = []
+    for left in (4096, 2048, 1024):
+        layout = VisionLayout.from_coordinates(*place[torch.randperm(4096)[:left].sort().values].unbind(1))
+        block = blocks(layout)
+        spans.append(max(int(layout.t[block == number].max() - layout.t[block == number].min()) for number in block))
+    assert spans[0] < 32 <= spans[1] < 63 == spans[2]
 
 
 def test_what_a_budget_cannot_do_is_refused(model):
