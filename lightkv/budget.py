@@ -20,9 +20,9 @@ from lightkv.config import LightKVConfig, Stage
 from lightkv.errors import ConfigError
 from lightkv.layout import TEXT, VisionLayout
 from lightkv.spacetime import spacetime
-from lightkv.tokens import Compressed, Tokens
+from lightkv.tokens import Compressed, Tokens, removals
 
-SLACK = 0.8  # of the budget is what a merge leaves, so that not every piece needs one
+SLACK = 0.8  # of the budget is what a merge leaves while more is to come, so that not every piece needs one
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,29 @@ class Cached:
         turn[order] = torch.arange(len(column), device=column.device) - first[column[order]]
         return torch.where(self.place[:, 0] == TEXT, 0, turn)
 
-    def merged(self, most: int, score: Tensor | None = None) -> tuple["Cached", Compressed]:
-        """What is left when SLACK of `most` vision tokens are, and how; `score` [n]: what a question attends to.
+    def merged(self, most: int, rest: bool, score: Tensor | None = None) -> tuple["Cached", Compressed]:
+        """What is left when `most` vision tokens are at most, or SLACK of that unless this is the rest; and how.
 
-        Raises ConfigError where the items alone are more: each keeps a token.
+        `score` fp32 [n]: what a question attends to. Raises ConfigError where there are more items than `most`: each
+        keeps a token.
         """
-        target = max(1, int(most * SLACK))
-        items = int(self.place[:, 0].max()) + 1
-        if items > most:
-            raise ConfigError(f"a budget of {most} tokens cannot hold {items} images and videos: raise it")
-        stage = Stage(-1, drop=1 - target / self.vision)
-        item, _, y, x = self.place.unbind(1)
+        item = self.place[:, 0]
+        sizes = torch.bincount(item[item != TEXT]).cpu()
+        if len(sizes) > most:
+            raise ConfigError(f"a budget of {most} tokens cannot hold {len(sizes)} images and videos: raise it")
+        stage = Stage(-1, drop=_drop(sizes, most if rest else max(len(sizes), int(SLACK * most))))
+        _, _, y, x = self.place.unbind(1)
         layout = VisionLayout.from_coordinates(item, self._turns(), y, x)
         tokens = Tokens(self.features, layout, self.size, score)
         done = spacetime(tokens, stage, LightKVConfig((stage,), method="spacetime"))
         kept = done.kept
         return Cached(done.hidden, self.place[kept], done.size, self.positions[:, kept]), done
+
+
+def _drop(sizes: Tensor, most: int) -> float:
+    """The least share to drop of items of these sizes, rounded down in each, that leaves at most `most` tokens."""
+    low, high = 0.0, 1.0 - 1e-9
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if int((sizes - removals(sizes, middle)).sum()) > most else (low, middle)
+    return high

@@ -149,7 +149,7 @@ class Stream:
     @torch.no_grad()
     def finish(self) -> list[Prefilled]:
         """The questions themselves, each after everything that came before."""
-        self._keep_to_budget()
+        self._keep_to_budget(rest=True)
         self._seal(rest=True)
         prefilled = []
         for branches in self._together():
@@ -189,14 +189,14 @@ class Stream:
             for layer in branch.kv:
                 layer.seal(rest)
 
-    def _keep_to_budget(self) -> None:
-        """Merge what is cached where it is more than the budget; nothing is sealed yet."""
+    def _keep_to_budget(self, rest: bool = False) -> None:
+        """Merge what is cached where it is more than the budget, with room for more unless this is all."""
         before = self._cached
         if before is None or self._budget is None or before.vision <= self._budget:
             return
         with self._or_as_before():
             score = self._score_of_cached(before)
-        after, done = before.merged(self._budget, score)
+        after, done = before.merged(self._budget, rest, score)
         everything = torch.arange(len(before), device=before.size.device)
         into = torch.searchsorted(done.kept, done.target)
         cos, sin = self._layers.angles(before.positions[:, None])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -72,9 +72,13 @@ def _engine(
     fold: bool = False,
     silent: Sequence[int] = (),
     chunk_tokens: int = 1 << 20,
+    before_budget: float | None = None,
     **options: Any,
 ) -> Treatment:
-    """`method` in the engine. In fewer bits it keeps as many more tokens as take the same bytes, all at the most."""
+    """`method` in the engine. In fewer bits it keeps as many more tokens as take the same bytes, all at the most.
+
+    With `before_budget` the stages leave that share of every piece at least, and the rest is up to a budget.
+    """
     text = model_config.get_text_config()
     dims = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     memory = Memory(bits=Bits(bits, group), fold=fold, silent=frozenset(silent), chunk_tokens=chunk_tokens)
@@ -83,10 +87,19 @@ def _engine(
     tokens = retention * 16 / number * depth / (depth - len(silent))
     if tokens >= 1 and (bits < 16 or silent):
         return Treatment(None, None, memory, number)
+    if before_budget is not None:
+        memory = replace(memory, fold=True, budget=max(1, round(tokens * vision_tokens(suite))))
+        return Treatment(folded_to(model_config, max(before_budget, tokens), method, options), None, memory, number)
     config = LightKVConfig.for_model(model_config, tokens, method=method, **options)
     if fold:  # the retention is the last stage's share then
         config = folded_to(model_config, tokens, method, options)
     return Treatment(config, None, memory, number)
+
+
+def vision_tokens(suite: Suite) -> int:
+    """Of a prompt of the suite."""
+    steps = -(-suite.frames // TEMPORAL_PATCH) if suite.kind == "video" else suite.frames
+    return steps * (suite.height_px // TOKEN_PX) * (suite.width_px // TOKEN_PX)
 
 
 def folded_to(model_config: Any, share: float, method: str, options: dict[str, Any]) -> LightKVConfig:

@@ -118,10 +118,10 @@ def test_what_the_question_attends_to_merges_late():
     place = torch.nn.functional.pad(coordinates(STEPS, SIDE, SIDE), (1, 0))
     cached = Cached(random(count, 32, seed=3), place, torch.ones(count), torch.arange(count)[None])
     looked_at = torch.arange(count) % 10 == 0
-    after, done = cached.merged(60, torch.where(looked_at, 1.0, 0.01))
-    assert after.vision == 48
+    after, done = cached.merged(60, True, torch.where(looked_at, 1.0, 0.01))
+    assert after.vision == 60
     assert looked_at[done.kept].sum() == looked_at.sum()
-    assert looked_at[cached.merged(60)[1].kept].sum() < 0.5 * looked_at.sum()
+    assert looked_at[cached.merged(60, True)[1].kept].sum() < 0.5 * looked_at.sum()
 
 
 def test_the_fewer_tokens_are_left_the_more_time_a_block_spans():
@@ -148,6 +148,8 @@ def test_what_a_budget_cannot_do_is_refused(model):
 
 def test_more_items_than_the_budget_are_refused(model):
     images = [dataclasses.replace(part, first=0) for part in _video()]
+    (prompt,) = _prefilled(model, _stream(model, budget=8), images)
+    assert 6 <= prompt.held[0] <= 8
     with pytest.raises(ConfigError, match="a budget of 4 tokens cannot hold 5 images and videos"):
         _prefilled(model, _stream(model, budget=4), images)
 
