@@ -3,7 +3,7 @@
     python -m jobs.benchmark --device cuda --json jobs/results/benchmark-h200.json     # 8 minutes at most
     python -m jobs.benchmark --device cpu --json FILE     # a small copy of it in seconds: a test, no statement on speed
     python -m jobs.benchmark --device cpu --suite engine --json FILE     # long videos, many answers at once
-    python -m jobs.benchmark.readme --results jobs/results --readme README.md          # its tables into the page
+    python -m jobs.readme --results jobs/results --readme README.md                    # its tables into the page
 
 Weights are random, but for the engine's on a CPU, and nothing is downloaded. Every cell is in the file from the start,
 as not measured; the file is replaced after each, so a run that is ended early keeps what it has. Exit code 1: a cell

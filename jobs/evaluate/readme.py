@@ -1,31 +1,16 @@
-"""The README's fidelity table, written from the summary of a finished evaluation between the page's two markers.
-
-python -m jobs.evaluate.readme --summary jobs/results/fidelity/summary.json --readme README.md
-"""
+"""What the README says of a finished evaluation: a table of methods and retentions."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from jobs.cli import main_guard
 from jobs.evaluate.config import PLAIN
 from jobs.evaluate.summary import EVERY
-from jobs.markers import between
 
-BEGIN, END = "<!-- fidelity -->", "<!-- /fidelity -->"
 SIGNIFICANT = 0.05
 
 
-def with_table(page: str, summary: dict[str, Any]) -> str:
-    """The page with the table between its markers. Raises ConfigError unless it has exactly one pair of them."""
-    return between(page, BEGIN, END, table(summary))
-
-
-def table(summary: dict[str, Any]) -> str:
+def fidelity(summary: dict[str, Any]) -> str:
     """Markdown: a line per method, a column per retention, and what the figures are."""
     figures = [line for line in summary["figures"] if line["suite"] == EVERY]
     plain = next(line for line in figures if line["method"] == PLAIN)
@@ -62,17 +47,3 @@ def _cell(line: dict[str, Any], plain: dict[str, Any], reference: str) -> str:
 def _star(line: dict[str, Any], test: str, reference: str) -> str:
     differs = line["method"] != reference and line[test] is not None and line[test] < SIGNIFICANT
     return "*" if differs else ""
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--summary", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--readme", type=Path, required=True, metavar="FILE")
-    args = parser.parse_args(arguments)
-    summary = json.loads(args.summary.read_text(encoding="utf-8"))
-    args.readme.write_text(with_table(args.readme.read_text(encoding="utf-8"), summary), encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    main_guard(main)

@@ -21,13 +21,12 @@ from jobs.benchmark.op import KERNEL, TWIN, Op, OpWork
 from jobs.benchmark.op_attend import decode, prefill, torch_only
 from jobs.benchmark.op_tokens import merging, nearest_in_blocks, nearest_in_windows, votes
 from jobs.benchmark.prompt import Prompt, grid_of, three_axes
-from jobs.benchmark.readme import BEGIN, END, NOT_MEASURED, read, section, with_tables
+from jobs.benchmark.readme import NOT_MEASURED, speed
 from jobs.benchmark.result import ResultFile
 from jobs.benchmark.run import OUT_OF_TIME, SHARES, ends, run
 from jobs.benchmark.scale import on_cpu, on_gpu
 from jobs.benchmark.timer import Timer, Timing
 from lightkv import ConfigError, VisionLayout
-from pipeline.errors import ConfigError as PageError
 from tests.lightkv.tiny import IMAGE, tiny_model
 
 CPU = torch.device("cpu")
@@ -401,7 +400,7 @@ def gpu_result(result):
 
 
 def test_a_gpus_result_is_a_table_per_suite(gpu_result):
-    text = section([gpu_result])
+    text = speed([gpu_result])
     assert text.startswith("A GPU, float32, python")
     assert "`python -m jobs.benchmark --device cpu --json benchmark-cpu.json`" in text
     assert "| merge half | " in text
@@ -414,15 +413,5 @@ def test_a_gpus_result_is_a_table_per_suite(gpu_result):
 
 
 def test_a_cpus_result_makes_no_statement_on_speed(result):
-    assert section([]) == section([result]) == NOT_MEASURED
+    assert speed([]) == speed([result]) == NOT_MEASURED
     assert "python -m jobs.benchmark --device cuda" in NOT_MEASURED
-
-
-def test_only_what_is_between_the_markers_changes(gpu_result, result, tmp_path):
-    page = f"before\n{BEGIN}\nold\n{END}\nafter"
-    assert with_tables(page, [result, gpu_result]) == f"before\n{BEGIN}\n{section([gpu_result])}\n{END}\nafter"
-    with pytest.raises(PageError, match="expected one"):
-        with_tables("no markers", [])
-    (tmp_path / "benchmark-cpu.json").write_text(json.dumps(result))
-    (tmp_path / "manifest.json").write_text("[]")
-    assert read(tmp_path) == [result]

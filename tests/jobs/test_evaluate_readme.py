@@ -1,9 +1,6 @@
 """The README's fidelity table says what the summary says."""
 
-import pytest
-
-from jobs.evaluate.readme import BEGIN, END, table, with_table
-from pipeline.errors import ConfigError
+from jobs.evaluate.readme import fidelity
 
 LINE = {
         "suite": "all suites", "error": "", "questions": 200, "p_reference": None, "p_captions": None,
@@ -35,14 +32,7 @@ SUMMARY = {
 
 
 def test_a_line_per_method_and_a_column_per_retention():
-    lines = table(SUMMARY).splitlines()
+    lines = fidelity(SUMMARY).splitlines()
     assert "| method | 50% kept | 10% kept |" in lines
     assert "| ours | 99.5 (98.5–100.5) / 95 | 95.0 (94.0–96.0) / 50 |" in lines
     assert "| other | 90.0 (89.0–91.0)* / 50* | – |" in lines
-
-
-def test_only_what_is_between_the_markers_changes():
-    page = f"before\n{BEGIN}\nold\n{END}\nafter"
-    assert with_table(page, SUMMARY) == f"before\n{BEGIN}\n{table(SUMMARY)}\n{END}\nafter"
-    with pytest.raises(ConfigError, match="expected one"):
-        with_table("no markers", SUMMARY)

@@ -1,6 +1,6 @@
-"""The README's figures on the pipeline, written from the jobs' result files between a pair of markers each.
+"""The README's figures, written from the jobs' result files between a pair of markers each.
 
-python -m jobs.results_readme --results jobs/results --readme README.md
+python -m jobs.readme --results jobs/results --readme README.md
 """
 
 import argparse
@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.benchmark.readme import engine, speed
 from jobs.cli import main_guard
+from jobs.evaluate.readme import fidelity
 from jobs.markers import between
 
 Result = dict[str, Any]
@@ -17,12 +19,15 @@ Result = dict[str, Any]
 
 def filled(page: str, folder: Path) -> str:
     """The page with the text of every section. Raises ConfigError unless it has exactly one pair of markers of each."""
-    for name, (text, job) in SECTIONS.items():
-        file = folder / f"{name}.json"
-        known = file.exists()
-        section = text(json.loads(file.read_text(encoding="utf-8"))) if known else f"No figure yet (`python -m {job}`)."
-        page = between(page, f"<!-- {name} -->", f"<!-- /{name} -->", section)
+    for name, (files, text) in SECTIONS.items():
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(files))]
+        page = between(page, f"<!-- {name} -->", f"<!-- /{name} -->", text(results))
     return page
+
+
+def _one(text: Callable[[Result], str], command: str) -> Callable[[Sequence[Result]], str]:
+    """A section made of a single result, or that there is none."""
+    return lambda results: text(results[0]) if results else f"No figure yet (`python -m {command}`)."
 
 
 def manifest(result: Result) -> str:
@@ -88,12 +93,15 @@ def pipeline(result: Result) -> str:
     )
 
 
-SECTIONS: dict[str, tuple[Callable[[Result], str], str]] = {
-    "manifest": (manifest, "jobs.benchmark_manifest"),
-    "scale": (scale, "jobs.benchmark_scale"),
-    "pipeline": (pipeline, "jobs.benchmark_pipeline"),
-    "soak": (soak, "jobs.soak"),
-}
+SECTIONS: dict[str, tuple[str, Callable[[Sequence[Result]], str]]] = {
+    "fidelity": ("fidelity/summary.json", _one(fidelity, "jobs.evaluate")),
+    "benchmark": ("benchmark-*.json", speed),
+    "engine": ("engine-*.json", engine),
+    "manifest": ("manifest.json", _one(manifest, "jobs.benchmark_manifest")),
+    "scale": ("scale.json", _one(scale, "jobs.benchmark_scale")),
+    "pipeline": ("pipeline.json", _one(pipeline, "jobs.benchmark_pipeline")),
+    "soak": ("soak.json", _one(soak, "jobs.soak")),
+}  # the markers' name, the result files, what they say
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
