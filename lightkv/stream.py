@@ -36,7 +36,7 @@ from lightkv.packing import Packing
 from lightkv.piece import Heard, Passage, Piece
 from lightkv.rotary import Positions
 from lightkv.segments import Segment, Vision
-from lightkv.tokens import Tokens
+from lightkv.tokens import Compressed, Tokens
 
 NO_STAGES = LightKVConfig((), method="spacetime")  # steps that stand for several are heard as several
 
@@ -51,12 +51,14 @@ class Branch:
 
     held     vision tokens in each of these layers
     merges   per piece: its `Passage.targets`, vision only, in vision tokens of the prompt; kept where it is traced
+    cached   under a budget: the tokens that these layers hold; None where there are none, or no layers
     """
 
     question: Tensor
     kv: list[LayerKV]
     held: list[int]
     merges: list[list[Tensor]] = field(default_factory=list)
+    cached: Cached | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,6 @@ class Stream:
         self._method = METHODS[self._config.method]
         self._fold, self._silent, self._traced = fold, silent, traced and budget is None
         self._budget = budget
-        self._cached: Cached | None = None  # what the layers hold, under a budget
         self._items = 0  # images and videos that came in
         bounds = [0, *(stage.layer + 1 for stage in self._config.stages), len(layers)]
         self._groups = [range(*bound) for bound in pairwise(bounds)]
@@ -124,11 +125,8 @@ class Stream:
         self._branches = [
             Branch(question.to(layers.device), [LayerKV(bits) for _ in range(own)], [0] * own) for question in questions
         ]
-        if budget is not None and not (fold and (len(questions) == 1 or not own)):
-            raise ConfigError(
-                "a budget needs fold=True, and several questions a method that none of them guides (spacetime): "
-                "all layers must hold the same tokens"
-            )
+        if budget is not None and not fold:
+            raise ConfigError("a budget needs fold=True: layers that merge together must hold the same tokens")
         self.vision_tokens = 0  # of the prompt, repeats that were never encoded included
         self.text_tokens = 0  # of the prompt so far, the questions not included
         self._given = 0  # vision tokens that came in
@@ -164,6 +162,15 @@ class Stream:
                 prefilled.append(Prefilled(kv, tail, first, position, (*self._trunk.held, *branch.held), merges))
         return prefilled
 
+    @property
+    def _alone(self) -> bool:
+        """Whether all layers can end as the last one does: there is one question, or none has layers to itself."""
+        return len(self._branches) == 1 or not self._branches[0].kv
+
+    def _log_size(self, size: Tensor) -> Tensor:
+        """What a token's size adds to the scores of its key."""
+        return size.log() if self._method.proportional else torch.zeros_like(size)
+
     def _kv(self, branch: Branch) -> list[LayerKV]:
         """Of all layers, as one question has them."""
         return [*self._trunk.kv, *branch.kv]
@@ -191,31 +198,36 @@ class Stream:
 
     def _keep_to_budget(self, rest: bool = False) -> None:
         """Merge what is cached where it is more than the budget, with room for more unless this is all."""
-        before = self._cached
-        if before is None or self._budget is None or before.vision <= self._budget:
-            return
-        with self._or_as_before():
-            score = self._score_of_cached(before)
-        after, done = before.merged(self._budget, rest, score)
+        for branch in (self._trunk, *self._branches):
+            before = branch.cached
+            if before is None or self._budget is None or before.vision <= self._budget:
+                continue
+            with self._or_as_before():
+                score = self._score_of_cached(branch)
+            after, done = before.merged(self._budget, rest, score)
+            try:
+                self._rewrite(branch, before, after, done)
+            except Exception as error:
+                if out_of_memory(error):  # some layers are merged and some are not: there is no way back
+                    raise LightKVError("memory ran out while the cache was merged to its budget") from error
+                raise
+
+    def _rewrite(self, branch: Branch, before: Cached, after: Cached, done: Compressed) -> None:
+        """Merge what the layers of a branch hold, and those of the only question with the trunk's."""
         everything = torch.arange(len(before), device=before.size.device)
         into = torch.searchsorted(done.kept, done.target)
         cos, sin = self._layers.angles(before.positions[:, None])
-        try:
-            for branch in (self._trunk, *self._branches):
-                first = 0 if branch is self._trunk else len(self._trunk.kv)
-                for number, layer in enumerate(branch.kv):
-                    if first + number in self._silent:
-                        continue
-                    k, v, _ = layer.since(0)
-                    k, v = folded(k, v, (cos[0], sin[0]), before.size, into, done.kept, everything)
-                    layer.truncate(0)
-                    layer.push(k, v, after.size.log())
-                    branch.held[number] = after.vision
-        except Exception as error:
-            if out_of_memory(error):  # some layers are merged and some are not: there is no way back
-                raise LightKVError("memory ran out while the cache was merged to its budget") from error
-            raise
-        self._cached = after
+        for one in (branch, *self._branches) if self._alone else (branch,):
+            first = 0 if one is self._trunk else len(self._trunk.kv)
+            for number, layer in enumerate(one.kv):
+                if first + number in self._silent:
+                    continue
+                k, v, _ = layer.since(0)
+                k, v = folded(k, v, (cos[0], sin[0]), before.size, into, done.kept, everything)
+                layer.truncate(0)
+                layer.push(k, v, self._log_size(after.size))
+                one.held[number] = after.vision
+        branch.cached = after
 
     # --- one piece ---
 
@@ -262,13 +274,16 @@ class Stream:
         for branches in self._together(len(piece.place)):
             passages += self._branch(piece, passage, heard, branches)
         # What several questions share cannot end as each of them would have it.
-        alone = passages[0] if len(passages) == 1 or not self._branches[0].kv else passage
-        for branch, way, marks in zip((self._trunk, *self._branches), (alone, *passages), begun, strict=True):
+        ways = (passages[0] if self._alone else passage, *passages)
+        for branch, way, marks in zip((self._trunk, *self._branches), ways, begun, strict=True):
             first = 0 if branch is self._trunk else len(self._trunk.kv)
             for number, (layer, mark) in enumerate(zip(branch.kv, marks, strict=True)):
                 branch.held[number] += self._settle(first + number, layer, mark, way)
         if self._budget is not None:
-            self._note_cached(alone)
+            self._note_cached(self._trunk, ways[0])
+            for branch, way in zip(self._branches, passages, strict=True):
+                if branch.kv and not self._alone:
+                    self._note_cached(branch, way)
         for branch, way in zip(self._branches, passages, strict=True):
             if self._traced and way.targets:
                 branch.merges.append(self._traced_targets(way))
@@ -319,9 +334,7 @@ class Stream:
         """A piece after the layers of group `number`, whose keys and values go to each sequence's caches."""
         for passage, alone in zip(passages, piece.split(), strict=True):
             passage.states.append(alone)
-        log_size, listens = piece.size.log(), self._listens(number)
-        if not self._method.proportional:
-            log_size = torch.zeros_like(log_size)
+        log_size, listens = self._log_size(piece.size), self._listens(number)
         heard: list[Heard] = []
 
         def attend_to(index: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -368,7 +381,7 @@ class Stream:
                 if tails is not None:
                     tails[number].append((k_own, v_own))
                 layer, mark = kv[index], len(kv[index])  # in part the same layer for all of them
-                layer.push(k_own, v_own, torch.zeros_like(questions.size[part]))
+                layer.push(k_own, v_own, self._log_size(questions.size[part]))
                 k_all, v_all, log_size = layer.view()
                 seen.append(attend(q_own, k_all[None], v_all[None], log_size[None], None, scale))
                 layer.truncate(mark)
@@ -402,23 +415,22 @@ class Stream:
             scores.append(score[: len(alone.place)])
         return torch.cat(scores)
 
-    def _score_of_cached(self, cached: Cached) -> Tensor | None:
-        """fp32 [n] for all that is cached: what the question attends to, where a stage asks for that.
+    def _score_of_cached(self, branch: Branch) -> Tensor | None:
+        """fp32 [n] for all that a branch has cached: what its question attends to, if stages ask for that.
 
-        It is asked of the last layer before such a stage that holds vision.
+        It is asked of the first layer that the question has to itself and that holds vision.
         """
-        scorers = {number: self._scorer(number) for number in range(len(self._config.stages))}
-        asking = [number for number, scorer in scorers.items() if isinstance(scorer, QuestionAttention)]
-        if not asking:
+        own = self._branches[0] if self._alone else branch
+        first = len(self._trunk.kv)
+        layers = [first + number for number in range(len(own.kv)) if first + number not in self._silent]
+        asks = any(isinstance(self._scorer(number), QuestionAttention) for number in range(len(self._config.stages)))
+        if own is self._trunk or not layers or not asks:
             return None
-        layers = [layer for layer in range(self._config.stages[asking[-1]].layer + 1) if layer not in self._silent]
-        if not layers:
-            return None
-        (branch,) = self._branches  # a budget and a stage that asks: there is but one question
-        kv = self._kv(branch)
-        _, (said,) = self._beside(self._suffixes([branch]), range(layers[-1] + 1), [kv])
-        vision = torch.nonzero(cached.place[:, 0] != TEXT).flatten()
-        return QuestionAttention().of_keys(said.q, kv[layers[-1]].since(0)[0], vision, said.scale)
+        assert branch.cached is not None
+        kv = self._kv(own)
+        _, (said,) = self._beside(self._suffixes([own]), range(layers[0] + 1), [kv])
+        vision = torch.nonzero(branch.cached.place[:, 0] != TEXT).flatten()
+        return QuestionAttention().of_keys(said.q, kv[layers[0]].since(0)[0], vision, said.scale)
 
     # --- when a piece is through ---
 
@@ -439,12 +451,12 @@ class Stream:
             k, v, _ = layer.since(mark)
             k, v = folded(k, v, (angles[0][0], angles[1][0]), here.size, into, final.place, here.place)
             layer.truncate(mark)
-            layer.push(k, v, final.size.log())
+            layer.push(k, v, self._log_size(final.size))
             here = final
         return int(here.layout.is_vision.sum())
 
-    def _note_cached(self, way: Passage) -> None:
-        """The tokens of the piece that are now in every layer's cache."""
+    def _note_cached(self, branch: Branch, way: Passage) -> None:
+        """The tokens of the piece that are now in a branch's layers."""
         first, final = way.states[0], way.states[-1]
         features = first.hidden
         if way.targets:
@@ -452,7 +464,7 @@ class Stream:
             into = torch.where(target < 0, -1, torch.searchsorted(final.place, target.clamp(min=0)))
             features = mean_by_size(first.hidden[None].float(), first.size, into, len(final.place))[0].to(features)
         more = Cached(features, self._where[final.place], final.size, final.positions)
-        self._cached = more if self._cached is None else self._cached.after(more)
+        branch.cached = more if branch.cached is None else branch.cached.after(more)
 
     def _traced_targets(self, way: Passage) -> list[Tensor]:
         """Per stage int64 [vision tokens of the piece]: targets in vision tokens of the prompt."""
@@ -473,17 +485,18 @@ class Stream:
 
     def _state(self) -> Any:
         branches = [
-            ([len(layer) for layer in b.kv], list(b.held), list(b.merges)) for b in (self._trunk, *self._branches)
+            ([len(layer) for layer in b.kv], list(b.held), list(b.merges), b.cached)
+            for b in (self._trunk, *self._branches)
         ]
         counts = self.vision_tokens, self.text_tokens, self._given, self._items
-        return branches, copy.copy(self._positions.__dict__), counts, self._cached
+        return branches, copy.copy(self._positions.__dict__), counts
 
     def _restore(self, state: Any) -> None:
-        branches, positions, counts, self._cached = state
+        branches, positions, counts = state
         self.vision_tokens, self.text_tokens, self._given, self._items = counts
         self._positions.__dict__.update(positions)
-        for branch, (lengths, held, merges) in zip((self._trunk, *self._branches), branches, strict=True):
-            branch.held, branch.merges = held, merges
+        for branch, (lengths, held, merges, cached) in zip((self._trunk, *self._branches), branches, strict=True):
+            branch.held, branch.merges, branch.cached = held, merges, cached
             for layer, length in zip(branch.kv, lengths, strict=True):
                 layer.truncate(length)
 

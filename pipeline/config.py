@@ -234,10 +234,10 @@ class Engine(_Section):
 
 
 class Budget(_Section):
-    """What one unit's cache may take, however long the unit is: what is more merges on where the least is lost."""
+    """What one prompt's cache may take, however long the unit is: what is more merges on where the least is lost."""
 
     kv_bytes: int | None = Field(
-        None, ge=1, description="of the vision in one unit's cache; null: as lightkv leaves it"
+        None, ge=1, description="of the vision in the cache of a prompt about one unit; null: as lightkv leaves it"
     )
 
 
@@ -342,11 +342,6 @@ class JobConfig(_Section):
             raise ValueError("prompts: expected at least one, got none")
         if len(set(ids)) < len(ids):
             raise ValueError(f"prompts: every id must be there once, got {ids}")
-        if self.budget.kv_bytes is not None and self.lightkv.enabled and self.lightkv.method != "spacetime":
-            raise ValueError(
-                "budget.kv_bytes needs lightkv.method: spacetime, or lightkv.enabled: false, "
-                f"got {self.lightkv.method}: what one prompt of a unit merges would not be what its others need"
-            )
         return self
 
     def hash(self) -> str:

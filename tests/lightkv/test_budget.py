@@ -58,16 +58,16 @@ def test_every_layer_holds_at_most_the_budget_and_the_text(model, budget):
 def test_sizes_stay_what_came_in(model):
     stream = _stream(model, budget=20)
     _prefilled(model, stream, _video())
-    vision = stream._cached.place[:, 0] >= 0
-    assert stream._cached.size[vision].sum() == STEPS * SIDE * SIDE
-    assert torch.equal(stream._cached.size[~vision], torch.ones(3))
-    assert torch.allclose(stream._trunk.kv[0].view()[2].exp(), stream._cached.size)
+    vision = stream._trunk.cached.place[:, 0] >= 0
+    assert stream._trunk.cached.size[vision].sum() == STEPS * SIDE * SIDE
+    assert torch.equal(stream._trunk.cached.size[~vision], torch.ones(3))
+    assert torch.allclose(stream._trunk.kv[0].view()[2].exp(), stream._trunk.cached.size)
 
 
 def test_a_budget_is_spent_where_the_video_changes(model):
     stream = _stream(model, budget=40)
     _prefilled(model, stream, _video(still=8))
-    t = stream._cached.place[stream._cached.place[:, 0] >= 0, 1]
+    t = stream._trunk.cached.place[stream._trunk.cached.place[:, 0] >= 0, 1]
     still, moving = int((t < 8).sum()), int((t >= 8).sum())
     assert still <= SIDE * SIDE  # 8 steps of the same 16 tokens
     assert moving / 4 >= 2 * still / 8
@@ -99,15 +99,18 @@ def test_questions_share_what_a_budget_leaves(model):
 
 
 def test_the_question_is_asked_of_all_that_is_cached_as_a_stage_asks_it(model, monkeypatch):
-    """One piece from which nothing was dropped: both see the same keys."""
-    config = LightKVConfig((Stage(-1, drop=0.0), Stage(1, drop=0.0)), method="lightkv")
+    """One piece from which nothing was dropped: both see the same keys, after one stage or before another."""
     asked, ask = [], Stream._score
     monkeypatch.setattr(Stream, "_score", lambda *arguments: asked.append(ask(*arguments)) or asked[-1])
-    stream, text = _stream(model, config, budget=STEPS * SIDE * SIDE), Text(torch.tensor([1, 2, 3]))
-    with stream._layers.attached():
-        stream.take([text, *_video()])
-        score = stream._score_of_cached(stream._cached)
-        assert [len(layer) for layer in stream._trunk.kv] == [len(score)] * 2  # the question has left nothing behind
+    for layer in (1, 2):
+        config = LightKVConfig((Stage(-1, drop=0.0), Stage(layer, drop=0.0)), method="lightkv")
+        stream, text = _stream(model, config, budget=STEPS * SIDE * SIDE), Text(torch.tensor([1, 2, 3]))
+        with stream._layers.attached():
+            stream.take([text, *_video()])
+            if layer == 1:
+                score = stream._score_of_cached(stream._trunk)
+                held = {len(kv) for kv in (*stream._trunk.kv, *stream._branches[0].kv)}
+                assert held == {len(score)}  # the question has left nothing behind
     torch.testing.assert_close(score, asked[-1])
     assert torch.equal(score[:3], torch.zeros(3))
     assert float(score.max()) > 2 * float(score[3:].min()) > 0
@@ -135,15 +138,26 @@ def test_the_fewer_tokens_are_left_the_more_time_a_block_spans():
     assert spans[0] < 32 <= spans[1] < 63 == spans[2]
 
 
-def test_what_a_budget_cannot_do_is_refused(model):
+def test_every_question_guides_the_merging_of_layers_of_its_own(model):
+    guided = LightKVConfig((Stage(-1, drop=0.4), Stage(1, drop=0.4)), method="lightkv")
+    other, third = torch.tensor([40, 41, 42]), torch.tensor([70, 71])
+    (alone,) = _prefilled(model, _stream(model, guided, budget=30), _video())
+    assert set(alone.held) == {alone.held[0]}
+    assert alone.held[0] <= 30
+    pair = _prefilled(model, _stream(model, guided, [QUESTION, other], budget=30), _video())
+    again = _prefilled(model, _stream(model, guided, [third, other], budget=30), _video())
+    for prompt in (*pair, *again):
+        assert max(prompt.held) <= 30
+        assert [len(layer) - held for layer, held in zip(prompt.kv, prompt.held, strict=True)] == [3] * len(prompt.kv)
+    assert torch.equal(pair[0].kv[0].view()[0], pair[1].kv[0].view()[0])  # shared
+    own = [prompt.kv[-1].view()[0] for prompt in (*pair, again[1])]
+    assert own[0].shape != own[1].shape or not torch.allclose(own[0], own[1], atol=1e-2)
+    torch.testing.assert_close(own[1], own[2], atol=1e-4, rtol=1e-4)  # whoever is asked beside it
+
+
+def test_a_budget_without_folding_is_refused(model):
     with pytest.raises(ConfigError, match="a budget needs fold=True"):
         _stream(model, budget=30, fold=False)
-    guided = LightKVConfig((Stage(-1, drop=0.5), Stage(1, drop=0.5)), method="lightkv")
-    with pytest.raises(ConfigError, match="a method that none of them guides"):
-        _stream(model, guided, [QUESTION, QUESTION], budget=30)
-    (prompt,) = _prefilled(model, _stream(model, guided, budget=30), _video())  # a single question may guide
-    assert set(prompt.held) == {prompt.held[0]}
-    assert prompt.held[0] <= 30
 
 
 def test_more_items_than_the_budget_are_refused(model):

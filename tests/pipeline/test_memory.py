@@ -49,21 +49,14 @@ def test_weights_that_leave_nothing_are_refused(mini):
 
 
 def test_a_budget_in_bytes_is_a_number_of_tokens_by_layers_and_bits(mini):
-    plain = ["lightkv.method=spacetime"]
     token = 6 * 2 * 2 * 32 * 2  # layers, keys and values, heads, dims, bytes
-    memory = _memory(mini, *plain, f"budget.kv_bytes={100 * token}")
+    memory = _memory(mini, f"budget.kv_bytes={100 * token}")
     assert (memory.budget, memory.fold) == (100, True)
-    few_bits = _memory(mini, *plain, f"budget.kv_bytes={100 * token}", "engine.kv_bits=4")
+    few_bits = _memory(mini, f"budget.kv_bytes={100 * token}", "engine.kv_bits=4")
     assert few_bits.budget == 320  # 5 bits with the scales' share
-    assert _memory(mini, *plain, f"budget.kv_bytes={100 * token}", "engine.silent_layers=[3]").budget == 120
+    assert _memory(mini, f"budget.kv_bytes={100 * token}", "engine.silent_layers=[3]").budget == 120
     with pytest.raises(ConfigError, match=r"budget.kv_bytes: 7 is less than a token's 1,536 bytes"):
-        _memory(mini, *plain, "budget.kv_bytes=7")
-
-
-def test_a_budget_wants_a_method_that_no_question_guides():
-    with pytest.raises(ConfigError, match=r"budget\.kv_bytes needs lightkv\.method: spacetime"):
-        _job("budget.kv_bytes=100000")
-    assert _job("budget.kv_bytes=100000", "lightkv.enabled=false").budget.kv_bytes == 100000
+        _memory(mini, "budget.kv_bytes=7")
 
 
 def test_a_cpu_is_not_bounded():
