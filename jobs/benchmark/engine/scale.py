@@ -16,6 +16,8 @@ from lightkv.published import QWEN2_5_7B
 
 PLAIN, STREAMED = "whole prompt, plain", "streamed, plain"
 RETENTION = 0.25
+BUDGET = 2048  # vision tokens
+BUDGETED = f"folded, budget of {BUDGET:,} tokens"
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,11 @@ class EngineScale:
             "+ folded": (ours, memory(fold=True)),
             "+ 8 bits": (ours, memory(Bits(8), fold=True)),
             "+ 4 bits": (ours, memory(Bits(4), fold=True)),
+            BUDGETED: (ours, memory(fold=True, budget=BUDGET)),
         }
 
 
-VARIANTS = (STREAMED, "lightkv 25%", "+ folded", "+ 8 bits", "+ 4 bits")
+VARIANTS = (STREAMED, "lightkv 25%", "+ folded", "+ 8 bits", "+ 4 bits", BUDGETED)
 
 
 def on_cpu() -> EngineScale:
@@ -77,6 +80,7 @@ def on_cpu() -> EngineScale:
         side_px=64,
         units=(
             tuple(Video(number, 16, 96, 2.0) for number in range(24)),
+            tuple(Video(number, 64, 96, 2.0) for number in range(8)),
             tuple(Video(number, 600, 96) for number in range(2)),
         ),
         answers=16,

@@ -73,6 +73,7 @@ def throughput(cells: Iterable[Values]) -> str:
     rows = [
         [
             _videos(cell),
+            f"{cell['vision_tokens']:,}",
             name,
             _number(cell["units_per_hour"][name]),
             _spread(cell["times_loop"][name], "×"),
@@ -86,7 +87,7 @@ def throughput(cells: Iterable[Values]) -> str:
         f"**Throughput**, a caption of each video, frames in memory, vision tower included, up to "
         f"{found[0]['at']['answers']} answers together ({rounds} rounds in turns, ratios within a round):"
     )
-    head = ["videos × frames", "", "videos per hour", "times the loop", "captions equal to the loop's"]
+    head = ["videos × frames", "tokens", "", "videos per hour", "times the loop", "captions equal to the loop's"]
     return _table(legend, head, rows)
 
 
