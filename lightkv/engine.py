@@ -163,10 +163,15 @@ class _Row:
 
 
 class Engine:
-    """Holds one model. Raises UnsupportedModelError and ConfigError for what it cannot run."""
+    """Holds one model. Raises UnsupportedModelError and ConfigError for what it cannot run.
 
-    def __init__(self, model: PreTrainedModel, config: LightKVConfig | None, memory: Memory | None = None) -> None:
-        self.layers = Layers(model)
+    compiled   decoding runs through torch.compile, which takes its time at the first answers
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, config: LightKVConfig | None, memory: Memory | None = None, compiled: bool = False
+    ) -> None:
+        self.layers = Layers(model, compiled)
         self.memory = memory or Memory()
         self.config = config
         self._model_config = model.config

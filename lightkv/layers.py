@@ -24,9 +24,12 @@ _RUNNING: WeakKeyDictionary[nn.Module, tuple[int, Attend]] = WeakKeyDictionary()
 
 
 class Layers:
-    """The decoder of a model, layer by layer. Raises UnsupportedModelError where a layer wants more than attention."""
+    """The decoder of a model, layer by layer. Raises UnsupportedModelError where a layer wants more than attention.
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    compiled   steps of one token run through torch.compile, attention excepted
+    """
+
+    def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
         self._decoder = model.get_decoder()
         self._head = model.get_output_embeddings()
         self._config = self._decoder.config
@@ -34,6 +37,10 @@ class Layers:
         check_angles(self._decoder)
         if NAME not in ALL_ATTENTION_FUNCTIONS:
             AttentionInterface.register(NAME, _attend)
+        self._step = _forward
+        if compiled:
+            AttentionInterface.register(NAME, torch.compiler.disable(_attend))
+            self._step = torch.compile(_forward, dynamic=True)
 
     def __len__(self) -> int:
         return len(self._decoder.layers)
@@ -63,11 +70,12 @@ class Layers:
 
     def run(self, hidden: Tensor, angles: tuple[Tensor, Tensor], which: range, attend: Attend) -> Tensor:
         """hidden [B, S, D] after the layers `which`."""
+        forward = self._step if hidden.shape[1] == 1 else _forward
         for index in which:
             layer = self._decoder.layers[index]
             _RUNNING[layer.self_attn] = (index, attend)
             try:
-                result = layer(hidden, attention_mask=None, position_embeddings=angles, position_ids=None)
+                result = forward(layer, hidden, angles)
                 if layer.self_attn in _RUNNING:
                     raise UnsupportedModelError(f"layer {index} did not run its attention through AttentionInterface")
             finally:
@@ -88,6 +96,10 @@ class Layers:
             yield
         finally:
             self._config._attn_implementation = before
+
+
+def _forward(layer: nn.Module, hidden: Tensor, angles: tuple[Tensor, Tensor]) -> Any:
+    return layer(hidden, attention_mask=None, position_embeddings=angles, position_ids=None)
 
 
 def check_attention(decoder: Any) -> None:

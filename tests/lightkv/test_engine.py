@@ -1,6 +1,7 @@
 """The engine against `generate`, plain and under `compress`, and against itself one request at a time."""
 
 import copy
+import shutil
 from dataclasses import replace
 from functools import cache
 from itertools import count
@@ -9,6 +10,7 @@ from random import Random
 import pytest
 import torch
 import transformers
+from torch._dynamo.utils import counters
 
 from lightkv import (
     Bits,
@@ -698,3 +700,18 @@ def test_a_layer_that_attends_by_itself_is_refused(monkeypatch):
     (result,) = Engine(model, None).run([Request(0, [Text(torch.tensor([1, 2]))], [torch.tensor([3])])])
     assert isinstance(result.error, UnsupportedModelError)
     assert "layer 2 did not run its attention through AttentionInterface" in str(result.error)
+
+
+# --- compiled ---
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
+def test_compiled_steps_say_the_same():
+    """Several answers together, and one alone."""
+    model = tiny_model("qwen2_5_vl")
+    engine = Engine(model, LIGHTKV, compiled=True)
+    counters.clear()
+    assert answers_of(run(engine, *requests_of_pool())) == alone(LIGHTKV, Memory())
+    assert counters["stats"]["calls_captured"] > 20  # operations in compiled graphs
+    (longest,) = requests_of_pool()[1:2]
+    assert run(engine, longest)[1].answers[0].tokens == alone(LIGHTKV, Memory())[1]
