@@ -8,13 +8,14 @@ from lightkv.attach import compress
 from lightkv.baselines import baseline
 from lightkv.config import LightKVConfig, Stage
 from lightkv.cost import Cost, estimate
-from lightkv.engine import Engine, Generated, Memory, Request, Result
+from lightkv.engine import Engine, Memory
 from lightkv.errors import ConfigError, LightKVError, UnsupportedCallError, UnsupportedModelError
 from lightkv.families import family_of
 from lightkv.guidance import prompt_guidance
 from lightkv.layerkv import Bits
 from lightkv.layout import VisionLayout
 from lightkv.report import Report, Survivors
+from lightkv.request import Generated, Request, Result
 from lightkv.segments import Segment, Text, Vision
 from lightkv.stage import compress_tokens
 from lightkv.tokens import Compressed, Tokens
