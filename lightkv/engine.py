@@ -53,6 +53,11 @@ class Memory:
             raise ConfigError(
                 f"chunk_tokens and answers must be at least 1, got {self.chunk_tokens} and {self.answers}"
             )
+        if self.budget is not None and not (self.fold and self.budget >= 1):
+            raise ConfigError(
+                "a budget is of at least one token and needs fold=True, since layers that merge together must hold the "
+                f"same tokens; got budget={self.budget}, fold={self.fold}"
+            )
 
 
 class Engine:

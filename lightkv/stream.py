@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightkv.budget import Cached
 from lightkv.config import LightKVConfig
-from lightkv.errors import ConfigError, LightKVError, out_of_memory
+from lightkv.errors import LightKVError, out_of_memory
 from lightkv.fold import folded, mean_by_size
 from lightkv.guidance import QuestionAttention, Scorer
 from lightkv.layerkv import Bits, LayerKV
@@ -125,8 +125,6 @@ class Stream:
         self._branches = [
             Branch(question.to(layers.device), [LayerKV(bits) for _ in range(own)], [0] * own) for question in questions
         ]
-        if budget is not None and not fold:
-            raise ConfigError("a budget needs fold=True: layers that merge together must hold the same tokens")
         self.vision_tokens = 0  # of the prompt, repeats that were never encoded included
         self.text_tokens = 0  # of the prompt so far, the questions not included
         self._given = 0  # vision tokens that came in

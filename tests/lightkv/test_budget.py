@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from lightkv import ConfigError, LightKVConfig, LightKVError, Stage, Text, Vision, VisionLayout
+from lightkv import ConfigError, LightKVConfig, LightKVError, Memory, Stage, Text, Vision, VisionLayout
 from lightkv.budget import Cached
 from lightkv.layerkv import Bits
 from lightkv.layers import Layers
@@ -155,9 +155,10 @@ def test_every_question_guides_the_merging_of_layers_of_its_own(model):
     torch.testing.assert_close(own[1], own[2], atol=1e-4, rtol=1e-4)  # whoever is asked beside it
 
 
-def test_a_budget_without_folding_is_refused(model):
-    with pytest.raises(ConfigError, match="a budget needs fold=True"):
-        _stream(model, budget=30, fold=False)
+@pytest.mark.parametrize("options", [{"budget": 30}, {"budget": 0, "fold": True}])
+def test_a_budget_without_folding_or_without_a_token_is_refused(options):
+    with pytest.raises(ConfigError, match=f"needs fold=True.* got budget={options['budget']}"):
+        Memory(**options)
 
 
 def test_more_items_than_the_budget_are_refused(model):
