@@ -66,7 +66,7 @@ def spacetime(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compre
         merge(hidden, size, source, into)
         target = target.index_copy(0, source, into)[target]
         alive[chosen] = False
-        done = done + torch.bincount(field.item[chosen], minlength=len(done))
+        done = done + _counted(field.item[chosen], len(done))
         left, turn = left - len(chosen), turn + 1
     kept = torch.nonzero(target == torch.arange(len(layout), device=target.device)).flatten()
     return Compressed(hidden[kept], kept, target, size[kept])
@@ -151,9 +151,10 @@ class Field:
             block = blocks(self.layout.take(now))
             by_block = torch.argsort(block, stable=True)
             now, block = now[by_block], block[by_block]
-        else:
-            block = torch.unique_consecutive(self.item[now], return_inverse=True)[1]
-        sizes = torch.bincount(block)
+            count = int(block[-1]) + 1 if len(block) else 0
+        else:  # an item each, empty for those that take no part
+            block, count = self.item[now], len(self.sizes)
+        sizes = _counted(block, count)
         ends = sizes.cumsum(0)
         odd = self._turns(alive, PATTERNS[turn % len(PATTERNS)])[now] + turn & 1
         odds = torch.zeros_like(sizes).index_add(0, block, odd)
@@ -214,6 +215,11 @@ def blocks(tokens: VisionLayout, limit: int | None = None) -> Tensor:
         later[sizes[block] <= limit] = 0
         block = torch.unique(2 * block + later, return_inverse=True)[1]
     return block
+
+
+def _counted(group: Tensor, count: int) -> Tensor:
+    """How many of each of 0 … count - 1, int64; unlike torch.bincount, without waiting for a GPU."""
+    return group.new_zeros(count).index_add(0, group, torch.ones_like(group))
 
 
 def _rank(group: Tensor) -> Tensor:
