@@ -5,9 +5,15 @@
 Scores are held in units of log 2, s = (q · k) · (scale log2 e) + bias log2 e, so that exp2 serves. Key tiles are
 counted from `first`, so padding is never loaded. The number of key chunks in decode depends on K alone, so that a row's
 result does not depend on the rest of its batch.
+
+Two forms share the kernels. In a batch, `starts` are None and every sequence has `most_q` queries and `most_k` keys. In
+packed sequences, starts say where each begins and these are upper bounds: programs beyond a sequence's own end return,
+and what a batch's stride is for the one, a token's is for the other. Whether a packed sequence is prefilled or decoded,
+and in which tiles, follows from its own sizes: so its result does not depend on the rest of the launch.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -82,6 +88,16 @@ def _sweep(
 
 
 @triton.jit
+def _sequence(starts, b, most):
+    """(place, tokens) of sequence b: it begins at place × the batch's stride."""
+    if starts is None:
+        return b, most
+    else:
+        place = tl.load(starts + b)
+        return place, (tl.load(starts + b + 1) - place).to(tl.int32)
+
+
+@triton.jit
 def _padding(first, b, keys):
     """first[b], within 0 … keys."""
     if first is None:
@@ -90,31 +106,47 @@ def _padding(first, b, keys):
         return tl.minimum(tl.maximum(tl.load(first + b), 0), keys).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["length", "keys"])
+@triton.jit
+def _split(starts_k, b, place, keys, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    """(keys per chunk, chunks, slot of the first chunk's partial results) of sequence b.
+
+    Packed sequences have ⌊keys / CHUNK⌋ + 1 chunks at most, so those before b have ⌊place / CHUNK⌋ + b.
+    """
+    chunk = CHUNK * tl.maximum(tl.cdiv(keys, CHUNK * CHUNKS), 1)
+    chunks = tl.cdiv(keys, chunk)
+    return chunk, chunks, b * chunks if starts_k is None else place // CHUNK + b
+
+
+@triton.jit(do_not_specialize=["most_q", "most_k"])
 def prefill_kernel(
-    q, k, v, bias, first, out, scale, length, keys, key_heads,
-    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch, bias_key,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, bias, first, starts_q, starts_k, out, scale, most_q, most_k, key_heads,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch, bias_key, out_batch,
+    GROUP: tl.constexpr, D: tl.constexpr, FEW: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of BLOCK_M queries of one head.
+    """One program per tile of BLOCK_M queries of one head; packed sequences of FEW queries or less are left out.
 
     Neighbours share keys: the heads of a group, then the tiles of a key head, those with most keys first.
     """
-    tiles = tl.cdiv(length, BLOCK_M)
+    tiles = tl.cdiv(most_q, BLOCK_M)
     index = tl.program_id(0)
     member, index = index % GROUP, index // GROUP
     tile, index = tiles - 1 - index % tiles, index // tiles
     b, key_head = (index // key_heads).to(tl.int64), (index % key_heads).to(tl.int64)
     head = key_head * GROUP + member
+    place_q, length = _sequence(starts_q, b, most_q)
+    if starts_q is not None and ((tile * BLOCK_M >= length) | (length <= FEW)):
+        return
+    place_k, keys = _sequence(starts_k, b, most_k)
 
     query, column = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     real, inside = query < length, column < D
-    q += b * q_batch + head * q_head
+    q += place_q * q_batch + head * q_head
     q_tile = _rows(q + query[:, None].to(tl.int64) * q_row + column[None, :], real, inside, True)
-    k += b * k_batch + key_head * k_head
-    v += b * v_batch + key_head * v_head
+    k += place_k * k_batch + key_head * k_head
+    v += place_k * v_batch + key_head * v_head
     if bias is not None:
-        bias += b * bias_batch
+        bias += place_k * bias_batch
 
     position = keys - length + query
     lowest = keys - length + tile * BLOCK_M  # position of the tile's first query: it sees least
@@ -132,39 +164,45 @@ def prefill_kernel(
         state, q_tile, position, k, v, bias, k_row, v_row, bias_key, whole, end, scale, D, BLOCK_N, CAUSAL=True
     )
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    at = (b * length + query) * (key_heads * GROUP) + head
-    tl.store(
-        out + at[:, None] * D + column[None, :], result.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :]
-    )
+    out += place_q * out_batch + head * D
+    at = query[:, None].to(tl.int64) * (key_heads * GROUP * D) + column[None, :]
+    tl.store(out + at, result.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "keys", "chunk", "chunks"])
+@triton.jit(do_not_specialize=["most_q", "most_k", "chunks", "slots"])
 def decode_kernel(
-    q, k, v, bias, first, tops, totals, accs, scale, length, keys, chunk, chunks, key_heads,
+    q, k, v, bias, first, starts_q, starts_k, tops, totals, accs, scale, most_q, most_k, chunks, slots, key_heads,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, bias_batch, bias_key,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, FEW: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk of keys of one key head and BLOCK_M of its rows, row = head of the group × length + query.
 
-    Writes the chunk's maximum and sum, fp32 [B, Hq, L, chunks], and unnormalised values, fp32 [B, Hq, L, chunks, D].
+    Writes the chunk's maximum and sum, fp32 [Hq, most_q, slots], and unnormalised values, fp32 [Hq, most_q, slots, D].
+    Packed sequences of more than FEW queries are left out.
     """
-    blocks = tl.cdiv(GROUP * length, BLOCK_M)
+    blocks = tl.cdiv(GROUP * most_q, BLOCK_M)
     index = tl.program_id(0)
     block, index = index % blocks, index // blocks
     part, index = index % chunks, index // chunks
     b, key_head = (index // key_heads).to(tl.int64), (index % key_heads).to(tl.int64)
+    place_q, length = _sequence(starts_q, b, most_q)
+    place_k, keys = _sequence(starts_k, b, most_k)
+    chunk, parts, slot = _split(starts_k, b, place_k, keys, CHUNK, CHUNKS)
+    if starts_q is not None and ((block * BLOCK_M >= GROUP * length) | (length > FEW) | (part >= parts)):
+        return
 
     row, column = block * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     real, inside = row < GROUP * length, column < D
     member, query = (row // length).to(tl.int64), row % length
-    q += b * q_batch + key_head * GROUP * q_head
+    q += place_q * q_batch + key_head * GROUP * q_head
     q_tile = _rows(
         q + member[:, None] * q_head + query[:, None].to(tl.int64) * q_row + column[None, :], real, inside, True
     )
-    k += b * k_batch + key_head * k_head
-    v += b * v_batch + key_head * v_head
+    k += place_k * k_batch + key_head * k_head
+    v += place_k * v_batch + key_head * v_head
     if bias is not None:
-        bias += b * bias_batch
+        bias += place_k * bias_batch
 
     begin = _padding(first, b, keys) + part * chunk
     end = tl.minimum(begin + chunk, keys)
@@ -177,27 +215,35 @@ def decode_kernel(
         state, q_tile, keys - length + query, k, v, bias, k_row, v_row, bias_key, begin, end, scale, D, BLOCK_N,
         CAUSAL=True,
     )  # fmt: skip
-    at = ((b * key_heads + key_head) * GROUP * length + row) * chunks + part
+    at = ((key_head * GROUP + member) * most_q + query) * slots + slot + part
     tl.store(tops + at, top, mask=real)
     tl.store(totals + at, total, mask=real)
     tl.store(accs + at[:, None] * D + column[None, :], acc, mask=real[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["length", "chunks"])
+@triton.jit(do_not_specialize=["most_q", "most_k", "slots"])
 def combine_kernel(
-    tops, totals, accs, out, length, chunks, heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    tops, totals, accs, starts_q, starts_k, out, most_q, most_k, slots, heads, out_batch,
+    D: tl.constexpr, FEW: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program per query and head: out = Σ_c 2^(top_c - top) acc_c / Σ_c 2^(top_c - top) total_c."""
     row = tl.program_id(0).to(tl.int64)
-    query, head, b = row % length, row // length % heads, row // length // heads
+    query, head, b = row % most_q, row // most_q % heads, row // most_q // heads
+    place_q, length = _sequence(starts_q, b, most_q)
+    if starts_q is not None and ((query >= length) | (length > FEW)):
+        return
+    place_k, keys = _sequence(starts_k, b, most_k)
+    _, chunks, slot = _split(starts_k, b, place_k, keys, CHUNK, CHUNKS)
+    slot += (head * most_q + query) * slots
+
     lane, column = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     inside = column < D
     top = tl.full([1], LOWEST, tl.float32)
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for start in tl.range(0, chunks, BLOCK_C):
-        real, at = start + lane < chunks, row * chunks + start + lane
+        real, at = start + lane < chunks, slot + start + lane
         tops_here = tl.load(tops + at, mask=real, other=LOWEST)
         totals_here = tl.load(totals + at, mask=real, other=0.0)
         accs_here = tl.load(accs + at[:, None] * D + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
@@ -207,55 +253,101 @@ def combine_kernel(
         acc = acc * shrink + tl.sum(weight[:, None] * accs_here, 0)
         top = higher
     result = acc / tl.where(total == 0.0, 1.0, total)
-    at = (b * length + query) * heads + head
-    tl.store(out + at * D + column, result.to(out.dtype.element_ty), mask=inside)
+    out += place_q * out_batch + (query * heads + head) * D
+    tl.store(out + column, result.to(out.dtype.element_ty), mask=inside)
 
 
 def attend_triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor | None, scale: float) -> Tensor:
     """`attend` by kernels: split over keys where queries are few."""
+    (batch, heads, length, dims), keys = q.shape, k.shape[2]
     q, k, v = (states if states.stride(-1) == 1 else states.contiguous() for states in (q, k, v))
     first = None if first is None else first.contiguous()
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
+    out = q.new_empty(batch, length, heads, dims)
     if out.numel():
-        with torch.cuda.device_of(q):
-            launch = _decode if q.shape[2] <= DECODE_QUERIES else _prefill
-            launch(q, k, v, bias, first, out, scale * LOG2E.value)
+        work = _Work(q, k, v, bias, first, None, None, out, scale * LOG2E.value, batch)
+        if length > DECODE_QUERIES:
+            work.prefill(length, keys)
+        else:
+            chunks = triton.cdiv(keys, CHUNK_KEYS * triton.cdiv(keys, CHUNK_KEYS * MAX_CHUNKS))
+            rows = heads // k.shape[1] * length
+            work.decode(length, keys, chunks, batch * chunks, decode_tiles(dims, q.dtype, rows))
     return out
 
 
-def _prefill(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor | None, out: Tensor, scale: float
-) -> None:
-    (batch, heads, length, dims), (key_heads, keys) = q.shape, k.shape[1:3]
-    tiles = prefill_tiles(dims, q.dtype)
-    grid = (triton.cdiv(length, tiles["BLOCK_M"]) * heads * batch,)
-    strides = _strides(q, k, v, bias)
-    group = heads // key_heads
-    prefill_kernel[grid](
-        q, k, v, bias, first, out, scale, length, keys, key_heads, *strides, GROUP=group, D=dims, **tiles
-    )
+def attend_packed_triton(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, starts_q: Tensor, starts_k: Tensor, scale: float,
+    most_q: int, most_k: int,
+) -> Tensor:  # fmt: skip
+    """`attend_packed` by the same kernels: every sequence by one of the two launches, which pass over the others."""
+    sequences, group, dims = len(starts_q) - 1, q.shape[1] // k.shape[1], q.shape[2]
+    out = q.new_empty(q.shape)
+    if out.numel():
+        q, k, v = (states if states.stride(-1) == 1 else states.contiguous() for states in (q, k, v))
+        starts_q, starts_k = starts_q.contiguous(), starts_k.contiguous()
+        work = _Work(q, k, v, bias, None, starts_q, starts_k, out, scale * LOG2E.value, sequences)
+        if most_q > DECODE_QUERIES:
+            work.prefill(most_q, most_k)
+        if len(q) - (sequences - 1) * most_q <= DECODE_QUERIES:  # what one has at least if the others have the most
+            chunks = min(MAX_CHUNKS, triton.cdiv(most_k, CHUNK_KEYS))
+            slots = len(k) // CHUNK_KEYS + sequences
+            tiles = decode_tiles(dims, q.dtype, group)  # by what all launches share: tiles decide how sums are rounded
+            work.decode(min(most_q, DECODE_QUERIES), most_k, chunks, slots, tiles)
+    return out
 
 
-def _decode(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor | None, out: Tensor, scale: float
-) -> None:
-    (batch, heads, length, dims), (key_heads, keys) = q.shape, k.shape[1:3]
-    group = heads // key_heads
-    tiles = decode_tiles(dims, q.dtype, group * length)
-    chunk = CHUNK_KEYS * triton.cdiv(keys, CHUNK_KEYS * MAX_CHUNKS)
-    chunks = triton.cdiv(keys, chunk)
-    tops, totals = q.new_empty(2, batch, heads, length, chunks, dtype=torch.float32)
-    accs = q.new_empty(batch, heads, length, chunks, dims, dtype=torch.float32)
-    grid = (triton.cdiv(group * length, tiles["BLOCK_M"]) * chunks * key_heads * batch,)
-    strides = _strides(q, k, v, bias)
-    decode_kernel[grid](
-        q, k, v, bias, first, tops, totals, accs, scale, length, keys, chunk, chunks, key_heads, *strides,
-        GROUP=group, D=dims, **tiles,
-    )  # fmt: skip
-    combine_kernel[(batch * heads * length,)](
-        tops, totals, accs, out, length, chunks, heads,
-        D=dims, BLOCK_D=tiles["BLOCK_D"], BLOCK_C=CHUNKS_AT_ONCE, num_warps=4,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class _Work:
+    """Arguments of all kernels: tensors [B, heads, tokens, d], or packed [tokens, heads, d] with starts."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    first: Tensor | None
+    starts_q: Tensor | None
+    starts_k: Tensor | None
+    out: Tensor
+    scale: float
+    sequences: int
+
+    def prefill(self, most_q: int, most_k: int) -> None:
+        heads, key_heads, dims = self.q.shape[1], self.k.shape[1], self.q.shape[-1]
+        tiles = prefill_tiles(dims, self.q.dtype)
+        grid = (triton.cdiv(most_q, tiles["BLOCK_M"]) * heads * self.sequences,)
+        with torch.cuda.device_of(self.q):
+            prefill_kernel[grid](
+                *self._inputs, self.out, self.scale, most_q, most_k, key_heads, *self._strides, self.out.stride(0),
+                GROUP=heads // key_heads, D=dims, FEW=DECODE_QUERIES, **tiles,
+            )  # fmt: skip
+
+    def decode(self, most_q: int, most_k: int, chunks: int, slots: int, tiles: dict[str, int]) -> None:
+        """`chunks` of a sequence at most, `slots` for those of all."""
+        heads, key_heads, dims = self.q.shape[1], self.k.shape[1], self.q.shape[-1]
+        group = heads // key_heads
+        tops, totals = self.q.new_empty(2, heads, most_q, slots, dtype=torch.float32)
+        accs = self.q.new_empty(heads, most_q, slots, dims, dtype=torch.float32)
+        grid = (triton.cdiv(group * most_q, tiles["BLOCK_M"]) * chunks * key_heads * self.sequences,)
+        sizes = {"D": dims, "FEW": DECODE_QUERIES, "CHUNK": CHUNK_KEYS, "CHUNKS": MAX_CHUNKS}
+        with torch.cuda.device_of(self.q):
+            decode_kernel[grid](
+                *self._inputs, tops, totals, accs, self.scale, most_q, most_k, chunks, slots, key_heads,
+                *self._strides, GROUP=group, **sizes, **tiles,
+            )  # fmt: skip
+            combine_kernel[(self.sequences * heads * most_q,)](
+                tops, totals, accs, self.starts_q, self.starts_k, self.out, most_q, most_k, slots, heads,
+                self.out.stride(0), **sizes, BLOCK_D=tiles["BLOCK_D"], BLOCK_C=CHUNKS_AT_ONCE, num_warps=4,
+            )  # fmt: skip
+
+    @property
+    def _inputs(self) -> tuple[Tensor | None, ...]:
+        return self.q, self.k, self.v, self.bias, self.first, self.starts_q, self.starts_k
+
+    @property
+    def _strides(self) -> tuple[int, ...]:
+        """Of batch, head and token of q, k and v, then of batch and token of bias; a packed batch is its tokens."""
+        of_states = [x.stride(axis) for x in (self.q, self.k, self.v) for axis in (0, 1, 0 if x.ndim == 3 else 2)]
+        of_bias = (0, 0) if self.bias is None else (self.bias.stride(0), self.bias.stride(-1))
+        return *of_states, *of_bias
 
 
 def prefill_tiles(dims: int, dtype: torch.dtype) -> dict[str, int]:
@@ -276,8 +368,3 @@ def _tiles(dims: int, dtype: torch.dtype, rows: int) -> dict[str, int]:
     held = KEYS_BYTES_FP32 if dtype == torch.float32 else KEYS_BYTES
     keys = max(16, min(64, held // (dims * dtype.itemsize)))
     return {"BLOCK_D": dims, "BLOCK_M": rows, "BLOCK_N": keys}
-
-
-def _strides(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[int, ...]:
-    of_bias = (0, 0) if bias is None else bias.stride()
-    return (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *of_bias)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightkv.errors import ConfigError
 from lightkv.ops.attend import attend_fused, attend_torch, check_states
-from lightkv.ops.dispatch import use_fused
+from lightkv.ops.dispatch import use_fused, use_triton
 
 
 def attend_packed(
@@ -36,9 +36,13 @@ def attend_packed(
            starts_k[0] and from starts_k[R] on belong to none and are not read
     most   the most queries and keys of a sequence, or more: kernels are sized by it, without waiting for the device
 
-    Raises ConfigError for shapes and dtypes that do not fit; where the starts do not, on CPUs only.
+    Raises ConfigError for what does not fit. What the starts hold is checked by the twin alone: the kernels trust it.
     """
     _check(q, k, v, bias, starts_q, starts_k, most_q)
+    if use_triton(q):
+        from lightkv.ops.attend_kernel import attend_packed_triton
+
+        return attend_packed_triton(q, k, v, bias, starts_q, starts_k, scale, most_q, most_k)
     if use_fused(q):
         fused = partial(attend_fused, scale=scale)
         return _one_by_one(fused, q, k, v, bias, starts_q, starts_k, most_q, most_k)

@@ -270,42 +270,59 @@ def test_heads_wider_than_registers_hold_are_refused():
         attend(wide, wide, wide, None, None, 1.0)
 
 
-COMPILED = pytest.mark.parametrize(("name", "dtype"), [("bf16", BF16), ("fp32", FP32)])
-POINTERS = {"bias": "*fp32", "first": "*i64"}
+COMPILED = pytest.mark.parametrize(
+    ("name", "dtype", "packed"), [("bf16", BF16, False), ("fp32", FP32, False), ("bf16", BF16, True)]
+)
 STRIDES = dict.fromkeys(
     [f"{name}_{axis}" for name in "qkv" for axis in ("batch", "head", "row")] + ["bias_batch", "bias_key"], "i64"
 )
-TILES = dict.fromkeys(["GROUP", "D", "BLOCK_D", "BLOCK_M", "BLOCK_N"], "constexpr")
+SPLIT = {"FEW": 16, "CHUNK": 256, "CHUNKS": 128}
 
 
-def compile_tiled(kernel: str, name: str, middle: dict[str, str], tiles: dict[str, int], dims: int) -> None:
+def sides(packed: bool) -> dict[str, str]:
+    """Types of `first` and `starts`: what a form does not have is the constant None."""
+    of_batch, of_packed = ("constexpr", "*i64") if packed else ("*i64", "constexpr")
+    return {"first": of_batch, "starts_q": of_packed, "starts_k": of_packed}
+
+
+def compile_form(kernel: str, signature: dict[str, str], constants: dict[str, int], **options: int) -> None:
+    signature |= dict.fromkeys(constants, "constexpr")
+    nothing = {name: None for name, kind in signature.items() if kind == "constexpr"}
+    compile_kernel("lightkv.ops.attend_kernel", kernel, signature, {**nothing, **constants}, **options)
+
+
+def compile_tiled(
+    kernel: str, name: str, packed: bool, middle: dict[str, str], constants: dict[str, int], tiles: dict[str, int]
+) -> None:
     options = {name: tiles[name] for name in ("num_warps", "num_stages")}
-    constants = {"GROUP": 7, "D": dims, **{name: tiles[name] for name in tiles if name.startswith("BLOCK")}}
-    signature = {**dict.fromkeys("qkv", f"*{name}"), **POINTERS, **middle, "key_heads": "i32", **STRIDES, **TILES}
-    compile_kernel("lightkv.ops.attend_kernel", kernel, signature, constants, **options)
+    blocks = {name: tiles[name] for name in tiles if name.startswith("BLOCK")}
+    signature = {**dict.fromkeys("qkv", f"*{name}"), "bias": "*fp32", **sides(packed), **middle}
+    compile_form(kernel, signature, {"GROUP": 7, "D": 128, **constants, **blocks}, **options)
 
 
 @COMPILED
-def test_prefill_kernel_compiles(name, dtype):
-    middle = {"out": f"*{name}", "scale": "fp32", "length": "i32", "keys": "i32"}
-    compile_tiled("prefill_kernel", name, middle, prefill_tiles(128, dtype), 128)
+def test_prefill_kernel_compiles(name, dtype, packed):
+    sizes = dict.fromkeys(["most_q", "most_k", "key_heads"], "i32")
+    middle = {"out": f"*{name}", "scale": "fp32", **sizes, **STRIDES, "out_batch": "i64"}
+    compile_tiled("prefill_kernel", name, packed, middle, {"FEW": 16}, prefill_tiles(128, dtype))
 
 
 @COMPILED
-def test_decode_kernel_compiles(name, dtype):
+def test_decode_kernel_compiles(name, dtype, packed):
     partial = dict.fromkeys(["tops", "totals", "accs"], "*fp32")
-    lengths = dict.fromkeys(["length", "keys", "chunk", "chunks"], "i32")
-    middle = {**partial, "scale": "fp32", **lengths}
-    compile_tiled("decode_kernel", name, middle, decode_tiles(128, dtype, 7), 128)
+    sizes = dict.fromkeys(["most_q", "most_k", "chunks", "slots", "key_heads"], "i32")
+    middle = {**partial, "scale": "fp32", **sizes, **STRIDES}
+    compile_tiled("decode_kernel", name, packed, middle, SPLIT, decode_tiles(128, dtype, 7))
 
 
-def test_combine_kernel_compiles():
+@pytest.mark.parametrize("packed", [False, True], ids=["batch", "packed"])
+def test_combine_kernel_compiles(packed):
     signature = {
         **dict.fromkeys(["tops", "totals", "accs"], "*fp32"),
+        "starts_q": sides(packed)["starts_q"],
+        "starts_k": sides(packed)["starts_k"],
         "out": "*bf16",
-        **dict.fromkeys(["length", "chunks", "heads"], "i32"),
-        **dict.fromkeys(["D", "BLOCK_D", "BLOCK_C"], "constexpr"),
+        **dict.fromkeys(["most_q", "most_k", "slots", "heads"], "i32"),
+        "out_batch": "i64",
     }
-    compile_kernel(
-        "lightkv.ops.attend_kernel", "combine_kernel", signature, {"D": 128, "BLOCK_D": 128, "BLOCK_C": 32}, num_warps=4
-    )
+    compile_form("combine_kernel", signature, {"D": 128, **SPLIT, "BLOCK_D": 128, "BLOCK_C": 32}, num_warps=4)
