@@ -49,9 +49,15 @@ def apart(form, arguments):
 
 
 def poison(patch):
-    """NaN in memory that nothing has been written to."""
-    empty = Tensor.new_empty
-    patch.setattr(Tensor, "new_empty", lambda like, *size, **how: poisoned(empty(like, *size, **how)))
+    """NaN in memory that nothing has been written to; a list of all that is made."""
+    empty, made = Tensor.new_empty, []
+
+    def new_empty(like, *size, **how):
+        made.append(poisoned(empty(like, *size, **how)))
+        return made[-1]
+
+    patch.setattr(Tensor, "new_empty", new_empty)
+    return made
 
 
 @pytest.mark.parametrize("biased", [True, False], ids=["bias", "plain"])
@@ -225,6 +231,22 @@ def test_result_carries_no_gradient(form):
     for name in ("q", "k", "v"):
         arguments[name].requires_grad_()
     assert not form(**arguments).requires_grad
+
+
+def test_each_launch_leaves_the_sequences_of_the_other_alone(monkeypatch):
+    arguments = case([(20, 20), (3, 9)], (1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(attend_kernel._Work, "decode", lambda *_: None)
+        poison(patch)
+        out = attend_packed_triton(**arguments)
+        assert out.isnan().flatten(1).all(1).tolist() == [False] * 20 + [True] * 3
+    monkeypatch.setattr(attend_kernel._Work, "prefill", lambda *_: None)
+    made = poison(monkeypatch)
+    out = attend_packed_triton(**arguments)
+    assert out.isnan().flatten(1).all(1).tolist() == [True] * 20 + [False] * 3
+    _, sums, values, *_ = made  # in slots, of which the first is the prefill's
+    assert sums[..., 0].isnan().all()
+    assert values[:, :, 0].isnan().all()
 
 
 @pytest.mark.parametrize(
