@@ -29,6 +29,11 @@ def attend_bytes(queries: int, keys: int, heads: int, key_heads: int, dims: int,
     return 2 * (queries * heads + keys * key_heads) * dims * element + keys * FP32
 
 
+def attend_packed_bytes(tokens: int, sequences: int, heads: int, key_heads: int, dims: int, element: int) -> int:
+    """As attend_bytes with as many queries as keys, and where each sequence begins, 8 per start and side."""
+    return attend_bytes(tokens, tokens, heads, key_heads, dims, element) + 2 * (sequences + 1) * INT64
+
+
 def pair_flops(pairs: int, width: int) -> int:
     """Multiply and add of inner products."""
     return 2 * pairs * width

@@ -8,19 +8,23 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from jobs.benchmark.bytes import attend_bytes, causal_flops, pair_flops
+from jobs.benchmark.bytes import attend_bytes, attend_packed_bytes, causal_flops, pair_flops
 from jobs.benchmark.op import OpWork
 from jobs.benchmark.scale import Scale
 from lightkv.attention import HOOKS, AttentionHook, KeyWeights, hooked
 from lightkv.ops.attend import attend, attend_torch
+from lightkv.ops.attend_packed import attend_packed, attend_packed_torch
+from lightkv.packing import Packing
 
 LARGEST = 64.0  # tokens that one key stands for, at most
+SEQUENCES = 8  # that share the tokens of a packed prefill
 
 
 def prefill(scale: Scale, tokens: int) -> OpWork:
@@ -39,16 +43,62 @@ def _attend(scale: Scale, queries: int, keys: int, flops: int) -> OpWork:
     make = partial(torch.randn, device=scale.device, dtype=scale.dtype)
     q = make(1, queries, shape.heads, shape.head_dim).transpose(1, 2)
     k, v = (make(1, shape.kv_heads, keys, shape.head_dim) for _ in range(2))
-    bias = (1 + (LARGEST - 1) * torch.rand(1, keys, device=scale.device)).log()
-    factor = shape.head_dim**-0.5
-    plain = partial(F.scaled_dot_product_attention, q, k, v, is_causal=queries > 1, scale=factor, enable_gqa=True)
+    bias, factor = _bias(scale, keys)[None], shape.head_dim**-0.5
     return OpWork(
         partial(attend, q, k, v, bias, None, factor),
         partial(attend_torch, q, k, v, bias, None, factor),
         attend_bytes(queries, keys, shape.heads, shape.kv_heads, shape.head_dim, scale.element),
         flops,
-        {"sdpa": plain, "no kernel": without_kernel(q, k, v, bias, factor)},
+        {"sdpa": _plain(q, k, v, factor), "no kernel": without_kernel(q, k, v, bias, factor)},
     )
+
+
+def packed(scale: Scale, tokens: int) -> OpWork:
+    """SEQUENCES prefills that share the tokens as 1 : 2 : 3 : …, all in one launch.
+
+    "padded" is `attend` on them as one batch; "sdpa" and "no kernel" take one after another.
+    """
+    shape, factor = scale.shape, scale.shape.head_dim**-0.5
+    shares = list(accumulate(range(SEQUENCES + 1)))
+    ends = [tokens * share // shares[-1] for share in shares]
+    lengths = tuple(end - begin for begin, end in pairwise(ends))
+    make = partial(torch.randn, device=scale.device, dtype=scale.dtype)
+    q, k, v = (make(tokens, heads, shape.head_dim) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
+    bias, starts = _bias(scale, tokens), torch.tensor(ends, device=scale.device)
+    arguments = (q, k, v, bias, starts, starts, factor, max(lengths), max(lengths))
+    rows = Packing(lengths, max(lengths), scale.device)
+    batch_q, batch_k, batch_v = (rows.pad(states).transpose(1, 2) for states in (q, k, v))
+    plain, without = [], []
+    for parts in zip(*(x.split(lengths) for x in (q, k, v, bias)), strict=True):
+        row_q, row_k, row_v = (part.transpose(0, 1)[None] for part in parts[:3])
+        plain.append(_plain(row_q, row_k, row_v, factor))
+        without.append(without_kernel(row_q, row_k, row_v, parts[3][None], factor))
+    return OpWork(
+        partial(attend_packed, *arguments),
+        partial(attend_packed_torch, *arguments),
+        attend_packed_bytes(tokens, SEQUENCES, shape.heads, shape.kv_heads, shape.head_dim, scale.element),
+        sum(causal_flops(length, shape.heads, shape.head_dim) for length in lengths),
+        {
+            "sdpa": _in_turn(plain),
+            "no kernel": _in_turn(without),
+            "padded": partial(attend, batch_q, batch_k, batch_v, rows.pad(bias), rows.first, factor),
+        },
+    )
+
+
+def _bias(scale: Scale, keys: int) -> Tensor:
+    """fp32 [keys], the logarithms of 1 to LARGEST."""
+    return (1 + (LARGEST - 1) * torch.rand(keys, device=scale.device)).log()
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Tensor]:
+    """torch's attention without bias: [B, Hq, L, d]."""
+    causal = q.shape[2] > 1
+    return partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+
+
+def _in_turn(forms: list[Callable[[], Tensor]]) -> Callable[[], list[Tensor]]:
+    return lambda: [form() for form in forms]
 
 
 class _Attention(nn.Module):

@@ -8,7 +8,7 @@ from jobs.benchmark.bytes import pair_flops
 from jobs.benchmark.cell import Cell, Values
 from jobs.benchmark.derive import COPY, MATMUL
 from jobs.benchmark.op import Op
-from jobs.benchmark.op_attend import decode, prefill
+from jobs.benchmark.op_attend import SEQUENCES, decode, packed, prefill
 from jobs.benchmark.op_tokens import merging, nearest_in_blocks, nearest_in_windows, votes
 from jobs.benchmark.run import timing
 from jobs.benchmark.scale import K, Scale
@@ -16,6 +16,7 @@ from jobs.benchmark.timer import Timer
 
 TWIN_MOST = 64 * K
 PREFILL, DECODE = "attend, prefill", "attend, decode"
+PACKED = f"attend, {SEQUENCES} packed prefills"
 
 
 def cells(scale: Scale) -> list[Cell]:
@@ -27,7 +28,7 @@ def cells(scale: Scale) -> list[Cell]:
             Cell("ops", op.name, {"tokens": tokens}, partial(op.measure, scale, tokens))
             for op in operations(scale)
             for tokens in scale.op_tokens
-            if op.name != PREFILL or tokens <= scale.attend_most
+            if op.name not in (PREFILL, PACKED) or tokens <= scale.attend_most
         ),
     ]
 
@@ -43,6 +44,7 @@ def operations(scale: Scale) -> tuple[Op, ...]:
         Op("softmax_votes, sum", partial(votes, reduce="sum"), TWIN_MOST),
         Op("softmax_votes, max", partial(votes, reduce="max"), TWIN_MOST),
         Op(PREFILL, prefill, scale.twin_most),
+        Op(PACKED, packed, scale.twin_most),
         Op(DECODE, decode, TWIN_MOST),
     )
 

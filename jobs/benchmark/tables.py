@@ -8,7 +8,7 @@ from typing import Any
 from jobs.benchmark.cell import Values, parts
 from jobs.benchmark.derive import COPY, LAYER, MATMUL, median
 from jobs.benchmark.op import KERNEL, TWIN
-from jobs.benchmark.ops import DECODE, PREFILL
+from jobs.benchmark.ops import DECODE, PACKED, PREFILL
 
 NONE = "–"
 
@@ -52,12 +52,13 @@ def _operation(cell: Values) -> str:
 
 def attention(cells: Sequence[Values]) -> str:
     """Attention with a bias per key beside the floor and beside the way around the kernel."""
-    found = [cell for cell in cells if cell["name"] in (PREFILL, DECODE) and "forms" in cell]
+    found = [cell for cell in cells if cell["name"] in (PREFILL, PACKED, DECODE) and "forms" in cell]
     if not found:
         return ""
     legend = (
         "**Attention with a bias per key**: our kernel / torch's scaled_dot_product_attention without bias, the floor "
-        "/ without our kernel (widened heads in prefill, a row in the mask in decode)."
+        "/ without our kernel (widened heads in prefill, a row in the mask in decode). These two take packed sequences "
+        "one after another."
     )
     return _grid(legend, "attention", found, "tokens", _beside)
 

@@ -12,13 +12,20 @@ import torch
 
 from jobs.benchmark import __main__ as benchmark
 from jobs.benchmark import timer
-from jobs.benchmark.bytes import attend_bytes, causal_flops, merge_bytes, nearest_bytes, votes_bytes
+from jobs.benchmark.bytes import (
+    attend_bytes,
+    attend_packed_bytes,
+    causal_flops,
+    merge_bytes,
+    nearest_bytes,
+    votes_bytes,
+)
 from jobs.benchmark.cell import Cell, parts
 from jobs.benchmark.decoder import weight_bytes
 from jobs.benchmark.derive import COPY, LAYER, PLAIN, derive
 from jobs.benchmark.model import Load
 from jobs.benchmark.op import KERNEL, TWIN, Op, OpWork
-from jobs.benchmark.op_attend import decode, prefill, torch_only
+from jobs.benchmark.op_attend import decode, packed, prefill, torch_only
 from jobs.benchmark.op_tokens import merging, nearest_in_blocks, nearest_in_windows, votes
 from jobs.benchmark.prompt import Prompt, grid_of, three_axes
 from jobs.benchmark.readme import NOT_MEASURED, speed
@@ -273,6 +280,22 @@ def test_attention_without_the_kernel_is_the_same_attention(setting):
     assert form.beside["sdpa"]().transpose(1, 2).shape == form.twin().shape
 
 
+def test_packed_prefills_are_the_same_attention_in_every_form():
+    form = packed(TINY, 100)
+    _, k, _, _, starts, starts_k, _, most, most_k = form.operation.args
+    lengths = starts.diff().tolist()
+    assert lengths == [2, 6, 8, 11, 14, 17, 19, 23]
+    assert (most, most_k, len(k)) == (23, 23, 100)
+    assert torch.equal(starts, starts_k)
+    twin = form.twin()
+    torch.testing.assert_close(form.operation(), twin, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(form.beside["no kernel"](), 1)[0], twin, atol=1e-5, rtol=1e-5)
+    in_rows = [row[-length:] for row, length in zip(form.beside["padded"](), lengths, strict=True)]
+    torch.testing.assert_close(torch.cat(in_rows), twin, atol=1e-5, rtol=1e-5)
+    assert [part.shape[2] for part in form.beside["sdpa"]()] == lengths
+    assert form.flops == sum(prefill(TINY, length).flops for length in lengths)
+
+
 def test_switching_kernels_off_is_undone(monkeypatch):
     for before in ("auto", None):
         monkeypatch.delenv("LIGHTKV_OPS", raising=False)
@@ -348,6 +371,7 @@ def test_bytes_are_those_of_the_tensors():
     assert nearest_bytes(10, 2, 6, 2, places=False) == read - places.nbytes + index.nbytes + scores.nbytes
     assert merge_bytes(3, 2, 6, 2) == (3 + 2 + 2) * (6 * 2 + 4) + 2 * 3 * 8
     assert attend_bytes(1, 100, 28, 4, 128, 2) == 2 * 28 * 128 * 2 + 2 * 100 * 4 * 128 * 2 + 100 * 4
+    assert attend_packed_bytes(100, 8, 28, 4, 128, 2) == attend_bytes(100, 100, 28, 4, 128, 2) + 2 * 9 * 8
     assert votes_bytes(100, 28, 64, 4, 128, 2) == (100 * 28 + 64 * 4) * 256 + 164 * 8 + 400 + 32
 
 
