@@ -221,29 +221,18 @@ def decode_kernel(
     tl.store(accs + at[:, None] * D + column[None, :], acc, mask=real[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["most_q", "most_k", "slots"])
-def combine_kernel(
-    tops, totals, accs, starts_q, starts_k, out, most_q, most_k, slots, heads, out_batch,
-    D: tl.constexpr, FEW: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+@triton.jit
+def combined(
+    tops, totals, accs, chunks, out, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """One program per query and head: out = Σ_c 2^(top_c - top) acc_c / Σ_c 2^(top_c - top) total_c."""
-    row = tl.program_id(0).to(tl.int64)
-    query, head, b = row % most_q, row // most_q % heads, row // most_q // heads
-    place_q, length = _sequence(starts_q, b, most_q)
-    if starts_q is not None and ((query >= length) | (length > FEW)):
-        return
-    place_k, keys = _sequence(starts_k, b, most_k)
-    _, chunks, slot = _split(starts_k, b, place_k, keys, CHUNK, CHUNKS)
-    slot += (head * most_q + query) * slots
-
+    """out = Σ_c 2^(top_c - top) acc_c / Σ_c 2^(top_c - top) total_c, of one query and head."""
     lane, column = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     inside = column < D
     top = tl.full([1], LOWEST, tl.float32)
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([BLOCK_D], tl.float32)
     for start in tl.range(0, chunks, BLOCK_C):
-        real, at = start + lane < chunks, slot + start + lane
+        real, at = start + lane < chunks, (start + lane).to(tl.int64)
         tops_here = tl.load(tops + at, mask=real, other=LOWEST)
         totals_here = tl.load(totals + at, mask=real, other=0.0)
         accs_here = tl.load(accs + at[:, None] * D + column[None, :], mask=real[:, None] & inside[None, :], other=0.0)
@@ -253,8 +242,26 @@ def combine_kernel(
         acc = acc * shrink + tl.sum(weight[:, None] * accs_here, 0)
         top = higher
     result = acc / tl.where(total == 0.0, 1.0, total)
-    out += place_q * out_batch + (query * heads + head) * D
     tl.store(out + column, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["most_q", "most_k", "slots"])
+def combine_kernel(
+    tops, totals, accs, starts_q, starts_k, out, most_q, most_k, slots, heads, out_batch,
+    D: tl.constexpr, FEW: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """One program per query and head."""
+    row = tl.program_id(0).to(tl.int64)
+    query, head, b = row % most_q, row // most_q % heads, row // most_q // heads
+    place_q, length = _sequence(starts_q, b, most_q)
+    if starts_q is not None and ((query >= length) | (length > FEW)):
+        return
+    place_k, keys = _sequence(starts_k, b, most_k)
+    _, chunks, slot = _split(starts_k, b, place_k, keys, CHUNK, CHUNKS)
+    slot += (head * most_q + query) * slots
+    out += place_q * out_batch + (query * heads + head) * D
+    combined(tops + slot, totals + slot, accs + slot * D, chunks, out, D, BLOCK_D, BLOCK_C)
 
 
 def attend_triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor | None, scale: float) -> Tensor:

@@ -24,7 +24,7 @@ from lightkv.ops.attend_kernel import (
     LOWEST,
     MAX_CHUNKS,
     _dot,
-    combine_kernel,
+    combined,
 )
 from lightkv.ops.quantised import Quantised
 
@@ -214,6 +214,16 @@ def quantised_kernel(
     tl.store(accs + HALF, high, mask=real[:, None] & (column < D - HALF)[None, :])
 
 
+@triton.jit(do_not_specialize=["parts"])
+def combine_parts_kernel(
+    tops, totals, accs, out, parts, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """One program per row and head."""
+    row = tl.program_id(0).to(tl.int64)
+    at = row * parts
+    combined(tops + at, totals + at, accs + at * D, parts, out + row * D, D, BLOCK_D, BLOCK_C)
+
+
 def attend_quantised_triton(
     q: Tensor,
     packed: Quantised,
@@ -248,8 +258,8 @@ def attend_quantised_triton(
             ROWS=heads // key_heads, D=dims, BITS=packed.bits, GROUP=packed.group, VALUE_GROUP=packed.value_group,
             **tiles,
         )  # fmt: skip
-        combine_kernel[(batch * heads,)](
-            tops, totals, accs, out, 1, parts, heads,
+        combine_parts_kernel[(batch * heads,)](
+            tops, totals, accs, out, parts,
             D=dims, BLOCK_D=2 * tiles["BLOCK_H"], BLOCK_C=CHUNKS_AT_ONCE, num_warps=4,
         )  # fmt: skip
     return out

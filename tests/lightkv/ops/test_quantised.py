@@ -435,3 +435,10 @@ def test_kernel_compiles(bits, name, dtype, dims, value_group):
     }
     options = {name: tiles[name] for name in ("num_warps", "num_stages")}
     compile_kernel("lightkv.ops.quantised_kernel", "quantised_kernel", signature, constants, **options)
+
+
+def test_combining_kernel_compiles():
+    signature = {**dict.fromkeys(["tops", "totals", "accs"], "*fp32"), "out": "*bf16", "parts": "i32"}
+    constants = {"D": 128, "BLOCK_D": 128, "BLOCK_C": 32}
+    signature |= dict.fromkeys(constants, "constexpr")
+    compile_kernel("lightkv.ops.quantised_kernel", "combine_parts_kernel", signature, constants, num_warps=4)
