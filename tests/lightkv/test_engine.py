@@ -706,6 +706,7 @@ def test_a_layer_that_attends_by_itself_is_refused(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, while it compiles
 def test_compiled_steps_say_the_same():
     """Several answers together, and one alone."""
     model = tiny_model("qwen2_5_vl")
