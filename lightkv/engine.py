@@ -10,6 +10,7 @@ others go on. While the next frames of a request are not there yet, the answers 
 same as one by one.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from lightkv.config import LightKVConfig
 from lightkv.errors import ConfigError, UnsupportedModelError
 from lightkv.families import first_stage_layer
 from lightkv.flow import Flow
-from lightkv.intake import Intake
+from lightkv.intake import POLL_S, Intake
 from lightkv.layerkv import Bits
 from lightkv.layers import Layers
 from lightkv.request import Request, Result
@@ -90,9 +91,10 @@ class Engine:
         self._chunk_tokens = self.memory.chunk_tokens
 
     @torch.no_grad()
-    def run(self, requests: Iterable[Request], beat: Callable[[], None] | None = None) -> Iterator[Result]:
+    def run(self, requests: Iterable[Request | None], beat: Callable[[], None] | None = None) -> Iterator[Result]:
         """Results as they are complete, in any order; one per request, also where it failed.
 
+        Requests are taken as there is room; None says that there is none yet, and the answers in progress move on.
         `beat` is called at every piece, every token and while waiting: silence means that the engine hangs.
         Lost device contexts (torch.AcceleratorError) are raised; all else that happens to a request is its result.
         """
@@ -101,11 +103,13 @@ class Engine:
         upcoming: Intake | None = None
         while True:
             if upcoming is None and flow.room():
-                request = next(waiting, None)
-                if request is not None:
+                request = next(waiting, ...)
+                if request is ... and not flow.busy():
+                    return
+                if isinstance(request, Request):
                     upcoming = Intake(self, request)
                 elif not flow.busy():
-                    return
+                    time.sleep(POLL_S)
             if beat is not None:
                 beat()
             moved = False

@@ -158,12 +158,12 @@ class Answerer:
 
     def serve(
         self,
-        asks: Iterable[Ask],
+        asks: Iterable[Ask | None],
         lightkv: LightKVConfig | None,
         memory: Memory,
         beat: Callable[[], None] | None = None,
     ) -> Iterator[Reply]:
-        """Replies as they are complete, in any order; asks are taken as there is room for them.
+        """Replies as they are complete, in any order; asks are taken as there is room for them, None: none there yet.
 
         A lost device context is raised; everything else that happens to a unit is in its reply. `beat` as in
         `Engine.run`.
@@ -171,8 +171,11 @@ class Answerer:
         engine = Engine(self.model, lightkv, memory)
         replies: dict[str, Reply] = {}
 
-        def requests() -> Iterator[Request]:
+        def requests() -> Iterator[Request | None]:
             for ask in asks:
+                if ask is None:
+                    yield None
+                    continue
                 replies[ask.key] = reply = Reply(ask.key, self.encoder.modality(ask.kind), [], [])
                 yield self._request(ask, reply)
 

@@ -82,15 +82,16 @@ class Captioner:
         (row,) = self.rows([Given(unit, batches)])
         return row
 
-    def rows(self, units: Iterable[Given], beat: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
+    def rows(self, units: Iterable[Given | None], beat: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
         """Output rows (`ROW_SCHEMA`) as they are complete, in any order; failures of a unit are in its row.
 
-        A unit is taken when there is room for it. `beat` is called while the model is alive (`Engine.run`).
+        A unit is taken when there is room for it; None says that there is none yet. `beat` is called while the model
+        is alive (`Engine.run`).
         """
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         in_model: dict[str, _Open] = {}
-        asks = (self._ask(given, in_model) for given in units)
+        asks = (None if given is None else self._ask(given, in_model) for given in units)
         for reply in self.answerer.serve(asks, self.lightkv, self.memory, beat):
             yield self._finished(in_model.pop(reply.key), reply)
 

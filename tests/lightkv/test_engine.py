@@ -278,6 +278,23 @@ def test_while_nothing_else_is_to_do_the_engine_waits_and_says_so():
     assert result.answers[0].tokens == ask(model, None, segments, question, max_new_tokens=2)[0].tokens
 
 
+def test_answers_go_on_while_there_is_no_further_request_yet():
+    model = tiny_model("llava")
+    segments, question = apart(model, tiny_sample("llava", 0))
+    ended = []
+
+    def requests():
+        yield from [None, Request(0, segments, [question], max_new_tokens=3)]
+        while not ended:
+            yield None
+        yield Request(1, segments, [question], max_new_tokens=3)
+
+    for result in Engine(model, None).run(requests()):
+        assert result.error is None
+        ended.append(result.answers[0].tokens)
+    assert ended == [ask(model, None, segments, question, max_new_tokens=3)[0].tokens] * 2
+
+
 @pytest.mark.parametrize(("most", "pieces"), [(40, 12), (64, 12), (130, 6), (1000, 1)])
 def test_every_piece_of_a_long_prompt_is_a_sign_of_life(most, pieces):
     model = tiny_model("llava")
