@@ -209,13 +209,12 @@ class StubActor(CaptionActor):
 class BareActor(StubActor):
     """Rows of a block at once."""
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+    def __call__(self, batch: pa.Table) -> pa.Table:
         first = batch["id"][0].as_py()
         if ray.get(self._attempts.start.remote(first)).draining:
-            yield rows_table([])
-            return
+            return rows_table([])
         self._attempts.end.remote(first, "ok", tried=True)
-        yield rows_table([self._captioner.row(unit, ()) for unit in batch.to_pylist()])
+        return rows_table([self._captioner.row(unit, ()) for unit in batch.to_pylist()])
 
 
 class StubCaptioner(Captioner):
@@ -232,8 +231,8 @@ class StubCaptioner(Captioner):
             "text": _ANSWER,
         }
 
-    def rows(self, units: Iterable[Given], beat: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
-        for given in units:
+    def rows(self, units: Iterable[Given | None], beat: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
+        for given in filter(None, units):
             deque(given.batches, maxlen=0)  # what enters the model is counted there
             yield self._row(given.unit)
 
@@ -255,12 +254,10 @@ class StubCaptioner(Captioner):
 class _NoFrames(FrameStream):
     def __init__(self) -> None:
         self.queue_s = 0.0
+        self.running = True
 
     def __iter__(self) -> Iterator[FrameBatch | None]:
         return iter(())
-
-    def running(self) -> bool:
-        return True
 
     def close(self) -> None:
         pass

@@ -3,13 +3,17 @@
 import faulthandler
 import logging
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import islice, takewhile
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pyarrow as pa
@@ -29,21 +33,44 @@ from pipeline.schema import rows_table
 from pipeline.stream import FrameStream
 
 _LOG = logging.getLogger(__name__)
+BLOCKS_AT_ONCE = 2  # the last units of one are answered while those of the next enter
+_UNITS_PER_RUN = 256  # of the captioner
 _NOT_YET = Turn(go=False)
 
 
 @dataclass
-class _InModel:
-    """A unit that the captioner has taken; its turn is asked for when it takes the first frames."""
+class _Block:
+    """Units that came together, in the order in which they enter the model, and their rows so far.
+
+    begun   of the units with starts that have no end: how many
+    open    units that have no row yet
+    result  the rows, or what keeps them from coming
+    """
+
+    units: deque[dict[str, Any]]
+    begun: dict[str, int]
+    open: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    result: Future[list[dict[str, Any]]] = field(default_factory=Future)
+
+
+@dataclass
+class _Unit:
+    """A unit whose frames are asked for, and its turn once the captioner takes it."""
 
     unit: dict[str, Any]
+    block: _Block
     stream: FrameStream
+    asked: Future[Turn] | None = None
     turn: Turn = _NOT_YET
     started: datetime | None = None
 
 
 class CaptionActor:
     """What Ray Data keeps alive: takes blocks of units, gives blocks of rows, one row per unit.
+
+    Blocks come in threads of their own, `BLOCKS_AT_ONCE`; one further thread serves them with the model, so that units
+    of the next block enter while the last ones of the block before are answered, `ray.actors.batch_units` in all.
 
     Only a unit that `attempts` lets pass enters the model; while the job drains, units give no row and stay open. A
     unit that was in the model when a process ended has the next one to itself: so the one that ends processes is told
@@ -54,6 +81,10 @@ class CaptionActor:
         self._job = job
         self._sampling = sampling
         self._attempts = attempts
+        self._arrived: SimpleQueue[_Block] = SimpleQueue()
+        self._blocks: deque[_Block] = deque()  # not through, in the order in which they came
+        self._in_model: dict[str, _Unit] = {}
+        self._calls = ThreadPoolExecutor(1, "calls")  # of Ray, for which the model need not wait
         self._draining = False  # for good, once a turn has said so
         self._metrics = ActorMetrics(run_id)
         self._logs = ExitStack()  # open as long as this process
@@ -68,52 +99,95 @@ class CaptionActor:
         load_s = round(time.perf_counter() - began, 3)
         threads = torch.get_num_threads()
         logs.event(_LOG, "actor started", model=job.model.name, load_s=load_s, pid=os.getpid(), threads=threads)
+        threading.Thread(target=self._serve, name="model", daemon=True).start()
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+    def __call__(self, batch: pa.Table) -> pa.Table:
         units = batch.to_pylist()
         begun = ray.get(self._attempts.begun.remote([unit["id"] for unit in units]))
         # Suspects first: what ends this process then takes the least with it.
         units.sort(key=lambda unit: -begun.get(unit["id"], 0))
-        in_model: dict[str, _InModel] = {}
-        with _Watch(self._job.model.timeout_s) as watch:
+        block = _Block(deque(units), begun, len(units))
+        if units:
+            self._arrived.put(block)
+        else:
+            block.result.set_result([])
+        return rows_table(block.result.result())
+
+    def _serve(self) -> None:
+        """Answer blocks as they come, for as long as this process lives."""
+        while True:
+            if not self._blocks:
+                self._blocks.append(self._arrived.get())
             try:
-                for row in self._captioner.rows(self._given(units, begun, in_model), watch.beat):
-                    done = in_model.pop(row["id"])
-                    done.stream.close()
-                    if not done.turn.draining:
-                        watch.pause()  # whoever takes the rows may be busy
-                        yield rows_table([self._told(row, done)])
+                with _Watch(self._job.model.timeout_s) as watch:
+                    for row in self._captioner.rows(self._given(), watch.beat):
+                        self._ended(row)
             except torch.AcceleratorError:
                 # The device is lost to this process: a new one gets the units, as after any other death.
-                _LOG.exception("the device failed on units %s", sorted(in_model))
+                _LOG.exception("the device failed on units %s", sorted(self._in_model))
                 os._exit(1)
-        self._metrics.streams(asked=0, running=0)
-        yield rows_table([])
-
-    def _given(
-        self, units: list[dict[str, Any]], begun: dict[str, int], in_model: dict[str, _InModel]
-    ) -> Iterator[Given]:
-        """Units as the captioner has room for them, the next ones' frames being decoded already."""
-        waiting = deque(units)
-        ahead: deque[_InModel] = deque()
-        while waiting or ahead:
-            while waiting and len(ahead) <= self._job.decode.prefetch_units:
-                unit = waiting.popleft()
-                ahead.append(_InModel(unit, self._open(unit)))
-            streams = [one.stream for one in (*ahead, *in_model.values())]
-            self._metrics.streams(asked=len(streams), running=sum(stream.running() for stream in streams))
+            except Exception as error:
+                self._fail(error)
             if self._draining:
-                break
-            one = ahead.popleft()
-            in_model[one.unit["id"]] = one
-            yield Given(one.unit, self._frames(one), alone=one.unit["id"] in begun)
-        for late in ahead:
-            late.stream.close()
+                while self._blocks:
+                    block = self._blocks.popleft()
+                    block.result.set_result(block.rows)
+            self._metrics.streams(asked=0, running=0)
 
-    def _frames(self, one: _InModel) -> Iterator[FrameBatch | None]:
+    def _given(self) -> Iterator[Given | None]:
+        """Units as the captioner has room for them, the next ones' frames being decoded already.
+
+        Ends when there is none left, and after `_UNITS_PER_RUN`: then the captioner begins afresh, with pieces and
+        batches of full size where memory had run out.
+        """
+        ahead: deque[_Unit] = deque()
+        left = _UNITS_PER_RUN
+        try:
+            while not self._draining:
+                left -= self._look_ahead(ahead, left)
+                if ahead and len(self._in_model) < self._job.ray.actors.batch_units:
+                    yield self._taken(ahead.popleft(), ahead)
+                elif self._in_model and (ahead or left):
+                    yield None
+                else:
+                    return
+        finally:
+            for late in ahead:
+                late.stream.close()
+
+    def _look_ahead(self, ahead: deque[_Unit], most: int) -> int:
+        """Ask for the frames of the next units, of `most` at most; how many that were."""
+        while not self._arrived.empty():
+            self._blocks.append(self._arrived.get())
+        asked = 0
+        for block in self._together():
+            while block.units and asked < most and len(ahead) <= self._job.decode.prefetch_units:
+                unit = block.units.popleft()
+                ahead.append(_Unit(unit, block, self._open(unit)))
+                asked += 1
+        return asked
+
+    def _together(self) -> list[_Block]:
+        """The blocks whose units may be beside each other: one with suspects stays by itself.
+
+        What ends this process takes the rows of blocks that are not through with it, those of units given up, too.
+        """
+        innocent = list(takewhile(lambda block: not block.begun, self._blocks))
+        return innocent or list(islice(self._blocks, 1))
+
+    def _taken(self, one: _Unit, ahead: Iterable[_Unit]) -> Given:
+        self._in_model[one.unit["id"]] = one
+        alone = one.unit["id"] in one.block.begun
+        if not alone:  # else it is taken before the others have left, and does not enter yet
+            one.asked = self._asked(one)
+        streams = [other.stream for other in (*ahead, *self._in_model.values())]
+        self._metrics.streams(asked=len(streams), running=sum(stream.running for stream in streams))
+        return Given(one.unit, self._frames(one), alone)
+
+    def _frames(self, one: _Unit) -> Iterator[FrameBatch | None]:
         """A unit's frames, once it may enter the model."""
         one.started = datetime.now(UTC)
-        one.turn = ray.get(self._attempts.start.remote(one.unit["id"]))
+        one.turn = (one.asked or self._asked(one)).result()
         if one.turn.draining:
             self._draining = True
             raise UnitError("generate", "Draining", "the job is about to end: this unit stays open")
@@ -121,7 +195,36 @@ class CaptionActor:
             raise self._given_up(one.turn)
         yield from one.stream
 
-    def _told(self, row: dict[str, Any], done: _InModel) -> dict[str, Any]:
+    def _asked(self, one: _Unit) -> Future[Turn]:
+        return self._calls.submit(self._start, one.unit["id"])
+
+    def _start(self, unit_id: str) -> Turn:
+        turn: Turn = ray.get(self._attempts.start.remote(unit_id))
+        return turn
+
+    def _end(self, unit_id: str, status: str, tried: bool) -> None:
+        self._attempts.end.remote(unit_id, status, tried=tried)
+
+    def _ended(self, row: dict[str, Any]) -> None:
+        done = self._in_model.pop(row["id"])
+        done.stream.close()
+        block = done.block
+        block.open -= 1
+        if not done.turn.draining:
+            block.rows.append(self._told(row, done))
+        if not block.open:
+            self._blocks.remove(block)
+            block.result.set_result(block.rows)
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell those who wait for rows that there will be none."""
+        for one in self._in_model.values():
+            one.stream.close()
+        self._in_model.clear()
+        while self._blocks:
+            self._blocks.popleft().result.set_exception(error)
+
+    def _told(self, row: dict[str, Any], done: _Unit) -> dict[str, Any]:
         """The row with what the actor knows; counters, metrics and logs hear of it."""
         now = datetime.now(UTC)
         row |= {
@@ -131,7 +234,7 @@ class CaptionActor:
             "started_at": done.started or now,
             "finished_at": now,
         }
-        self._attempts.end.remote(row["id"], row["status"], tried=done.turn.go)
+        self._calls.submit(self._end, row["id"], row["status"], done.turn.go)
         if done.turn.attempt > int(done.turn.go):
             self._metrics.crashed_attempt()  # an earlier start of it ended with its process
         self._metrics.observe(row)

@@ -11,7 +11,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
-from pipeline.actor import CaptionActor
+from pipeline.actor import BLOCKS_AT_ONCE, CaptionActor
 from pipeline.config import JobConfig
 from pipeline.errors import RunError
 from pipeline.ray_hooks import CleanOnly, Drain
@@ -33,7 +33,12 @@ def build(
         fn_constructor_args=(job, work.run_id, attempts, Sampling.of(job, work)),
         batch_size=actors.batch_units,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=actors.min, max_size=actors.max),
+        compute=ActorPoolStrategy(
+            min_size=actors.min,
+            max_size=actors.max,
+            max_concurrent_calls_per_actor=BLOCKS_AT_ONCE,
+            enable_true_multi_threading=True,
+        ),
         num_gpus=_gpus(job),
         num_cpus=actors.num_cpus,
     )
@@ -80,11 +85,12 @@ def execute(job: JobConfig, work: Work, attempts: ActorHandle, actor: type[Capti
 
 
 def longest_block_s(job: JobConfig) -> float:
-    """How long nothing may move: while an actor works on a block and, should a unit end it, on the same block again.
+    """How long nothing may move: while an actor works on blocks and, should a unit end it, on the same blocks again.
 
     Never less than Ray Data's own half an hour, in which models load and clusters grow.
     """
-    return max(1800.0, job.ray.actors.batch_units * job.run.max_attempts * job.model.timeout_s)
+    units = BLOCKS_AT_ONCE * job.ray.actors.batch_units
+    return max(1800.0, units * job.run.max_attempts * job.model.timeout_s)
 
 
 def _cause(error: Exception) -> str:

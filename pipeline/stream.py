@@ -3,8 +3,10 @@
 Imports no torch, so that a decoding process starts in a moment.
 """
 
+import threading
 import time
 from collections.abc import Iterator
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
@@ -13,6 +15,8 @@ from pipeline.config import Clips, Decode, Frames, JobConfig, Storage
 from pipeline.decode import FrameBatch, decode_unit
 from pipeline.errors import SkippedError, UnitError
 from pipeline.frames import Sizing
+
+_AHEAD = 2  # batches that wait for their reader
 
 
 @ray.remote
@@ -45,61 +49,96 @@ def check_length(unit: dict[str, Any], clips: Clips) -> None:
 class FrameStream:
     """A running decode task, read batch by batch; its crash, hang or failure is raised as a `UnitError`.
 
-    Reading never waits: None says that the next batch is not there yet.
+    Reading never waits: None says that the next batch is not there yet. A thread asks Ray for what comes while the
+    reader is busy. It opens no batch, though: what a batch does to this process happens once its unit is read.
 
     queue_s   time from the first look until the task had a CPU and a process
+    running   whether it has them, also when it is through
     """
 
     def __init__(self, unit: dict[str, Any], job: JobConfig, sizing: Sizing) -> None:
         self.queue_s = 0.0
+        self.running = False
+        self._running_at = 0.0
         self._decode = job.decode
-        self._refs = decode_task.options(
-            num_cpus=job.decode.num_cpus,
-            max_retries=job.decode.max_retries,
-            num_returns="streaming",
-            # Two batches ahead: the decoder works while the model does, and frames never pile up.
-            _generator_backpressure_num_objects=2,
-        ).remote(unit, job.clips, job.frames, job.decode, job.storage, sizing)
+        self._there: SimpleQueue[ray.ObjectRef | UnitError | None] = SimpleQueue()  # None: that was the last
+        self._room = threading.Semaphore(_AHEAD)
+        self._refs: ray.ObjectRefGenerator | None = None
+        self._closed = self._through = False
+        arguments = (unit, job.clips, job.frames, job.decode, job.storage, sizing)
+        threading.Thread(target=self._fetch, args=arguments, name="frames", daemon=True).start()
 
     def __iter__(self) -> Iterator[FrameBatch | None]:
-        running = False
-        began = since = time.perf_counter()
+        began = time.perf_counter()
         while True:
-            ready, _ = ray.wait([self._refs], timeout=0)
-            if not ready:
-                # Waiting for a free CPU has no limit (the cluster may be growing); a running decoder has one.
-                if running and time.perf_counter() - since > self._decode.timeout_s:
-                    self.close()
-                    raise UnitError(
-                        "decode",
-                        "Timeout",
-                        f"expected a batch of frames within decode.timeout_s = {self._decode.timeout_s:g} s, got none",
-                    )
+            try:
+                found = self._there.get_nowait()
+            except Empty:
                 yield None
                 continue
-            try:
-                item = ray.get(next(self._refs))
-            except StopIteration:
+            self.queue_s = max(0.0, self._running_at - began)
+            if found is None:
                 return
+            if isinstance(found, UnitError):
+                raise found
+            self._room.release()
+            try:
+                item = ray.get(found)
             except ray.exceptions.RayError as error:
                 raise self._crash(error) from None
             if isinstance(item, UnitError):
                 raise item
-            if item is None:
-                running = True
-                self.queue_s = time.perf_counter() - began
-            else:
-                yield item
-            since = time.perf_counter()
-
-    def running(self) -> bool:
-        """Whether the task got its CPU, also when it is through; to be asked before reading only."""
-        ready, _ = ray.wait([self._refs], timeout=0)
-        return bool(ready)
+            yield item
 
     def close(self) -> None:
         """End the task, also one that hangs in native code."""
-        ray.cancel(self._refs, force=True)
+        self._closed = True
+        self._room.release()
+        if self._refs is not None and not self._through:
+            ray.cancel(self._refs, force=True)
+
+    def _fetch(self, *arguments: Any) -> None:
+        """Put batches and what ended them where the reader finds them."""
+        try:
+            self._refs = decode_task.options(
+                num_cpus=self._decode.num_cpus,
+                max_retries=self._decode.max_retries,
+                num_returns="streaming",
+                # Beside those that wait: the decoder works while the model does, and frames never pile up.
+                _generator_backpressure_num_objects=1,
+            ).remote(*arguments)
+            end = self._batches(self._refs)
+        except ray.exceptions.RayError as error:
+            end = self._crash(error)
+        except Exception as error:
+            end = UnitError("decode", type(error).__name__, str(error) or repr(error))
+        self._through = True
+        self._there.put(end)
+
+    def _batches(self, refs: ray.ObjectRefGenerator) -> UnitError | None:
+        """Look for a batch whenever there is room; the error that ended them, None after the last."""
+        timeout_s = None  # waiting for a free CPU has no limit (the cluster may be growing); a running decoder has one
+        while self._room.acquire() and not self._closed:
+            ready, _ = ray.wait([refs], timeout=timeout_s)
+            if not ready:
+                break
+            try:
+                item = next(refs)
+            except StopIteration:
+                return None
+            if self.running:
+                self._there.put(item)
+                continue
+            ray.get(item)  # raises what keeps the task from running
+            timeout_s = self._decode.timeout_s
+            self._running_at, self.running = time.perf_counter(), True
+            self._room.release()
+        ray.cancel(refs, force=True)
+        return UnitError(
+            "decode",
+            "Timeout",
+            f"expected a batch of frames within decode.timeout_s = {self._decode.timeout_s:g} s, got none",
+        )
 
     def _crash(self, error: ray.exceptions.RayError) -> UnitError:
         tries = self._decode.max_retries + 1
@@ -107,4 +146,4 @@ class FrameStream:
             return UnitError("decode", "OutOfMemory", f"the decoder ran out of memory, {tries} tries")
         if isinstance(error, ray.exceptions.WorkerCrashedError | ray.exceptions.ObjectLostError):
             return UnitError("decode", "DecoderCrashed", f"the decoding process died, {tries} tries")
-        return UnitError("decode", type(error).__name__, str(error).strip().splitlines()[0])
+        return UnitError("decode", type(error).__name__, (str(error).strip() or repr(error)).splitlines()[0])

@@ -1,9 +1,18 @@
-"""The clock that ends a model process which is silent for too long."""
+"""How an actor serves its blocks, and the clock that ends a model process which is silent for too long."""
 
 import subprocess
 import sys
+import threading
+from collections import deque
+from types import SimpleNamespace
 
 import pytest
+
+from pipeline import actor
+from pipeline.attempts import Turn
+from pipeline.config import load_config
+from pipeline.schema import ROW_SCHEMA, units_table
+from tests.pipeline.rows import row
 
 _START = "import time\nfrom pipeline.actor import _Watch\n"
 _WORKS_TOO_LONG = "with _Watch(0.3): time.sleep(30)"
@@ -41,3 +50,164 @@ def test_silence_ends_the_process_and_tells_where_it_was(code):
 
 def test_signs_of_life_and_pauses_keep_it_alive():
     assert _run(_GIVES_SIGNS_AND_PAUSES).stdout == "alive\n"
+
+
+class _Remote:
+    """An `Attempts` that lets all pass, until it is told to drain."""
+
+    def __init__(self):
+        self.drain = False
+        self.ended = []
+        self.begun = SimpleNamespace(remote=lambda ids: {})
+        self.loading = self.loaded = SimpleNamespace(remote=lambda process: None)
+        self.start = SimpleNamespace(remote=lambda unit_id: Turn(go=not self.drain, attempt=1, draining=self.drain))
+        self.end = SimpleNamespace(remote=lambda unit_id, status, tried: self.ended.append((unit_id, status, tried)))
+
+
+class _Stream:
+    """One batch of frames, always there."""
+
+    running, queue_s = True, 0.0
+
+    def __iter__(self):
+        return iter(["frames"])
+
+    def close(self):
+        pass
+
+
+class _Captioner:
+    """Has room for three units; their answers are through in the order in which they came, or `broken`."""
+
+    def __init__(self):
+        self.together = []
+        self.broken = None
+
+    def rows(self, units, beat):
+        units, inside = iter(units), []
+        while True:
+            given = next(units, ...) if len(inside) < 3 else None
+            if given is ... and not inside:
+                return
+            if given not in (None, ...):
+                inside.append(given)
+                continue
+            if self.broken:
+                raise self.broken
+            self.together.append({one.unit["id"] for one in inside})
+            first = inside.pop(0)
+            try:
+                list(first.batches)
+                status = "ok"
+            except actor.UnitError:
+                status = "error"
+            yield row(first.unit["id"], status=status, wait_s=0.0)
+
+
+@pytest.fixture
+def served(monkeypatch, tmp_path):
+    context = SimpleNamespace(
+        get_actor_id=lambda: "a", get_temp_dir=lambda: tmp_path, get_session_name=lambda: "session"
+    )
+    (tmp_path / "session" / "logs").mkdir(parents=True)
+    monkeypatch.setattr(actor, "ray", SimpleNamespace(get=lambda value: value, get_runtime_context=lambda: context))
+    monkeypatch.setattr(actor, "ActorMetrics", lambda run_id: SimpleNamespace(streams=_ignore, observe=_ignore))
+    monkeypatch.setattr(actor.CaptionActor, "_load", lambda self, run_id: _Captioner())
+    monkeypatch.setattr(actor.CaptionActor, "_open", lambda self, unit: _Stream())
+    made = actor.CaptionActor(load_config(None, ["source.uri=/v", "sink.uri=/out"]), "run", _Remote())
+    yield made
+    made._logs.close()
+
+
+def _ignore(*_, **__):
+    pass
+
+
+def _block(*ids):
+    unit = {"uris": ["v.mp4"], "kind": "video", "attempts": 0, "prompts": [{"prompt_id": "p", "prompt": "?"}]}
+    return units_table([unit | {"id": id_} for id_ in ids])
+
+
+def _at_once(call, *blocks):
+    """What a call of each block gives, or raises."""
+    found = {}
+
+    def ask(number, block):
+        try:
+            found[number] = call(block)
+        except Exception as error:
+            found[number] = error
+
+    threads = [threading.Thread(target=ask, args=numbered) for numbered in enumerate(blocks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [found[number] for number in range(len(blocks))]
+
+
+def test_every_block_gets_the_rows_of_its_own_units(served):
+    blocks = [[f"{block}-{number}" for number in range(count)] for block, count in enumerate([5, 1, 0, 7])]
+    found = _at_once(served, *(_block(*ids) for ids in blocks))
+    assert [table["id"].to_pylist() for table in found] == blocks
+    assert all(table.schema == ROW_SCHEMA for table in found)
+    served._calls.shutdown()
+    assert sorted(served._attempts.ended) == sorted((id_, "ok", True) for ids in blocks for id_ in ids)
+
+
+def _with_next(served, first, following):
+    """Serve a block during which the `following` one arrives; who was in the model together."""
+
+    head = first.units[0]
+
+    def look(unit):
+        if unit is head:
+            served._arrived.put(following)
+        return _Stream()
+
+    served._open = look
+    served._arrived.put(first)
+    assert first.result.result(60)
+    assert following.result.result(60)
+    return served._captioner.together
+
+
+def _arriving(*ids, begun=()):
+    return actor._Block(deque(_block(*ids).to_pylist()), dict.fromkeys(begun, 1), len(ids))
+
+
+def test_units_of_the_next_block_enter_beside_the_last_ones_of_the_block_before(served):
+    assert {"b", "c", "d"} in _with_next(served, _arriving("a", "b"), _arriving("c", "d"))
+
+
+@pytest.mark.parametrize(("first", "following"), [((), ("d",)), (("a",), ()), (("a",), ("d",))])
+def test_a_block_with_units_that_were_in_a_model_that_ended_stays_by_itself(served, first, following):
+    together = _with_next(served, _arriving("a", "b", begun=first), _arriving("c", "d", begun=following))
+    assert not any(ids & {"a", "b"} and ids & {"c", "d"} for ids in together)
+
+
+def test_no_more_units_are_in_the_model_than_are_handed_over(served):
+    served._job = load_config(None, ["source.uri=/v", "sink.uri=/out", "ray.actors.batch_units=2"])
+    together = _with_next(served, _arriving("a", "b"), _arriving("c", "d"))
+    assert max(map(len, together)) == 2
+    assert {"b", "c"} in together
+
+
+def test_units_that_came_when_the_job_drains_have_no_row(served):
+    served._attempts.drain = True
+    first, second = _at_once(served, _block("a", "b", "c", "d", "e"), _block("f"))
+    assert first.num_rows == second.num_rows == 0
+    assert served(_block("g")).num_rows == 0
+
+
+def test_what_breaks_the_captioner_is_told_to_every_block_and_the_next_one_is_served(served):
+    served._captioner.broken = OSError("the disk is full")
+    assert all(isinstance(error, OSError) for error in _at_once(served, _block("a"), _block("b")))
+    served._captioner.broken = None
+    assert served(_block("c"))["id"].to_pylist() == ["c"]
+
+
+def test_the_captioner_begins_afresh_after_some_units(served, monkeypatch):
+    monkeypatch.setattr(actor, "_UNITS_PER_RUN", 2)
+    assert served(_block(*"abcde"))["id"].to_pylist() == list("abcde")
+    assert max(map(len, served._captioner.together)) == 2
