@@ -10,8 +10,9 @@ without warming up. Every answer must be the same word for word.
     engine   seconds of the model alone on all clips, frames in memory
     steady   from the first frames that enter the actor's model to the end of its last row
 
-Both are told apart further: `model` is how much longer the model itself took on the same units (decoders, Ray and the
-driver want cores, too), `around` what the actor did besides (waiting for frames, handing over).
+The seconds between the two are told apart: `model`, which the model itself took longer for the same units (decoders,
+Ray and the driver want cores, too), and `around`, what the actor did besides (waiting for frames, handing over). Both
+are there as shares of the engine's time, and per clip in milliseconds: what another model would have on top of its own.
 """
 
 import argparse
@@ -101,27 +102,31 @@ def measure(job: JobConfig, threads: int) -> dict[str, float]:
     if answers != alone["answers"]:
         differing = sorted(uri for uri in alone["answers"] if answers.get(uri) != alone["answers"][uri])
         raise RuntimeError(f"expected the same answers, {len(differing)} of {len(answers)} differ: {differing[:3]}")
-    return compared(alone["engine_s"], rows) | {
+    return compared(alone["engine_s"], alone["model_s"], rows) | {
         "wall_s": wall_s,
         "decode_cpu_s": alone["decode_cpu_s"],
         "decode_s": alone["decode_s"],
     }
 
 
-def compared(engine_s: float, rows: pa.Table) -> dict[str, float]:
-    """Overhead and its parts from the rows of one actor and the seconds of the model alone."""
+def compared(engine_s: float, engine_model_s: float, rows: pa.Table) -> dict[str, float]:
+    """Overhead and its parts from the rows of one actor and the model alone: all its seconds, those in the model."""
     taken = rows.sort_by("started_at").to_pylist()
     if len({row["actor"] for row in taken}) != 1:
         raise ValueError("expected the rows of one actor: with more, their times overlap; set ray.actors.max=1")
     entered_s = taken[0]["started_at"].timestamp() + taken[0]["wait_s"]
     steady_s = max(row["finished_at"] for row in taken).timestamp() - entered_s
-    model_s = sum(row[name] for row in taken for name in WORK)
+    model_s = sum(row[name] for row in taken for name in WORK) - engine_model_s
+    around_s = steady_s - engine_s - model_s
     return {
         "engine_s": engine_s,
         "steady_s": steady_s,
         "overhead": steady_s / engine_s - 1,
-        "overhead_model": model_s / engine_s - 1,
-        "overhead_around": (steady_s - model_s) / engine_s,
+        "overhead_model": model_s / engine_s,
+        "overhead_around": around_s / engine_s,
+        "engine_ms_per_clip": 1e3 * engine_s / len(taken),
+        "model_ms_per_clip": 1e3 * model_s / len(taken),
+        "around_ms_per_clip": 1e3 * around_s / len(taken),
         "waited_s": sum(row["wait_s"] for row in taken[1:]),
         "queued_s": sum(row["queue_s"] for row in taken[1:]),
     }
@@ -163,6 +168,7 @@ def engine(job: JobConfig) -> dict[str, Any]:
         raise RuntimeError(f"expected an answer to every clip, got {[row['error_message'] for row in rows]}")
     return {
         "engine_s": engine_s,
+        "model_s": sum(row[name] for row in rows for name in WORK),
         "decode_s": decode_s,
         "decode_cpu_s": decode_cpu_s,
         "threads": torch.get_num_threads(),

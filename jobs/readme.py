@@ -87,7 +87,8 @@ def pipeline(result: Result) -> str:
     whole, model, around = (_percent(result[f"overhead{part}"]) for part in ("", "_model", "_around"))
     return (
         f"{whole} more, median of {result['repeats']} pairs of runs over {result['clips']:,} clips, least to most: "
-        f"{model} in the model, which has decoders and Ray beside it, {around} for waiting and handing over "
+        f"{model} in the model, which has decoders and Ray beside it, {around} for waiting and handing over, "
+        f"{result['around_ms_per_clip']['median']:.1f} ms a clip "
         f"(`{result['command']}`; {result['machine']}, torch {result['versions']['torch']}, ray "
         f"{result['versions']['ray']})."
     )
