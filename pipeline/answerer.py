@@ -162,13 +162,14 @@ class Answerer:
         lightkv: LightKVConfig | None,
         memory: Memory,
         beat: Callable[[], None] | None = None,
+        compiled: bool = False,
     ) -> Iterator[Reply]:
         """Replies as they are complete, in any order; asks are taken as there is room for them, None: none there yet.
 
         A lost device context is raised; everything else that happens to a unit is in its reply. `beat` as in
-        `Engine.run`.
+        `Engine.run`, `compiled` as in `Engine`.
         """
-        engine = Engine(self.model, lightkv, memory)
+        engine = Engine(self.model, lightkv, memory, compiled)
         replies: dict[str, Reply] = {}
 
         def requests() -> Iterator[Request | None]:

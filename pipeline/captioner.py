@@ -92,7 +92,7 @@ class Captioner:
             torch.cuda.reset_peak_memory_stats(self._device)
         in_model: dict[str, _Open] = {}
         asks = (None if given is None else self._ask(given, in_model) for given in units)
-        for reply in self.answerer.serve(asks, self.lightkv, self.memory, beat):
+        for reply in self.answerer.serve(asks, self.lightkv, self.memory, beat, self.job.engine.compiled):
             yield self._finished(in_model.pop(reply.key), reply)
 
     def _ask(self, given: Given, in_model: dict[str, _Open]) -> Ask:

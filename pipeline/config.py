@@ -226,6 +226,9 @@ class Engine(_Section):
         (),
         description="decoder layers that keep no vision for what comes later; which can, depends on the model",
     )
+    compiled: bool = Field(
+        False, description="decoding through torch.compile: worth a try on a GPU, slower on CPUs; needs a C++ compiler"
+    )
     cache_bytes: int | None = Field(
         None,
         ge=1,
@@ -352,7 +355,7 @@ class JobConfig(_Section):
             exclude={
                 **dict.fromkeys(("ray", "run", "storage", "decode", "sink", "report", "limits"), True),
                 "model": {"timeout_s"},
-                "engine": {"answers", "cache_bytes"},
+                "engine": {"answers", "cache_bytes", "compiled"},
             },
         )
         parts["source"] = {"uri": self.source.uri}

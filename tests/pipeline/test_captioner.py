@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline import answerer
 from pipeline.captioner import Captioner, lightkv_config
 from pipeline.config import load_config
 from pipeline.decode import FrameBatch
@@ -120,6 +121,15 @@ def test_a_method_has_its_own_number_of_stages_and_the_row_says_which_ran(method
     ran = json.loads(captioner.row(_unit(), _batches())["lightkv"])
     assert (ran["method"], len(ran["stages"])) == (method, stages)
     assert _job().lightkv.method == "lightkv"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_decoding_is_compiled_if_the_job_says_so(compiled, monkeypatch):
+    asked, engine = [], answerer.Engine
+    monkeypatch.setattr(answerer, "Engine", lambda *arguments: asked.append(arguments[3]) or engine(*arguments[:3]))
+    captioner = Captioner(_job("model.max_new_tokens=1", f"engine.compiled={str(compiled).lower()}"), "run")
+    assert captioner.row(_unit(), _batches())["status"] == "truncated"
+    assert asked == [compiled]
 
 
 def test_compression_a_model_cannot_have_is_refused_before_it_is_loaded():
