@@ -185,33 +185,15 @@ class CaptionActor:
         return Given(one.unit, self._frames(one), alone)
 
     def _frames(self, one: _Unit) -> Iterator[FrameBatch | None]:
-        """A unit's frames, once it may enter the model.
-
-        A unit with starts that have no end waits for its turn. What any other may hear is that all are held back, and
-        its first frames are encoded while the answer is on its way.
-        """
+        """A unit's frames, once it may enter the model."""
         one.started = datetime.now(UTC)
-        one.asked = one.asked or self._asked(one)
-        entered = one.unit["id"] in one.block.begun
-        if entered:
-            self._enter(one)
-        for batch in one.stream:
-            if not entered and one.asked.done():
-                self._enter(one)
-                entered = True
-            yield batch
-        if not entered:
-            self._enter(one)
-
-    def _enter(self, one: _Unit) -> None:
-        """Raises UnitError where it is not the unit's turn."""
-        assert one.asked is not None
-        one.turn = one.asked.result()
+        one.turn = (one.asked or self._asked(one)).result()
         if one.turn.draining:
             self._draining = True
             raise UnitError("generate", "Draining", "the job is about to end: this unit stays open")
         if not one.turn.go:
             raise self._given_up(one.turn)
+        yield from one.stream
 
     def _asked(self, one: _Unit) -> Future[Turn]:
         return self._calls.submit(self._start, one.unit["id"])
@@ -226,9 +208,6 @@ class CaptionActor:
     def _ended(self, row: dict[str, Any]) -> None:
         done = self._in_model.pop(row["id"])
         done.stream.close()
-        if done.turn is _NOT_YET and done.asked is not None:  # its frames, or encoding them, failed before that
-            done.turn = done.asked.result()
-            self._draining |= done.turn.draining
         block = done.block
         block.open -= 1
         if not done.turn.draining:

@@ -3,7 +3,6 @@
 Imports no torch, so that a decoding process starts in a moment.
 """
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +16,6 @@ from pipeline.decode import FrameBatch, decode_unit
 from pipeline.errors import SkippedError, UnitError
 from pipeline.frames import Sizing
 
-LAST = 19  # of priorities
 _AHEAD = 2  # batches that wait for their reader
 
 
@@ -26,8 +24,6 @@ def decode_task(
     unit: dict[str, Any], clips: Clips, frames: Frames, decode: Decode, storage: Storage, sizing: Sizing
 ) -> Iterator[FrameBatch | UnitError | None]:
     """One unit's frame batches as a stream: None once the task runs, then batches, or the error that ended them."""
-    # Where a model wants this CPU, it comes first: what waits for it is a whole batch of answers, decoders are ahead.
-    os.setpriority(os.PRIO_PROCESS, 0, LAST)
     yield None
     try:
         check_length(unit, clips)
