@@ -28,7 +28,6 @@ from pipeline.config import JobConfig
 from pipeline.decode import FrameBatch
 from pipeline.errors import UnitError
 from pipeline.metrics import ActorMetrics
-from pipeline.pinning import keep_to_one_cpu
 from pipeline.samples import Sampling
 from pipeline.schema import rows_table
 from pipeline.stream import FrameStream
@@ -91,8 +90,7 @@ class CaptionActor:
         self._logs = ExitStack()  # open as long as this process
         context = ray.get_runtime_context()
         self._id = context.get_actor_id()
-        self._folder = Path(context.get_temp_dir(), context.get_session_name())  # of this node
-        folder = self._folder / "logs"
+        folder = Path(context.get_temp_dir(), context.get_session_name(), "logs")
         self._logs.enter_context(logs.to_folder(folder, f"actor-{os.getpid()}", run=run_id, actor=self._id))
         ray.get(attempts.loading.remote(self._id))
         began = time.perf_counter()
@@ -117,9 +115,6 @@ class CaptionActor:
 
     def _serve(self) -> None:
         """Answer blocks as they come, for as long as this process lives."""
-        if self._job.ray.actors.pinned and torch.get_num_threads() == 1:  # several would share the CPU
-            self._cpu = keep_to_one_cpu(self._folder)
-            logs.event(_LOG, "model pinned", cpu=None if self._cpu is None else self._cpu[0])
         while True:
             if not self._blocks:
                 self._blocks.append(self._arrived.get())

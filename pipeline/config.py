@@ -268,11 +268,6 @@ class Actors(_Section):
         description="units per hand-over to an actor, which has two at a time, repeated if it dies; so many units are "
         "in the model together at most",
     )
-    pinned: bool = Field(
-        False,
-        description="every model's thread stays on a CPU of its own: for models on CPUs that compute in one thread "
-        "(OMP_NUM_THREADS=1)",
-    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
