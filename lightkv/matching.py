@@ -62,10 +62,10 @@ class Windows:
 
 
 def mixed_radix(*digits: Tensor) -> Tensor:
-    """One int64 that sorts like the tuple of non-negative digits."""
+    """One int64 that sorts like the tuple of non-negative digits, whose shapes broadcast."""
     value = torch.zeros_like(digits[0])
     for digit in digits:
-        value = value * (digit.max() + 1) + digit
+        value = value * (digit.max() + 1 if digit.numel() else 1) + digit
     return value
 
 

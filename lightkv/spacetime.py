@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lightkv.layout import VisionLayout
+from lightkv.matching import mixed_radix
 from lightkv.ops.merge import merge
 from lightkv.ops.nearest import FEATURES_AT_ONCE, nearest
 from lightkv.tokens import Compressed, Tokens, removal, removals
@@ -110,6 +111,7 @@ class Field:
     rows    int64 [3, N] for each axis the tokens row after row, a row having an item and two coordinates in common
     first   int64 [3, N] for each of those where its row begins
     where   int64 [3, N] where each token is in `rows`
+    long    whether an item has more than BLOCK_TOKENS, and is searched in parts
     """
 
     index: Tensor
@@ -128,10 +130,8 @@ class Field:
         tokens = layout.take(index)
         item, sizes = torch.unique_consecutive(tokens.item, return_inverse=True, return_counts=True)[1:]
         place = torch.stack([tokens.t, tokens.y, tokens.x])
-        extent = layout.grid.amax(0) if len(layout.grid) else place.new_zeros(3)
-        one, two, along = place[[1, 0, 0]], place[[2, 2, 1]], place
-        row = (item * extent[[1, 0, 0], None] + one) * extent[[2, 2, 1], None] + two
-        rows = torch.argsort(row * extent[:, None] + along, dim=1, stable=True)
+        row = mixed_radix(item, place[[1, 0, 0]], place[[2, 2, 1]])
+        rows = torch.argsort(mixed_radix(row, place), dim=1, stable=True)
         number = torch.arange(len(index), device=index.device)
         row = row.gather(1, rows)
         begins = torch.ones_like(row, dtype=torch.bool)
