@@ -22,6 +22,7 @@ from lightkv import ConfigError as Unreachable
 from lightkv.baselines import BASELINES, baseline
 from pipeline.errors import ConfigError
 from pipeline.mini.model import TEMPORAL_PATCH, TOKEN_PX
+from pipeline.mini.samples import vision_tokens
 
 TOLERANCE = 0.06  # how far the share of tokens that frames can give may lie from what was asked
 STRETCH = 1.5  # how much a smaller frame may change its shape
@@ -88,18 +89,13 @@ def _engine(
     if tokens >= 1 and (bits < 16 or silent):
         return Treatment(None, None, memory, number)
     if before_budget is not None:
-        memory = replace(memory, fold=True, budget=max(1, round(tokens * vision_tokens(suite))))
+        whole = vision_tokens(suite.kind, suite.frames, suite.height_px, suite.width_px)
+        memory = replace(memory, fold=True, budget=max(1, round(tokens * whole)))
         return Treatment(folded_to(model_config, max(before_budget, tokens), method, options), None, memory, number)
     config = LightKVConfig.for_model(model_config, tokens, method=method, **options)
     if fold:  # the retention is the last stage's share then
         config = folded_to(model_config, tokens, method, options)
     return Treatment(config, None, memory, number)
-
-
-def vision_tokens(suite: Suite) -> int:
-    """Of a prompt of the suite."""
-    steps = -(-suite.frames // TEMPORAL_PATCH) if suite.kind == "video" else suite.frames
-    return steps * (suite.height_px // TOKEN_PX) * (suite.width_px // TOKEN_PX)
 
 
 def folded_to(model_config: Any, share: float, method: str, options: dict[str, Any]) -> LightKVConfig:

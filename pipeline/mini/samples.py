@@ -51,9 +51,14 @@ class Sample:
 
     @property
     def vision_tokens(self) -> int:
-        """Tokens the mini model sees; an odd last frame of a video counts as a pair."""
-        times = -(-len(self.frames) // TEMPORAL_PATCH) if self.kind == "video" else len(self.frames)
-        return times * (self.frames.shape[1] // TOKEN_PX) * (self.frames.shape[2] // TOKEN_PX)
+        """Tokens the mini model sees."""
+        return vision_tokens(self.kind, *self.frames.shape[:3])
+
+
+def vision_tokens(kind: str, frames: int, height_px: int, width_px: int) -> int:
+    """Of a sample; an odd last frame of a video counts as a pair."""
+    times = -(-frames // TEMPORAL_PATCH) if kind == "video" else frames
+    return times * (height_px // TOKEN_PX) * (width_px // TOKEN_PX)
 
 
 def image_sample(split: str, index: int, look: Look | None = None) -> Sample:
