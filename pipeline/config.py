@@ -227,7 +227,7 @@ class Engine(_Section):
         description="decoder layers that keep no vision for what comes later; which can, depends on the model",
     )
     compiled: bool = Field(
-        False, description="decoding through torch.compile: worth a try on a GPU, slower on CPUs; needs a C++ compiler"
+        False, description="decoding through torch.compile, which takes its time at the first answers; needs a compiler"
     )
     cache_bytes: int | None = Field(
         None,
