@@ -29,6 +29,7 @@ import ray
 
 from pipeline import storage
 from pipeline.actor import CaptionActor
+from pipeline.attempts import End
 from pipeline.captioner import Captioner, Given, error_fields
 from pipeline.cluster import attempts_of, connect
 from pipeline.config import JobConfig, load_config
@@ -38,7 +39,7 @@ from pipeline.graph import execute
 from pipeline.plan import plan_units
 from pipeline.run import RunDirectory, Work, read_table
 from pipeline.schema import ROW_SCHEMA, rows_table
-from pipeline.stream import FrameStream
+from pipeline.stream import FrameStream, FrameStreams
 from pipeline.summary import columns, summarise
 from pipeline.termination import Termination
 
@@ -202,8 +203,8 @@ class StubActor(CaptionActor):
     def _load(self, run_id: str) -> Captioner:
         return StubCaptioner(self._job, run_id)
 
-    def _open(self, unit: dict[str, Any]) -> FrameStream:
-        return _NoFrames()
+    def _decoders(self) -> FrameStreams:
+        return _NoDecoders()
 
 
 class BareActor(StubActor):
@@ -211,9 +212,10 @@ class BareActor(StubActor):
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         first = batch["id"][0].as_py()
-        if ray.get(self._attempts.start.remote(first)).draining:
+        if self._turns.ask(first).result().draining:
             return rows_table([])
-        self._attempts.end.remote(first, "ok", tried=True)
+        self._turns.end(End(first, "ok", tried=True))
+        self._turns.tell()
         return rows_table([self._captioner.row(unit, ()) for unit in batch.to_pylist()])
 
 
@@ -249,6 +251,13 @@ class StubCaptioner(Captioner):
     def _of(self, unit: dict[str, Any]) -> dict[str, Any]:
         named = {key: unit[key] for key in ("id", "uris", "etag", "size_bytes", "start_s", "end_s")}
         return self._fixed | named | {"uri": unit["uris"][0], "attempts": unit["attempts"] + 1}
+
+
+class _NoDecoders(FrameStreams):
+    def __init__(self) -> None: ...
+
+    def open(self, unit: dict[str, Any]) -> FrameStream:
+        return _NoFrames()
 
 
 class _NoFrames(FrameStream):

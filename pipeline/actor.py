@@ -6,9 +6,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice, takewhile
@@ -22,7 +22,7 @@ import torch
 from ray.actor import ActorHandle
 
 from pipeline import logs
-from pipeline.attempts import Turn
+from pipeline.attempts import End, Turn
 from pipeline.captioner import Captioner, Given
 from pipeline.config import JobConfig
 from pipeline.decode import FrameBatch
@@ -30,10 +30,11 @@ from pipeline.errors import UnitError
 from pipeline.metrics import ActorMetrics
 from pipeline.samples import Sampling
 from pipeline.schema import rows_table
-from pipeline.stream import FrameStream
+from pipeline.stream import FrameStream, FrameStreams
+from pipeline.turns import Turns
 
 _LOG = logging.getLogger(__name__)
-BLOCKS_AT_ONCE = 2  # the last units of one are answered while those of the next enter
+BLOCKS_AT_ONCE = 3  # the last units of one are answered while those of the next enter, and one is at hand
 _UNITS_PER_RUN = 256  # of the captioner
 _NOT_YET = Turn(go=False)
 
@@ -56,7 +57,7 @@ class _Block:
 
 @dataclass
 class _Unit:
-    """A unit whose frames are asked for, and its turn once the captioner takes it."""
+    """A unit whose frames are asked for, and its turn."""
 
     unit: dict[str, Any]
     block: _Block
@@ -64,6 +65,11 @@ class _Unit:
     asked: Future[Turn] | None = None
     turn: Turn = _NOT_YET
     started: datetime | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether it was in a model that ended: then it has the next one to itself."""
+        return self.unit["id"] in self.block.begun
 
 
 class CaptionActor:
@@ -80,11 +86,10 @@ class CaptionActor:
     def __init__(self, job: JobConfig, run_id: str, attempts: ActorHandle, sampling: Sampling | None = None) -> None:
         self._job = job
         self._sampling = sampling
-        self._attempts = attempts
+        self._turns = Turns(attempts)
         self._arrived: SimpleQueue[_Block] = SimpleQueue()
         self._blocks: deque[_Block] = deque()  # not through, in the order in which they came
         self._in_model: dict[str, _Unit] = {}
-        self._calls = ThreadPoolExecutor(1, "calls")  # of Ray, for which the model need not wait
         self._draining = False  # for good, once a turn has said so
         self._metrics = ActorMetrics(run_id)
         self._logs = ExitStack()  # open as long as this process
@@ -95,6 +100,7 @@ class CaptionActor:
         ray.get(attempts.loading.remote(self._id))
         began = time.perf_counter()
         self._captioner = self._load(run_id)
+        self._streams = self._decoders()
         attempts.loaded.remote(self._id)
         load_s = round(time.perf_counter() - began, 3)
         threads = torch.get_num_threads()
@@ -103,7 +109,7 @@ class CaptionActor:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         units = batch.to_pylist()
-        begun = ray.get(self._attempts.begun.remote([unit["id"] for unit in units]))
+        begun = self._turns.begun([unit["id"] for unit in units])
         # Suspects first: what ends this process then takes the least with it.
         units.sort(key=lambda unit: -begun.get(unit["id"], 0))
         block = _Block(deque(units), begun, len(units))
@@ -119,8 +125,8 @@ class CaptionActor:
             if not self._blocks:
                 self._blocks.append(self._arrived.get())
             try:
-                with _Watch(self._job.model.timeout_s) as watch:
-                    for row in self._captioner.rows(self._given(), watch.beat):
+                with _Watch(self._job.model.timeout_s) as watch, closing(self._given()) as given:
+                    for row in self._captioner.rows(given, watch.beat):
                         self._ended(row)
             except torch.AcceleratorError:
                 # The device is lost to this process: a new one gets the units, as after any other death.
@@ -129,12 +135,13 @@ class CaptionActor:
             except Exception as error:
                 self._fail(error)
             if self._draining:
+                self._turns.tell()
                 while self._blocks:
                     block = self._blocks.popleft()
                     block.result.set_result(block.rows)
             self._metrics.streams(asked=0, running=0)
 
-    def _given(self) -> Iterator[Given | None]:
+    def _given(self) -> Generator[Given | None]:
         """Units as the captioner has room for them, the next ones' frames being decoded already.
 
         Ends when there is none left, and after `_UNITS_PER_RUN`: then the captioner begins afresh, with pieces and
@@ -145,8 +152,11 @@ class CaptionActor:
         try:
             while not self._draining:
                 left -= self._look_ahead(ahead, left)
+                self._ask(ahead)
                 if ahead and len(self._in_model) < self._job.ray.actors.batch_units:
-                    yield self._taken(ahead.popleft(), ahead)
+                    given = self._taken(ahead.popleft(), ahead)
+                    self._ask(ahead)
+                    yield given
                 elif self._in_model and (ahead or left):
                     yield None
                 else:
@@ -154,6 +164,11 @@ class CaptionActor:
         finally:
             for late in ahead:
                 late.stream.close()
+
+    def _ask(self, ahead: deque[_Unit]) -> None:
+        """Ask for the turn of the next unit; not beside one that is alone, which may end the process once more."""
+        if ahead and ahead[0].asked is None and not any(one.alone for one in (ahead[0], *self._in_model.values())):
+            ahead[0].asked = self._turns.ask(ahead[0].unit["id"])
 
     def _look_ahead(self, ahead: deque[_Unit], most: int) -> int:
         """Ask for the frames of the next units, of `most` at most; how many that were."""
@@ -163,7 +178,7 @@ class CaptionActor:
         for block in self._together():
             while block.units and asked < most and len(ahead) <= self._job.decode.prefetch_units:
                 unit = block.units.popleft()
-                ahead.append(_Unit(unit, block, self._open(unit)))
+                ahead.append(_Unit(unit, block, self._streams.open(unit)))
                 asked += 1
         return asked
 
@@ -177,33 +192,20 @@ class CaptionActor:
 
     def _taken(self, one: _Unit, ahead: Iterable[_Unit]) -> Given:
         self._in_model[one.unit["id"]] = one
-        alone = one.unit["id"] in one.block.begun
-        if not alone:  # else it is taken before the others have left, and does not enter yet
-            one.asked = self._asked(one)
         streams = [other.stream for other in (*ahead, *self._in_model.values())]
         self._metrics.streams(asked=len(streams), running=sum(stream.running for stream in streams))
-        return Given(one.unit, self._frames(one), alone)
+        return Given(one.unit, self._frames(one), one.alone)
 
     def _frames(self, one: _Unit) -> Iterator[FrameBatch | None]:
         """A unit's frames, once it may enter the model."""
         one.started = datetime.now(UTC)
-        one.turn = (one.asked or self._asked(one)).result()
+        one.turn = (one.asked or self._turns.ask(one.unit["id"])).result()
         if one.turn.draining:
             self._draining = True
             raise UnitError("generate", "Draining", "the job is about to end: this unit stays open")
         if not one.turn.go:
             raise self._given_up(one.turn)
         yield from one.stream
-
-    def _asked(self, one: _Unit) -> Future[Turn]:
-        return self._calls.submit(self._start, one.unit["id"])
-
-    def _start(self, unit_id: str) -> Turn:
-        turn: Turn = ray.get(self._attempts.start.remote(unit_id))
-        return turn
-
-    def _end(self, unit_id: str, status: str, tried: bool) -> None:
-        self._attempts.end.remote(unit_id, status, tried=tried)
 
     def _ended(self, row: dict[str, Any]) -> None:
         done = self._in_model.pop(row["id"])
@@ -213,6 +215,7 @@ class CaptionActor:
         if not done.turn.draining:
             block.rows.append(self._told(row, done))
         if not block.open:
+            self._turns.tell()
             self._blocks.remove(block)
             block.result.set_result(block.rows)
 
@@ -234,7 +237,7 @@ class CaptionActor:
             "started_at": done.started or now,
             "finished_at": now,
         }
-        self._calls.submit(self._end, row["id"], row["status"], done.turn.go)
+        self._turns.end(End(row["id"], row["status"], tried=done.turn.go))
         if done.turn.attempt > int(done.turn.go):
             self._metrics.crashed_attempt()  # an earlier start of it ended with its process
         self._metrics.observe(row)
@@ -244,8 +247,8 @@ class CaptionActor:
     def _load(self, run_id: str) -> Captioner:
         return Captioner(self._job, run_id, self._sampling)
 
-    def _open(self, unit: dict[str, Any]) -> FrameStream:
-        return FrameStream(unit, self._job, self._captioner.sizing)
+    def _decoders(self) -> FrameStreams:
+        return FrameStreams(self._job, self._captioner.sizing)
 
     def _given_up(self, turn: Turn) -> UnitError:
         return UnitError(

@@ -27,6 +27,15 @@ class Turn:
     draining: bool = False
 
 
+@dataclass(frozen=True)
+class End:
+    """A unit has its row; `tried`: it had been let into the model for it."""
+
+    unit_id: str
+    status: str
+    tried: bool
+
+
 class Attempts:
     """Counts starts and ends of units. Every method may be called by many model actors, one call at a time."""
 
@@ -43,8 +52,9 @@ class Attempts:
         self._changed = threading.Event()
         threading.Thread(target=self._keep, name="attempts", daemon=True).start()
 
-    def start(self, unit_id: str) -> Turn:
-        """Whether a unit may enter the model."""
+    def start(self, unit_id: str, ended: Sequence[End] = ()) -> Turn:
+        """Whether a unit may enter the model, now that others have ended."""
+        self.end(ended)
         if self._draining:
             return Turn(go=False, draining=True)
         begun = self._starts.get(unit_id, 0)
@@ -65,13 +75,14 @@ class Attempts:
         """Of these units, those with starts that have no end: how many."""
         return {unit_id: self._starts[unit_id] for unit_id in unit_ids if unit_id in self._starts}
 
-    def end(self, unit_id: str, status: str, *, tried: bool) -> None:
-        """A unit has its row. Should the row be lost on its way, the unit's starts count anew."""
-        self._starts = {id_: count for id_, count in self._starts.items() if id_ != unit_id}
-        self._units[status] = self._units.get(status, 0) + 1
-        if tried:
-            self._given_up = 0
-        self._changed.set()
+    def end(self, ended: Sequence[End]) -> None:
+        """Units have their rows. Should a row be lost on its way, its unit's starts count anew."""
+        for end in ended:
+            self._starts = {id_: count for id_, count in self._starts.items() if id_ != end.unit_id}
+            self._units[end.status] = self._units.get(end.status, 0) + 1
+            if end.tried:
+                self._given_up = 0
+            self._changed.set()
 
     def loading(self, process: str) -> None:
         """A model process begins to load."""

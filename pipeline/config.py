@@ -265,8 +265,8 @@ class Actors(_Section):
         16,
         ge=1,
         le=1024,
-        description="units per hand-over to an actor, which has two at a time, repeated if it dies; so many units are "
-        "in the model together at most",
+        description="units per hand-over to an actor, which has three at a time, repeated if it dies; so many units "
+        "are in the model together at most",
     )
 
     @model_validator(mode="after")

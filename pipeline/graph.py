@@ -26,8 +26,8 @@ def build(
     filesystem, manifest = work.arrow_path(work.open_units)
     actors = job.ray.actors
     units = ray.data.read_parquet(manifest, filesystem=filesystem)
-    # A small manifest is one block, which one actor would take whole.
-    units = units.repartition(target_num_rows_per_block=actors.batch_units)
+    # A small manifest is one block, which one actor would take whole; of parts of blocks actors would run short.
+    units = units.repartition(target_num_rows_per_block=actors.batch_units, strict=True)
     return units.map_batches(
         actor,
         fn_constructor_args=(job, work.run_id, attempts, Sampling.of(job, work)),

@@ -95,8 +95,11 @@ class _Run:
         self._metrics[spec].observe(value, labels)
 
     def set(self, spec: Spec, value: float, **labels: str) -> None:
-        self._gauges = {**self._gauges, (spec, tuple(labels.items())): value}
-        self._metrics[spec].set(value, labels)
+        """At once where it is new, else with the next repeat, which is before Ray reports."""
+        key = (spec, tuple(labels.items()))
+        if key not in self._gauges:
+            self._metrics[spec].set(value, labels)
+        self._gauges = {**self._gauges, key: value}
 
     def close(self) -> None:
         self._stop.set()

@@ -3,9 +3,14 @@
 Imports no torch, so that a decoding process starts in a moment.
 """
 
+import os
+import pickle
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -20,18 +25,45 @@ _AHEAD = 2  # batches that wait for their reader
 
 
 @ray.remote
-def decode_task(
-    unit: dict[str, Any], clips: Clips, frames: Frames, decode: Decode, storage: Storage, sizing: Sizing
-) -> Iterator[FrameBatch | UnitError | None]:
+def decode_task(unit: dict[str, Any], settings: bytes) -> Iterator[FrameBatch | UnitError | None]:
     """One unit's frame batches as a stream: None once the task runs, then batches, or the error that ended them."""
     yield None
+    clips, frames, decode, storage, sizing = _settings(settings)
     try:
         check_length(unit, clips)
-        yield from decode_unit(unit, frames=frames, decode=decode, storage=storage, sizing=sizing)
+        yield from _in_background(decode_unit(unit, frames=frames, decode=decode, storage=storage, sizing=sizing))
     except UnitError as error:
         yield error
     except Exception as error:
         yield UnitError("decode", type(error).__name__, str(error) or repr(error))
+
+
+def _in_background(batches: Iterator[FrameBatch]) -> Iterator[FrameBatch]:
+    """The same batches, made in a thread that leaves the CPUs to whoever else wants them.
+
+    Of a node's processes the models must not wait, and they do for every decoder that is put on their CPU. A process
+    could not go back to its priority and may be a model's next; a thread of it need not.
+    """
+    thread = _background()
+    while (batch := thread.submit(next, batches, None).result()) is not None:
+        yield batch
+
+
+@cache
+def _background() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "decode", initializer=_give_way)
+
+
+def _give_way() -> None:
+    if sys.platform == "linux":  # elsewhere threads have no priority of their own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+@cache
+def _settings(pickled: bytes) -> tuple[Clips, Frames, Decode, Storage, Sizing]:
+    """What is the same for all units of a job; a process that decodes one after another reads it once."""
+    found: tuple[Clips, Frames, Decode, Storage, Sizing] = pickle.loads(pickled)
+    return found
 
 
 def check_length(unit: dict[str, Any], clips: Clips) -> None:
@@ -46,6 +78,34 @@ def check_length(unit: dict[str, Any], clips: Clips) -> None:
         raise SkippedError("plan", "TooLong", f"{length_s:g} s long, clips.skip_longer_s is {clips.skip_longer_s:g}")
 
 
+class FrameStreams:
+    """Opens the streams of one reader, which share their settings and a pool of threads."""
+
+    def __init__(self, job: JobConfig, sizing: Sizing) -> None:
+        self.timeout_s, self.tries = job.decode.timeout_s, job.decode.max_retries + 1
+        self._settings = pickle.dumps((job.clips, job.frames, job.decode, job.storage, sizing))
+        self._task = decode_task.options(
+            num_cpus=job.decode.num_cpus,
+            max_retries=job.decode.max_retries,
+            num_returns="streaming",
+            # Beside those that wait: the decoder works while the model does, and frames never pile up.
+            _generator_backpressure_num_objects=1,
+        )
+        most = job.ray.actors.batch_units + job.decode.prefetch_units + 1
+        self._threads = ThreadPoolExecutor(2 * most, "frames")  # as many again may be about to end
+
+    def open(self, unit: dict[str, Any]) -> "FrameStream":
+        """Start to decode a unit."""
+        stream = FrameStream(self)
+        self._threads.submit(stream.fetch, unit)
+        return stream
+
+    def task(self, unit: dict[str, Any]) -> ray.ObjectRefGenerator:
+        """Submit the unit's `decode_task`."""
+        refs: ray.ObjectRefGenerator = self._task.remote(unit, self._settings)
+        return refs
+
+
 class FrameStream:
     """A running decode task, read batch by batch; its crash, hang or failure is raised as a `UnitError`.
 
@@ -56,17 +116,15 @@ class FrameStream:
     running   whether it has them, also when it is through
     """
 
-    def __init__(self, unit: dict[str, Any], job: JobConfig, sizing: Sizing) -> None:
+    def __init__(self, streams: FrameStreams) -> None:
         self.queue_s = 0.0
         self.running = False
         self._running_at = 0.0
-        self._decode = job.decode
+        self._streams = streams
         self._there: SimpleQueue[ray.ObjectRef | UnitError | None] = SimpleQueue()  # None: that was the last
         self._room = threading.Semaphore(_AHEAD)
         self._refs: ray.ObjectRefGenerator | None = None
-        self._closed = self._through = False
-        arguments = (unit, job.clips, job.frames, job.decode, job.storage, sizing)
-        threading.Thread(target=self._fetch, args=arguments, name="frames", daemon=True).start()
+        self._closed = False
 
     def __iter__(self) -> Iterator[FrameBatch | None]:
         began = time.perf_counter()
@@ -94,25 +152,19 @@ class FrameStream:
         """End the task, also one that hangs in native code."""
         self._closed = True
         self._room.release()
-        if self._refs is not None and not self._through:
-            ray.cancel(self._refs, force=True)
+        if (refs := self._refs) is not None:
+            ray.cancel(refs, force=True)
 
-    def _fetch(self, *arguments: Any) -> None:
-        """Put batches and what ended them where the reader finds them."""
+    def fetch(self, unit: dict[str, Any]) -> None:
+        """Put the unit's batches and what ended them where the reader finds them."""
         try:
-            self._refs = decode_task.options(
-                num_cpus=self._decode.num_cpus,
-                max_retries=self._decode.max_retries,
-                num_returns="streaming",
-                # Beside those that wait: the decoder works while the model does, and frames never pile up.
-                _generator_backpressure_num_objects=1,
-            ).remote(*arguments)
+            self._refs = self._streams.task(unit)
             end = self._batches(self._refs)
         except ray.exceptions.RayError as error:
             end = self._crash(error)
         except Exception as error:
             end = UnitError("decode", type(error).__name__, str(error) or repr(error))
-        self._through = True
+        self._refs = None  # to let go of them asks Ray, too
         self._there.put(end)
 
     def _batches(self, refs: ray.ObjectRefGenerator) -> UnitError | None:
@@ -130,18 +182,18 @@ class FrameStream:
                 self._there.put(item)
                 continue
             ray.get(item)  # raises what keeps the task from running
-            timeout_s = self._decode.timeout_s
+            timeout_s = self._streams.timeout_s
             self._running_at, self.running = time.perf_counter(), True
             self._room.release()
         ray.cancel(refs, force=True)
         return UnitError(
             "decode",
             "Timeout",
-            f"expected a batch of frames within decode.timeout_s = {self._decode.timeout_s:g} s, got none",
+            f"expected a batch of frames within decode.timeout_s = {self._streams.timeout_s:g} s, got none",
         )
 
     def _crash(self, error: ray.exceptions.RayError) -> UnitError:
-        tries = self._decode.max_retries + 1
+        tries = self._streams.tries
         if isinstance(error, ray.exceptions.OutOfMemoryError):
             return UnitError("decode", "OutOfMemory", f"the decoder ran out of memory, {tries} tries")
         if isinstance(error, ray.exceptions.WorkerCrashedError | ray.exceptions.ObjectLostError):

@@ -3,13 +3,13 @@
 import subprocess
 import sys
 import threading
-from collections import deque
+from collections import Counter, deque
 from types import SimpleNamespace
 
 import pytest
 
-from pipeline import actor
-from pipeline.attempts import Turn
+from pipeline import actor, turns
+from pipeline.attempts import End, Turn
 from pipeline.config import load_config
 from pipeline.schema import ROW_SCHEMA, units_table
 from tests.pipeline.rows import row
@@ -57,11 +57,16 @@ class _Remote:
 
     def __init__(self):
         self.drain = False
-        self.ended = []
+        self.started, self.ended = [], []
         self.begun = SimpleNamespace(remote=lambda ids: {})
         self.loading = self.loaded = SimpleNamespace(remote=lambda process: None)
-        self.start = SimpleNamespace(remote=lambda unit_id: Turn(go=not self.drain, attempt=1, draining=self.drain))
-        self.end = SimpleNamespace(remote=lambda unit_id, status, tried: self.ended.append((unit_id, status, tried)))
+        self.start = SimpleNamespace(remote=self._start)
+        self.end = SimpleNamespace(remote=self.ended.extend)
+
+    def _start(self, unit_id, ended):
+        self.ended.extend(ended)
+        self.started.append(unit_id)
+        return Turn(go=not self.drain, attempt=1, draining=self.drain)
 
 
 class _Stream:
@@ -77,16 +82,17 @@ class _Stream:
 
 
 class _Captioner:
-    """Has room for three units; their answers are through in the order in which they came, or `broken`."""
+    """Has `room` for three units; their answers are through in the order in which they came, or `broken`."""
 
     def __init__(self):
+        self.room = 3
         self.together = []
         self.broken = None
 
     def rows(self, units, beat):
         units, inside = iter(units), []
         while True:
-            given = next(units, ...) if len(inside) < 3 else None
+            given = next(units, ...) if len(inside) < self.room else None
             if given is ... and not inside:
                 return
             if given not in (None, ...):
@@ -111,10 +117,13 @@ def served(monkeypatch, tmp_path):
     )
     (tmp_path / "session" / "logs").mkdir(parents=True)
     monkeypatch.setattr(actor, "ray", SimpleNamespace(get=lambda value: value, get_runtime_context=lambda: context))
+    monkeypatch.setattr(turns, "ray", SimpleNamespace(get=lambda value: value))
     monkeypatch.setattr(actor, "ActorMetrics", lambda run_id: SimpleNamespace(streams=_ignore, observe=_ignore))
     monkeypatch.setattr(actor.CaptionActor, "_load", lambda self, run_id: _Captioner())
-    monkeypatch.setattr(actor.CaptionActor, "_open", lambda self, unit: _Stream())
-    made = actor.CaptionActor(load_config(None, ["source.uri=/v", "sink.uri=/out"]), "run", _Remote())
+    monkeypatch.setattr(actor.CaptionActor, "_decoders", lambda self: SimpleNamespace(open=lambda unit: _Stream()))
+    attempts = _Remote()
+    made = actor.CaptionActor(load_config(None, ["source.uri=/v", "sink.uri=/out"]), "run", attempts)
+    made.attempts = attempts
     yield made
     made._logs.close()
 
@@ -151,8 +160,9 @@ def test_every_block_gets_the_rows_of_its_own_units(served):
     found = _at_once(served, *(_block(*ids) for ids in blocks))
     assert [table["id"].to_pylist() for table in found] == blocks
     assert all(table.schema == ROW_SCHEMA for table in found)
-    served._calls.shutdown()
-    assert sorted(served._attempts.ended) == sorted((id_, "ok", True) for ids in blocks for id_ in ids)
+    served._turns._calls.shutdown()
+    assert Counter(served.attempts.ended) == Counter(End(id_, "ok", tried=True) for ids in blocks for id_ in ids)
+    assert sorted(served.attempts.started) == sorted(id_ for ids in blocks for id_ in ids)
 
 
 def _with_next(served, first, following):
@@ -165,7 +175,7 @@ def _with_next(served, first, following):
             served._arrived.put(following)
         return _Stream()
 
-    served._open = look
+    served._streams = SimpleNamespace(open=look)
     served._arrived.put(first)
     assert first.result.result(60)
     assert following.result.result(60)
@@ -194,10 +204,39 @@ def test_no_more_units_are_in_the_model_than_are_handed_over(served):
 
 
 def test_units_that_came_when_the_job_drains_have_no_row(served):
-    served._attempts.drain = True
+    served.attempts.drain = True
     first, second = _at_once(served, _block("a", "b", "c", "d", "e"), _block("f"))
     assert first.num_rows == second.num_rows == 0
     assert served(_block("g")).num_rows == 0
+
+
+def _asked_by(served, block):
+    """For each unit: who had asked for a turn when it entered the model."""
+    asked = {}
+
+    class Noting(_Stream):
+        def __init__(self, unit):
+            self.unit = unit
+
+        def __iter__(self):
+            served._turns._calls.submit(lambda: None).result()  # all that was asked before is through
+            asked[self.unit["id"]] = list(served.attempts.started)
+            return super().__iter__()
+
+    served._captioner.room = 1
+    served._streams = SimpleNamespace(open=Noting)
+    served._arrived.put(block)
+    assert block.result.result(60)
+    return asked
+
+
+def test_a_turn_is_asked_for_one_unit_ahead(served):
+    assert _asked_by(served, _arriving("a", "b", "c")) == {"a": ["a", "b"], "b": ["a", "b", "c"], "c": ["a", "b", "c"]}
+
+
+def test_no_turn_is_asked_for_beside_a_unit_that_was_in_a_model_that_ended(served):
+    asked = _asked_by(served, _arriving("a", "b", "c", "d", begun=("a", "b")))
+    assert asked == {"a": ["a"], "b": ["a", "b"], "c": ["a", "b", "c", "d"], "d": ["a", "b", "c", "d"]}
 
 
 def test_what_breaks_the_captioner_is_told_to_every_block_and_the_next_one_is_served(served):

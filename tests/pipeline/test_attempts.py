@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from pipeline.attempts import Attempts, Turn
+from pipeline.attempts import Attempts, End, Turn
 from pipeline.config import Run, Storage
 
 
@@ -34,8 +34,15 @@ def test_unit_that_never_ends_is_given_up_after_so_many_starts(file):
 def test_unit_that_ends_starts_anew(file):
     counting = attempts(file, max_attempts=1)
     counting.start("a")
-    counting.end("a", "ok", tried=True)
+    counting.end([End("a", "ok", tried=True)])
     assert counting.start("a") == Turn(True, 1)
+
+
+def test_what_ended_is_told_along_with_the_next_start(file):
+    counting = attempts(file, max_attempts=1)
+    counting.start("a")
+    assert counting.start("a", [End("a", "ok", tried=True)]) == Turn(True, 1)
+    assert counting.state()["units"] == {"ok": 1}
 
 
 def test_units_are_counted_apart(file):
@@ -50,7 +57,7 @@ def test_starts_without_an_end_outlive_a_kill(file):
     before.start("a")
     before.start("a")
     before.start("b")
-    before.end("b", "ok", tried=True)
+    before.end([End("b", "ok", tried=True)])
     assert written(file, {"a": 2})
     after = attempts(file, max_attempts=3)
     assert after.start("a") == Turn(True, 3)
@@ -68,14 +75,14 @@ def test_units_by_status_are_counted(file):
     counting = attempts(file)
     for unit, status in {"a": "ok", "b": "ok", "c": "error"}.items():
         counting.start(unit)
-        counting.end(unit, status, tried=True)
+        counting.end([End(unit, status, tried=True)])
     assert counting.state() == {"units": {"ok": 2, "error": 1}, "fault": None}
 
 
 def _give_up(counting, unit):
     counting.start(unit)
     assert counting.start(unit).go is False
-    counting.end(unit, "error", tried=False)
+    counting.end([End(unit, "error", tried=False)])
 
 
 def test_too_many_units_given_up_in_a_row_end_the_job(file):
@@ -93,7 +100,7 @@ def test_a_unit_that_is_finished_breaks_the_row(file):
     for unit in "abcdef":
         _give_up(counting, unit)
         counting.start(f"good {unit}")
-        counting.end(f"good {unit}", "ok", tried=True)
+        counting.end([End(f"good {unit}", "ok", tried=True)])
     assert counting.state()["fault"] is None
 
 

@@ -15,7 +15,7 @@ def job(*overrides):
 
 def test_the_blocks_of_an_actor_may_take_all_starts_of_all_their_units():
     settings = ["sink.uri=/out", "ray.actors.batch_units=4", "run.max_attempts=3"]
-    assert graph.longest_block_s(job(*settings, "model.timeout_s=600")) == 2 * 4 * 3 * 600
+    assert graph.longest_block_s(job(*settings, "model.timeout_s=600")) == 3 * 4 * 3 * 600
 
 
 def test_small_limits_of_the_model_leave_time_to_load_it():

@@ -1,10 +1,14 @@
-"""Which units are left out by their length."""
+"""Which units are left out by their length, and what decoding leaves to others."""
+
+import os
+import sys
+import threading
 
 import pytest
 
 from pipeline.config import Clips
 from pipeline.errors import SkippedError
-from pipeline.stream import check_length
+from pipeline.stream import _in_background, check_length
 
 _LIMITS = Clips(skip_shorter_s=2.0, skip_longer_s=60.0)
 
@@ -30,3 +34,26 @@ def test_units_outside_the_limits_are_skipped(unit, kind):
 
 def test_nothing_is_skipped_by_default():
     check_length(_unit(duration_s=1e9), Clips())
+
+
+def _priority():
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux only")
+def test_batches_are_made_at_the_lowest_priority_and_their_process_keeps_its_own():
+    before = _priority()
+    made = (_priority() for _ in range(3))
+    assert list(_in_background(made)) == [19, 19, 19]
+    assert _priority() == before < 19
+
+
+def test_what_ends_the_batches_is_raised_after_those_before_it():
+    def batches():
+        yield "first"
+        raise OSError("the disk is full")
+
+    seen = _in_background(batches())
+    assert next(seen) == "first"
+    with pytest.raises(OSError, match="the disk is full"):
+        next(seen)
