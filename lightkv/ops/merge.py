@@ -24,15 +24,7 @@ def merge(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> Non
     hidden [S, D] · weight fp32 [S], ≥ 0 · source and target int64 [R]: targets may repeat, a source
     comes once and is no target. Raises ConfigError for other shapes and types; contents are not looked at.
     """
-    if hidden.ndim != 2 or hidden.dtype not in DTYPES:
-        raise ConfigError(f"hidden must be floating [S, D], got {hidden.dtype} {list(hidden.shape)}")
-    if weight.dtype != torch.float32 or weight.shape != hidden.shape[:1]:
-        raise ConfigError(f"weight must be fp32 [{len(hidden)}], got {weight.dtype} {list(weight.shape)}")
-    for name, tensor in (("source", source), ("target", target)):
-        if tensor.dtype != torch.int64 or tensor.ndim != 1:
-            raise ConfigError(f"{name} must be int64 in one dimension, got {tensor.dtype} {list(tensor.shape)}")
-    if len(source) != len(target):
-        raise ConfigError(f"source and target must be of one length, got {len(source)} and {len(target)}")
+    check_pairs(hidden, weight, source, target)
     if use_triton(hidden):
         from lightkv.ops.merge_kernel import merge_triton
 
@@ -43,15 +35,34 @@ def merge(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> Non
 
 def merge_torch(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> None:
     """The twin. On CPUs index_add adds row after row; on a GPU, where the kernel should run, in any order."""
+    merge_into(hidden, weight, target, hidden, weight, source)
+
+
+def merge_into(rows: Tensor, weights: Tensor, target: Tensor, hidden: Tensor, weight: Tensor, source: Tensor) -> None:
+    """Merges hidden[source[r]] into rows[target[r]], IN PLACE on rows and weights; `merge` where these are one."""
     receiver, group = torch.unique(target, return_inverse=True)
-    own, given = weight[receiver], weight[source]
+    own, given = weights[receiver], weight[source]
     total = own.index_add(0, group, given)
     silent = total == 0
     share = torch.where(silent, torch.bincount(group, minlength=len(receiver)) + 1.0, total)
     own = own.masked_fill_(silent, 1.0) / share
     given = given.masked_fill_(silent[group], 1.0) / share[group]
-    for part in hidden.split(max(1, FEATURES_AT_ONCE // max(1, len(receiver) + len(source))), dim=1):
-        mean = part[receiver].float() * own[:, None]
-        mean.index_add_(0, group, part[source].float() * given[:, None])
-        part.index_copy_(0, receiver, mean.to(hidden.dtype))
-    weight.index_copy_(0, receiver, total)
+    step = max(1, FEATURES_AT_ONCE // max(1, len(receiver) + len(source)))
+    for left, right in zip(rows.split(step, dim=1), hidden.split(step, dim=1), strict=True):
+        mean = left.index_select(0, receiver).float().mul_(own[:, None])
+        mean.index_add_(0, group, right.index_select(0, source).float().mul_(given[:, None]))
+        left.index_copy_(0, receiver, mean.to(rows.dtype))
+    weights.index_copy_(0, receiver, total)
+
+
+def check_pairs(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> None:
+    """Raises ConfigError for what `merge` does not take."""
+    if hidden.ndim != 2 or hidden.dtype not in DTYPES:
+        raise ConfigError(f"hidden must be floating [S, D], got {hidden.dtype} {list(hidden.shape)}")
+    if weight.dtype != torch.float32 or weight.shape != hidden.shape[:1]:
+        raise ConfigError(f"weight must be fp32 [{len(hidden)}], got {weight.dtype} {list(weight.shape)}")
+    for name, tensor in (("source", source), ("target", target)):
+        if tensor.dtype != torch.int64 or tensor.ndim != 1:
+            raise ConfigError(f"{name} must be int64 in one dimension, got {tensor.dtype} {list(tensor.shape)}")
+    if len(source) != len(target):
+        raise ConfigError(f"source and target must be of one length, got {len(source)} and {len(target)}")

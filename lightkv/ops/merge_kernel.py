@@ -32,6 +32,22 @@ def weigh_kernel(weight, source, target, stop, stride, pairs, BLOCK_R: tl.conste
 
 
 @triton.jit
+def mean_of_run(value, inside, own, total, base, weight, source, first, last, stride_s, stride_w):
+    """(w_b x_b + Σ w_a x_a) / w in fp32, x_b being `value`, w_b `own`, w `total`, and pairs first … last - 1 its run.
+
+    `base` points to the columns of the tile, those of x_b too, in row 0.
+    """
+    silent = total == 0
+    share = tl.where(silent, (last - first + 1).to(tl.float32), total)
+    mean = value.to(tl.float32) * (tl.where(silent, 1.0, own) / share)
+    for at in range(first, last):
+        sender = tl.load(source + at)
+        factor = tl.where(silent, 1.0, tl.load(weight + sender * stride_w)) / share
+        mean += tl.load(base + sender * stride_s, mask=inside, other=0.0).to(tl.float32) * factor
+    return mean
+
+
+@triton.jit
 def mean_kernel(
     hidden,
     weight,
@@ -53,17 +69,11 @@ def mean_kernel(
         return
     last = tl.load(stop + pair)
     total = tl.load(weight + receiver * stride_w)
-    silent = total == 0
-    share = tl.where(silent, (last - pair + 1).to(tl.float32), total)
     column = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < width
     base = hidden + column * stride_d
-    factor = tl.where(silent, 1.0, tl.load(own + pair)) / share
-    mean = tl.load(base + receiver * stride_s, mask=inside, other=0.0).to(tl.float32) * factor
-    for at in range(pair, last):
-        sender = tl.load(source + at)
-        factor = tl.where(silent, 1.0, tl.load(weight + sender * stride_w)) / share
-        mean += tl.load(base + sender * stride_s, mask=inside, other=0.0).to(tl.float32) * factor
+    value = tl.load(base + receiver * stride_s, mask=inside, other=0.0)
+    mean = mean_of_run(value, inside, tl.load(own + pair), total, base, weight, source, pair, last, stride_s, stride_w)
     tl.store(base + receiver * stride_s, mean.to(hidden.dtype.element_ty), mask=inside)
 
 

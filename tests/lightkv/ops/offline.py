@@ -6,8 +6,10 @@ The interpreter takes much that the compiler refuses; Triton brings its own asse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # by compute capability: what a
 
 def compile_kernel(
     module: str, kernel: str, signature: dict[str, str], constants: dict[str, Any], **options: int
-) -> None:
+) -> int:
     """Compile for every capability in SHARED_BYTES; raises AssertionError with the compiler's words where it fails.
+
+    Returns the bytes that a thread keeps in memory for want of registers, at most.
 
     signature: every argument's type in order, e.g. {"x": "*bf16", "stride": "i64", "n": "i32", "BLOCK": "constexpr"};
     pointers and int64, which strides are, count as multiples of 16, as they are in real models: so loads are vectors.
@@ -30,9 +34,10 @@ def compile_kernel(
         [sys.executable, str(Path(__file__)), job], capture_output=True, text=True, env=environment, cwd=os.getcwd()
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    shared = json.loads(done.stdout.splitlines()[-1])
-    over = {name: used for name, used in shared.items() if used > SHARED_BYTES[int(name)]}
+    used = json.loads(done.stdout.splitlines()[-1])
+    over = {name: shared for name, (shared, _) in used.items() if shared > SHARED_BYTES[int(name)]}
     assert not over, f"bytes of shared memory by compute capability: {over}, allowed {SHARED_BYTES}"
+    return max(stack for _, stack in used.values())
 
 
 def _main(job: str) -> None:
@@ -48,12 +53,23 @@ def _main(job: str) -> None:
     wide = [place for place, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i64"]
     attributes = {(place,): [["tt.divisibility", 16]] for place in wide}
     source = ASTSource(getattr(importlib.import_module(module), kernel), signature, constants, attributes)
-    shared = {}
+    used = {}
     for capability in SHARED_BYTES:
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         assert compiled.asm["cubin"]
-        shared[capability] = compiled.metadata.shared
-    print(json.dumps(shared))
+        used[capability] = compiled.metadata.shared, _stack_bytes(compiled.asm["cubin"])
+    print(json.dumps(used))
+
+
+def _stack_bytes(cubin: bytes) -> int:
+    """Of a thread: where values go that its registers do not hold."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, check=True)
+    return int(re.findall(rb"STACK:(\d+)", told.stdout)[-1])
 
 
 if __name__ == "__main__":

@@ -227,11 +227,11 @@ def test_arguments_that_cannot_be_right_are_refused(wrong, words):
 def test_weights_compile_for_gpus_with_64_bit_strides():
     signature = {"weight": "*fp32", "source": "*i64", "target": "*i64", "stop": "*i64", "stride": "i64", "pairs": "i64"}
     signature["BLOCK_R"] = "constexpr"
-    compile_kernel("lightkv.ops.merge_kernel", "weigh_kernel", signature, {"BLOCK_R": BLOCK_R}, num_warps=4)
+    assert compile_kernel("lightkv.ops.merge_kernel", "weigh_kernel", signature, {"BLOCK_R": BLOCK_R}, num_warps=4) == 0
 
 
 def test_means_compile_for_gpus_with_64_bit_strides():
     signature = {"hidden": "*bf16", "weight": "*fp32", "own": "*fp32", "source": "*i64", "target": "*i64"}
     signature |= {"stop": "*i64", "stride_s": "i64", "stride_d": "i64", "stride_w": "i64", "width": "i32"}
     signature["BLOCK_D"] = "constexpr"
-    compile_kernel("lightkv.ops.merge_kernel", "mean_kernel", signature, {"BLOCK_D": BLOCK_D}, num_warps=2)
+    assert compile_kernel("lightkv.ops.merge_kernel", "mean_kernel", signature, {"BLOCK_D": BLOCK_D}, num_warps=2) == 0

@@ -1,0 +1,100 @@
+# mypy: allow-untyped-defs
+# (the arguments of a kernel have no types in Python)
+"""Merging and compaction in Triton, over pairs sorted by target: a survivor's programs add up its run, a tile each."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightkv.ops.merge_kernel import BLOCK_D, mean_of_run
+
+
+@triton.jit
+def compact_kernel(
+    hidden,
+    weight,
+    columns,
+    source,
+    kept,
+    begin,
+    end,
+    rows,
+    weights,
+    places,
+    stride_s,
+    stride_d,
+    stride_w,
+    stride_c,
+    stride_p,
+    width,
+    count,
+    survivors,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """A tile of features of one survivor; the first tile's program brings its weight and its integers too."""
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(kept + place)
+    first, last = tl.load(begin + place), tl.load(end + place)
+    own = tl.load(weight + row * stride_w)
+    total = own
+    for at in range(first, last):
+        total += tl.load(weight + tl.load(source + at) * stride_w)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < width
+    base = hidden + column * stride_d
+    value = tl.load(base + row * stride_s, mask=inside, other=0.0)
+    if first < last:  # else it keeps its bits
+        mean = mean_of_run(value, inside, own, total, base, weight, source, first, last, stride_s, stride_w)
+        value = mean.to(hidden.dtype.element_ty)
+    tl.store(rows + place * width + column, value, mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(weights + place, total)
+        which = tl.arange(0, BLOCK_C).to(tl.int64)
+        there = which < count
+        tl.store(
+            places + which * survivors + place,
+            tl.load(columns + which * stride_c + row * stride_p, mask=there, other=0),
+            mask=there,
+        )
+
+
+def compact_triton(
+    hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor, kept: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The launcher: each tile of a survivor adds up the weights of its run by itself, for runs are short."""
+    (survivors,), width, count = kept.shape, hidden.shape[1], len(columns)
+    rows, weights, places = (
+        hidden.new_empty(survivors, width),
+        weight.new_empty(survivors),
+        columns.new_empty(count, survivors),
+    )
+    if not survivors:
+        return rows, weights, places
+    target, by_target = torch.sort(target, stable=True)
+    kept = kept.contiguous()
+    begin, end = (torch.searchsorted(target, kept, right=right) for right in (False, True))
+    strides = (hidden.stride(0), hidden.stride(1), weight.stride(0), columns.stride(0), columns.stride(1))
+    tiles = max(1, triton.cdiv(width, BLOCK_D))
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        compact_kernel[(survivors, tiles)](
+            hidden,
+            weight,
+            columns,
+            source[by_target],
+            kept,
+            begin,
+            end,
+            rows,
+            weights,
+            places,
+            *strides,
+            width,
+            count,
+            survivors,
+            BLOCK_D=BLOCK_D,
+            BLOCK_C=triton.next_power_of_2(max(1, count)),
+            num_warps=2,
+        )
+    return rows, weights, places
