@@ -81,10 +81,11 @@ class Cached:
         stage = Stage(-1, drop=_drop(sizes, most if rest else max(len(sizes), int(SLACK * most))))
         _, _, y, x = self.place.unbind(1)
         layout = VisionLayout.from_coordinates(item, self._turns(), y, x)
-        tokens = Tokens(self.features, layout, self.size, score)
+        columns = torch.cat([self.place.T, self.positions])  # the place: in the layout time counts turns
+        tokens = Tokens(self.features, layout, self.size, score, columns=columns)
         done = spacetime(tokens, stage, LightKVConfig((stage,), method="spacetime"))
-        kept = done.kept
-        return Cached(done.hidden, self.place[kept], done.size, self.positions[:, kept]), done
+        place, positions = done.columns[:4].T, done.columns[4:]
+        return Cached(done.hidden, place, done.size, positions), done
 
 
 def _drop(sizes: Tensor, most: int) -> float:

@@ -57,6 +57,11 @@ class VisionLayout:
     def mergeable(self) -> Tensor:
         return self.item >= 0
 
+    @property
+    def columns(self) -> Tensor:
+        """int64 [4, S]: item, t, y and x. With the grid they make the layout again."""
+        return torch.stack([self.item, self.t, self.y, self.x])
+
     def take(self, index: Tensor) -> "VisionLayout":
         """The layout of the positions in `index` (int64 [S'] or bool [S]); grids keep their true extent."""
         return VisionLayout(self.item[index], self.t[index], self.y[index], self.x[index], self.grid)

@@ -109,23 +109,28 @@ class Prefill:
         layout = layout.squared() if self.config.windows == "released" else layout
         self._note_small_grids(layout, stage)
         score = self.scores.to(device) if self.scores is not None else None
-        size, origin = packing.pack(group.size).to(device), packing.pack(group.origin).to(device)
-        tokens = Tokens(packing.pack(hidden), layout, size, score, packing.lengths)
+        size, columns = packing.pack(group.size).to(device), packing.pack(group.origin).to(device)[None]
+        if group.positions is not None:
+            by_token = packing.pack(group.positions.movedim((-2, -1), (0, 1))).to(device)  # [N] or [N, axes]
+            columns = torch.cat([columns, by_token.reshape(len(by_token), -1).T])
+        tokens = Tokens(packing.pack(hidden), layout, size, score, packing.lengths, columns)
         result = self.method.compress(tokens, stage, self.config)
         self.scores = None
         left = packing.after(result.kept)
-        self._note_survivors(origin, packing, result, left)
-        kept = result.kept.split(left.lengths)
-        rows = [index - start for index, start in zip(kept, packing.starts, strict=True)]
-        positions, closed = _close_up(group, rows, left.width) if group.positions is not None else (None, group.closed)
-        place = left.pad(origin[result.kept])
-        self.groups.append(Group(layout.take(result.kept), left, place, left.pad(result.size, 1), positions, closed))
+        self._note_survivors(columns[0], packing, result, left)
+        positions, closed = None, group.closed
+        if group.positions is not None:
+            closed_up, vanished = _close_up(columns[1:], result.columns[1:], packing, left)
+            positions = left.pad(closed_up.T).movedim(-1, 0).reshape(*group.positions.shape[:-1], left.width)
+            closed = closed.to(device) + vanished
+        place, sizes = left.pad(result.columns[0]), left.pad(result.size, 1)
+        self.groups.append(Group(result.layout, left, place, sizes, positions, closed))
         return left.pad(result.hidden)
 
     def _note_survivors(self, origin: Tensor, packing: Packing, result: Compressed, left: Packing) -> None:
         """Follow the tokens of every prompt through one more stage; origin [N] of what was there before it."""
         target = torch.where(result.target < 0, -1, origin[result.target])  # by the tokens of this stage
-        kept = origin[result.kept].split(left.lengths)
+        kept = result.columns[0].split(left.lengths)
         before = zip(origin.split(packing.lengths), target.split(packing.lengths), strict=True)
         for row, (origin, target) in enumerate(before):
             pad = self.groups[0].packing.pads[row]
@@ -158,24 +163,22 @@ class Prefill:
             )
 
 
-def _close_up(group: Group, kept: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
+def _close_up(before: Tensor, after: Tensor, packing: Packing, left: Packing) -> tuple[Tensor, Tensor]:
     """Renumber positions: each value drops by the number of smaller values that no survivor holds any more.
 
     For ordinary RoPE this gives 0 … S'-1. For M-RoPE the three axes share one numbering, so order, equality of a
     text token's three coordinates, and gaps that were there before all stay.
+
+    before int64 [axes, N] of the tokens, after [axes, N'] of the survivors → [axes, N'], and how many values of each
+    sequence have vanished, [B].
     """
-    assert group.positions is not None
-    before = group.positions.to(kept[0].device)
-    after = before.new_zeros(*before.shape[:-1], length)
-    closed = group.closed.to(before.device, copy=True)
-    for row, (index, pad) in enumerate(zip(kept, group.packing.pads, strict=True)):
-        old = before[..., row, pad:]
-        new = old[..., index]
-        values = old.unique()
+    closed_up, counts = [], []
+    for old, new in zip(before.split(packing.lengths, dim=1), after.split(left.lengths, dim=1), strict=True):
+        values, new = old.unique(), new.contiguous()  # torch.isin wants that
         vanished = values[~torch.isin(values, new)]
-        after[..., row, length - len(index) :] = new - torch.searchsorted(vanished, new)
-        closed[row] += len(vanished)
-    return after, closed
+        closed_up.append(new - torch.searchsorted(vanished, new))
+        counts.append(len(vanished))
+    return torch.cat(closed_up, dim=1), torch.tensor(counts, device=before.device)
 
 
 def rows_for_batch(layouts: Sequence[VisionLayout], mask: Tensor | None, batch: int, length: int) -> list[VisionLayout]:

@@ -4,7 +4,6 @@ Each gives every vision token a value and keeps those of largest value: M - floo
 a prompt's for `asked`. Survivors are what they were, and stand for what they stood for.
 """
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,10 +51,8 @@ def asked(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed
     """What the question attends to most, over all images and videos together; each keeps one as far as that goes."""
     assert tokens.score is not None
     layout, value = tokens.layout, tokens.score
-    best = prune(tokens, value, 1.0 - 1e-9).kept
-    value = value.index_fill(0, best[layout.mergeable[best]], torch.inf)
-    as_one = replace(layout, item=torch.where(layout.mergeable, tokens.row, layout.item))
-    return prune(replace(tokens, layout=as_one), value, stage.drop)
+    value = value.index_fill(0, ranked(layout.item, value, 1.0 - 1e-9)[0], torch.inf)
+    return prune(tokens, value, stage.drop, torch.where(layout.mergeable, tokens.row, layout.item))
 
 
 def evs(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
@@ -83,22 +80,27 @@ def evs(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
     return prune(tokens, value, stage.drop)
 
 
-def prune(tokens: Tokens, value: Tensor, drop: float) -> Compressed:
+def prune(tokens: Tokens, value: Tensor, drop: float, group: Tensor | None = None) -> Compressed:
     """Keep of every item what is left by floor(drop · M) removals: the largest of value [S]; ties keep the lower index.
 
-    Text and row ends stay.
+    Text and row ends stay. group int64 [S]: what is taken for an item instead, below 0 for what is none.
     """
-    layout = tokens.layout
-    order = torch.nonzero(layout.mergeable).flatten()
-    order = order[torch.argsort(value[order], descending=True, stable=True)]
-    order = order[torch.argsort(layout.item[order], stable=True)]
-    item = layout.item[order]
-    sizes = torch.bincount(item, minlength=len(layout.grid))
-    rank = torch.arange(len(item), device=item.device) - (sizes.cumsum(0) - sizes)[item]
-    dropped = order[rank >= (sizes - removals(sizes, drop))[item]]
-    target = torch.arange(len(layout), device=order.device).index_fill(0, dropped, -1)
+    dropped = ranked(tokens.layout.item if group is None else group, value, drop)[1]
+    target = torch.arange(len(value), device=dropped.device).index_fill(0, dropped, -1)
     kept = torch.nonzero(target >= 0).flatten()
-    return Compressed(tokens.hidden[kept], kept, target, tokens.size[kept])
+    return tokens.left(tokens.hidden, tokens.size, target[:0], target[:0], target, kept)
+
+
+def ranked(group: Tensor, value: Tensor, drop: float) -> tuple[Tensor, Tensor]:
+    """Of every group those that stay and those that are dropped, positions int64; below 0 is no group."""
+    order = torch.nonzero(group >= 0).flatten()
+    order = order[torch.argsort(value[order], descending=True, stable=True)]
+    order = order[torch.argsort(group[order], stable=True)]
+    group = group[order]
+    sizes = torch.bincount(group)
+    rank = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group]
+    stays = rank < (sizes - removals(sizes, drop))[group]
+    return order[stays], order[~stays]
 
 
 def _key(layout: VisionLayout, t: Tensor) -> Tensor:

@@ -47,8 +47,9 @@ def spacetime(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compre
     What a round cannot give is left to the rounds after it, beyond the last if need be. Ties go to the lower index.
     Raises FloatingPointError where too few tokens are finite: what is no number has no nearest neighbour.
     """
-    hidden, size, layout = tokens.hidden.clone(), tokens.size.clone(), tokens.layout
+    hidden, size, layout = tokens.hidden, tokens.size, tokens.layout
     target = torch.arange(len(layout), device=hidden.device)
+    source = into = target[:0]
     unit, price, place = _unit(hidden, layout), _price(tokens), places(layout)
     field = Field.of(layout)
     wanted = removals(field.sizes, stage.drop)
@@ -64,13 +65,16 @@ def spacetime(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compre
         if not len(chosen) and turn >= config.rounds:
             raise FloatingPointError(f"{left} more tokens should merge, but the others' hidden states are not finite")
         source = field.index[chosen]
-        merge(hidden, size, source, into)
         target = target.index_copy(0, source, into)[target]
         alive[chosen] = False
         done = done + _counted(field.item[chosen], len(done))
         left, turn = left - len(chosen), turn + 1
+        if left:  # else these are the last merges, which go with the survivors
+            if hidden is tokens.hidden:
+                hidden, size = hidden.clone(), size.clone()
+            merge(hidden, size, source, into)
     kept = torch.nonzero(target == torch.arange(len(layout), device=target.device)).flatten()
-    return Compressed(hidden[kept], kept, target, size[kept])
+    return tokens.left(hidden, size, source, into, target, kept)
 
 
 def _unit(hidden: Tensor, layout: VisionLayout) -> Tensor:

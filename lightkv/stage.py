@@ -22,21 +22,7 @@ Budget = Literal["window", "item"]
 def published(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
     """The method "published": one stage of the paper, its guidance being the merge weight (equal weights without)."""
     weight = torch.ones_like(tokens.size) if tokens.score is None else tokens.score
-    result = compress_tokens(
-        tokens.hidden,
-        weight,
-        tokens.layout,
-        windows=stage.windows,
-        drop=stage.drop,
-        frames=config.frames_per_window,
-        budget=config.budget,
-    )
-    return replace(result, size=gathered(tokens.size, result))
-
-
-def gathered(size: Tensor, result: Compressed) -> Tensor:
-    """The sizes of the survivors when each token of `size` [S] has merged into its target."""
-    return torch.zeros_like(size).index_add(0, result.target, size)[result.kept]
+    return in_windows(tokens, weight, stage.windows, stage.drop, config.frames_per_window, config.budget)
 
 
 def compress_tokens(
@@ -49,14 +35,9 @@ def compress_tokens(
     frames: int | None = 1,
     budget: Budget = "window",
 ) -> Compressed:
-    """Merge floor(drop · m) of the m vision tokens in each of `windows` × `windows` windows per frame.
-
-    One matching removes at most half of a window; what is beyond that is met by matching again what is left, each
-    token then weighing what has merged into it. `frames` consecutive frames share a window (None: the whole video).
-    With budget="item" it is floor(drop · M) of an item's M tokens, spread over its windows (`spread_removals`).
+    """`in_windows` for tokens that stand for themselves alone.
 
     hidden [S, D], guidance fp32 [S] of weights ≥ 0 (only vision entries count), layout of the same S positions.
-    The sizes count this call's tokens.
     Raises ConfigError when shapes disagree or windows < 1 or drop is outside [0, 1).
     """
     length = len(layout)
@@ -65,21 +46,40 @@ def compress_tokens(
             f"hidden {list(hidden.shape)} and guidance {list(guidance.shape)} must cover the layout's {length} tokens"
         )
     check_stage(windows, drop)
-    layout = layout.to(hidden.device)
-    target = torch.arange(length, device=hidden.device)
-    removed = torch.zeros(length, dtype=torch.bool, device=hidden.device)
-    cut = Windows.cut(layout, windows, frames)
+    tokens = Tokens(hidden, layout.to(hidden.device), torch.ones(length, device=hidden.device))
+    return in_windows(tokens, guidance, windows, drop, frames, budget)
+
+
+def in_windows(
+    tokens: Tokens, weight: Tensor, windows: int, drop: float, frames: int | None, budget: Budget
+) -> Compressed:
+    """Merge floor(drop · m) of the m vision tokens in each of `windows` × `windows` windows per frame, by weight [S].
+
+    One matching removes at most half of a window; what is beyond that is met by matching again what is left, each
+    token then weighing what has merged into it. `frames` consecutive frames share a window (None: the whole video).
+    With budget="item" it is floor(drop · M) of an item's M tokens, spread over its windows (`spread_removals`).
+    """
+    hidden, weight = tokens.hidden, weight.float()
+    target = torch.arange(len(hidden), device=hidden.device)
+    removed = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    source = into = target[:0]
+    cut = Windows.cut(tokens.layout, windows, frames)
     quota = removals(cut.sizes, drop) if budget == "window" else spread_removals(cut, drop)
-    hidden, weight = hidden.clone(), guidance.float().clone()
-    while bool(quota.any()):
+    more = bool(quota.any())
+    while more:
         source, into = match(hidden, cut, quota)
-        merge(hidden, weight, source, into)
         target = target.index_copy(0, source, into)[target]
         removed = removed.index_fill(0, source, True)
         quota = quota - torch.minimum(quota, cut.sizes // 2)
-        cut = cut.without(removed)
+        more = bool(quota.any())
+        if more:  # else these are the last merges, which go with the survivors
+            if hidden is tokens.hidden:
+                hidden, weight = hidden.clone(), weight.clone()
+            merge(hidden, weight, source, into)
+            cut = cut.without(removed)
     kept = torch.nonzero(~removed).flatten()
-    return Compressed(hidden[kept], kept, target, torch.bincount(target, minlength=length)[kept].float())
+    size = torch.zeros_like(tokens.size).index_add(0, target, tokens.size)[kept]
+    return replace(tokens.left(hidden, weight, source, into, target, kept), size=size)
 
 
 def check_stage(windows: int, drop: float) -> None:

@@ -310,7 +310,8 @@ class Stream:
         if not bool(piece.hidden.isfinite().all()):  # what is no number has no nearest neighbour
             raise FloatingPointError(f"the hidden states before the stage after layer {stage.layer} are not finite")
         layout = piece.layout.squared() if self._config.windows == "released" else piece.layout
-        tokens = Tokens(piece.hidden, layout, piece.size, score, piece.lengths)
+        columns = torch.cat([piece.positions, piece.place[None]])
+        tokens = Tokens(piece.hidden, layout, piece.size, score, piece.lengths, columns)
         done = self._method.compress(tokens, stage, self._config)
         went = torch.where(done.target < 0, -1, piece.place[done.target])
         for passage, part in zip(passages, piece.parts, strict=True):
@@ -323,8 +324,7 @@ class Stream:
         lengths = (len(done.kept),)
         if len(passages) > 1:
             lengths = tuple(torch.bincount(tokens.row[done.kept], minlength=len(passages)).tolist())
-        positions, place = piece.positions[:, done.kept], piece.place[done.kept]
-        return Piece(done.hidden, layout.take(done.kept), done.size, positions, place, lengths)
+        return Piece(done.hidden, done.layout, done.size, done.columns[:-1], done.columns[-1], lengths)
 
     def _group(
         self, number: int, piece: Piece, passages: list[Passage], caches: list[list[LayerKV]]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightkv.layout import VisionLayout
+from lightkv.ops.compact import compact
 from lightkv.packing import rows_of
 
 
@@ -18,6 +19,7 @@ class Tokens:
     size [S]       fp32: how many tokens of the prompt each stands for
     score [S]      fp32, from the layer before; None for a method that does not ask for one
     lengths        tokens of each sequence; None for a single one
+    columns [C, S] int64: what else goes along with each token, such as its positions; None for nothing
     """
 
     hidden: Tensor
@@ -25,27 +27,48 @@ class Tokens:
     size: Tensor
     score: Tensor | None = None
     lengths: tuple[int, ...] | None = None
+    columns: Tensor | None = None
 
     @property
     def row(self) -> Tensor:
         """int64 [S]: the sequence of each token."""
         return rows_of(self.lengths or (len(self.layout),), self.hidden.device)
 
+    def left(
+        self, hidden: Tensor, weight: Tensor, source: Tensor, into: Tensor, target: Tensor, kept: Tensor
+    ) -> "Compressed":
+        """What is left at the end of a stage, its last merges included: hidden[source[r]] into hidden[into[r]].
+
+        hidden [S, D] and weight fp32 [S] as the merges before these have left them: they stay as they are. The size of
+        a survivor is what its weights add up to · target [S] and kept [S'] as in Compressed.
+        """
+        columns = self.layout.columns
+        if self.columns is not None:
+            columns = torch.cat([columns, self.columns])
+        hidden, size, columns = compact(hidden, weight, source, into, kept, columns)
+        item, t, y, x, *_ = columns
+        layout = VisionLayout(item, t, y, x, self.layout.grid)
+        return Compressed(hidden, kept, target, size, layout, columns[4:])
+
 
 @dataclass(frozen=True)
 class Compressed:
     """What a stage leaves of its S tokens.
 
-    hidden [S', D]  the survivors in their original order
-    kept   [S']     original index of each survivor, ascending
-    target [S]      original index of the token each position ended up in: itself if it survived, -1 if it was dropped
-    size   [S']     fp32: how many tokens each survivor stands for
+    hidden [S', D]   the survivors in their original order
+    kept [S']        original index of each survivor, ascending
+    target [S]       original index of the token each position ended up in: itself if it survived, -1 if it was dropped
+    size [S']        fp32: how many tokens each survivor stands for
+    layout           their places
+    columns [C, S']  what else went along with them
     """
 
     hidden: Tensor
     kept: Tensor
     target: Tensor
     size: Tensor
+    layout: VisionLayout
+    columns: Tensor
 
 
 def removals(sizes: Tensor, drop: float) -> Tensor:

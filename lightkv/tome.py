@@ -1,9 +1,8 @@
 """Token merging (ToMe): bipartite soft matching over an item's tokens, by content alone."""
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lightkv.stage import compress_tokens, gathered
+from lightkv.stage import in_windows
 from lightkv.tokens import Compressed, Tokens, removal
 
 if TYPE_CHECKING:
@@ -16,8 +15,7 @@ def tome(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
     Similarity is the cosine of hidden states, the mean is weighted by size. Beyond half of the tokens, what is left is
     matched again.
     """
-    result = compress_tokens(tokens.hidden, tokens.size, tokens.layout, windows=1, drop=stage.drop, frames=None)
-    return replace(result, size=gathered(tokens.size, result))
+    return in_windows(tokens, tokens.size, 1, stage.drop, None, "window")
 
 
 def tome_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:

@@ -41,6 +41,23 @@ def test_axes_of_mrope_share_one_numbering():
     assert group.closed.tolist() == [0]
 
 
+def test_rows_of_a_batch_close_up_by_themselves():
+    """M-RoPE, two rows of unlike length: each is what it is alone, behind its padding."""
+    layouts = [VisionLayout.grids([(1, 2, 2, 2)], 11), VisionLayout.grids([(0, 1, 2, 2)], 6)]
+    positions = torch.randint(0, 60, (3, 2, 11), generator=torch.Generator().manual_seed(0))
+    prefill = Prefill(LightKVConfig((Stage(0, 1, 0.5),)), layouts, 11, positions)
+    prefill.scores, hidden = torch.ones(17), torch.zeros(2, 11, 6)
+    hidden[0], hidden[1, 5:] = torch.eye(6)[torch.arange(11) // 2], torch.eye(6)[torch.arange(6) // 2]
+    prefill.compress(hidden, prefill.config.stages[0])
+    group = prefill.groups[-1]
+    assert group.positions.shape == (3, 2, group.packing.width)
+    for row, layout in enumerate(layouts):
+        alone = run(positions[:, row : row + 1, 11 - len(layout) :], layout)
+        count = group.packing.lengths[row]
+        assert torch.equal(group.positions[:, row, -count:], alone.positions[:, 0])
+        assert int(group.closed[row]) == int(alone.closed[0]) > 0
+
+
 def test_one_layout_serves_all_beams_of_its_prompt():
     layouts = [VisionLayout.grids([(0, 1, 1, 2)], 4), VisionLayout.grids([(1, 1, 1, 3)], 4)]
     rows = rows_for_batch(layouts, None, 6, 4)
