@@ -51,7 +51,8 @@ def asked(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed
     """What the question attends to most, over all images and videos together; each keeps one as far as that goes."""
     assert tokens.score is not None
     layout, value = tokens.layout, tokens.score
-    value = value.index_fill(0, ranked(layout.item, value, 1.0 - 1e-9)[0], torch.inf)
+    order, stays = ranked(layout.item, value, 1.0 - 1e-9)
+    value = value.index_fill(0, order[stays], torch.inf)
     return prune(tokens, value, stage.drop, torch.where(layout.mergeable, tokens.row, layout.item))
 
 
@@ -85,22 +86,21 @@ def prune(tokens: Tokens, value: Tensor, drop: float, group: Tensor | None = Non
 
     Text and row ends stay. group int64 [S]: what is taken for an item instead, below 0 for what is none.
     """
-    dropped = ranked(tokens.layout.item if group is None else group, value, drop)[1]
-    target = torch.arange(len(value), device=dropped.device).index_fill(0, dropped, -1)
+    order, stays = ranked(tokens.layout.item if group is None else group, value, drop)
+    target = torch.arange(len(value), device=order.device).index_fill(0, order[~stays], -1)
     kept = torch.nonzero(target >= 0).flatten()
     return tokens.left(tokens.hidden, tokens.size, target[:0], target[:0], target, kept)
 
 
 def ranked(group: Tensor, value: Tensor, drop: float) -> tuple[Tensor, Tensor]:
-    """Of every group those that stay and those that are dropped, positions int64; below 0 is no group."""
+    """Positions int64 [N] of the tokens in groups, by group and from the largest value; which stay, bool [N]."""
     order = torch.nonzero(group >= 0).flatten()
     order = order[torch.argsort(value[order], descending=True, stable=True)]
     order = order[torch.argsort(group[order], stable=True)]
     group = group[order]
     sizes = torch.bincount(group)
     rank = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group]
-    stays = rank < (sizes - removals(sizes, drop))[group]
-    return order[stays], order[~stays]
+    return order, rank < (sizes - removals(sizes, drop))[group]
 
 
 def _key(layout: VisionLayout, t: Tensor) -> Tensor:

@@ -40,6 +40,8 @@ def merge_torch(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) 
 
 def merge_into(rows: Tensor, weights: Tensor, target: Tensor, hidden: Tensor, weight: Tensor, source: Tensor) -> None:
     """Merges hidden[source[r]] into rows[target[r]], IN PLACE on rows and weights; `merge` where these are one."""
+    if not len(source):
+        return
     receiver, group = torch.unique(target, return_inverse=True)
     own, given = weights[receiver], weight[source]
     total = own.index_add(0, group, given)
