@@ -18,6 +18,20 @@ def merge_bytes(sources: int, targets: int, width: int, element: int) -> int:
     return (sources + 2 * targets) * (width * element + FP32) + 2 * sources * INT64
 
 
+def compact_bytes(sources: int, kept: int, width: int, element: int, columns: int) -> int:
+    """Kept rows and sources are read, kept rows written: (R + 2K)·D·e + (R + 2K)·4; K·C integers are read and written.
+
+    R pairs of indices, and K more of who is kept.
+    """
+    rows = (sources + 2 * kept) * (width * element + FP32)
+    return rows + (2 * kept * columns + 2 * sources + kept) * INT64
+
+
+def angles_bytes(tokens: int, axes: int, tables: int, dims: int, element: int) -> int:
+    """Positions 8 per axis, and cos and sin of d numbers in each of the tables."""
+    return tokens * (axes * INT64 + 2 * tables * dims * element)
+
+
 def votes_bytes(long: int, long_heads: int, short: int, short_heads: int, dims: int, element: int) -> int:
     """(N·Hl + M·Hs)·d·e of both sides, 8 per index, 4 per result; the starts of one sequence."""
     states = (long * long_heads + short * short_heads) * dims * element

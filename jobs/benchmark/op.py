@@ -22,17 +22,25 @@ Form = Callable[[], object]
 class OpWork:
     """What is ready to be timed.
 
-    operation    the public function, which runs the kernel where there is one
+    operation    the public function, which runs the kernel where there is one; None where torch does it all
     twin         its definition in torch
     moved_bytes  the least it must move (bytes.py); flops likewise, 0 where products are not its work
     beside       other ways to the same end, by name
+    missing      such ways that are not tried here, and why
     """
 
-    operation: Form
+    operation: Form | None
     twin: Form
     moved_bytes: int
     flops: int = 0
     beside: Mapping[str, Form] = field(default_factory=dict)
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """All that can be timed, by name."""
+        ours = {} if self.operation is None else {KERNEL: self.operation}
+        return {**ours, TWIN: self.twin, **self.beside}
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,8 @@ class Op:
         """Bytes, FLOPs, and each form's time or why there is none. A form that fails does not stop the others."""
         work = self.prepare(scale, tokens)
         spoil = _cache_spoiler(scale.device)
-        forms = {}
-        for name, form in {KERNEL: work.operation, TWIN: work.twin, **work.beside}.items():
+        forms = {name: not_measured(why) for name, why in work.missing.items()}
+        for name, form in work.forms.items():
             why = self._why_not(name, scale, tokens)
             forms[name] = not_measured(why) if why else attempt(partial(timing, timer, form, spoil))
         return {"bytes": work.moved_bytes, "flops": work.flops, "forms": forms}

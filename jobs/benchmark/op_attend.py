@@ -1,18 +1,20 @@
 """Attention with a bias per key, set up as layers call it, beside the attention that hears no bias and ours without it.
 
 "sdpa" is torch's scaled_dot_product_attention without bias: the floor. "no kernel" is what lightkv/attention.py does
-where its kernel is not to be had: widened heads in prefill, a row added to the mask in decode.
+where its kernel is not to be had: widened heads in prefill, a row added to the mask in decode. "flex" is torch's
+flex_attention with the bias, compiled: what torch makes of the same by itself.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from jobs.benchmark.bytes import attend_bytes, attend_packed_bytes, causal_flops, pair_flops
@@ -23,8 +25,11 @@ from lightkv.ops.attend import attend, attend_torch
 from lightkv.ops.attend_packed import attend_packed, attend_packed_torch
 from lightkv.packing import Packing
 
+Flex = Callable[..., Tensor]
+
 LARGEST = 64.0  # tokens that one key stands for, at most
 SEQUENCES = 8  # that share the tokens of a packed prefill
+FLEX = "flex"
 
 
 def prefill(scale: Scale, tokens: int) -> OpWork:
@@ -44,12 +49,19 @@ def _attend(scale: Scale, queries: int, keys: int, flops: int) -> OpWork:
     q = make(1, queries, shape.heads, shape.head_dim).transpose(1, 2)
     k, v = (make(1, shape.kv_heads, keys, shape.head_dim) for _ in range(2))
     bias, factor = _bias(scale, keys)[None], shape.head_dim**-0.5
+    beside = {"sdpa": _plain(q, k, v, factor), "no kernel": without_kernel(q, k, v, bias, factor)}
+    missing = {}
+    if queries > 1 and scale.device.type == "cuda":
+        beside[FLEX] = flex(q, k, v, bias[0], factor, flex_compiled())
+    elif queries > 1:
+        missing[FLEX] = f"{FLEX}, compiled, is for GPUs"
     return OpWork(
         partial(attend, q, k, v, bias, None, factor),
         partial(attend_torch, q, k, v, bias, None, factor),
         attend_bytes(queries, keys, shape.heads, shape.kv_heads, shape.head_dim, scale.element),
         flops,
-        {"sdpa": _plain(q, k, v, factor), "no kernel": without_kernel(q, k, v, bias, factor)},
+        beside,
+        missing,
     )
 
 
@@ -95,6 +107,29 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Tensor
     """torch's attention without bias: [B, Hq, L, d]."""
     causal = q.shape[2] > 1
     return partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+
+
+@cache
+def flex_compiled() -> Flex:
+    """For tokens of any number, so that the second size is the last one to be compiled."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, attention: Flex) -> Callable[[], Tensor]:
+    """flex_attention under a causal mask with bias [K]: [B, Hq, L, d]. The first call makes the mask, by blocks."""
+
+    def biased(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[key]
+
+    @cache
+    def mask() -> BlockMask:
+        return create_block_mask(_causal, None, None, q.shape[2], k.shape[2], device=q.device)
+
+    return lambda: attention(q, k, v, score_mod=biased, block_mask=mask(), scale=scale, enable_gqa=True)
+
+
+def _causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
 
 
 def _in_turn(forms: list[Callable[[], Tensor]]) -> Callable[[], list[Tensor]]:

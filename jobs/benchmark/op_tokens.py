@@ -1,21 +1,26 @@
-"""The operations of a stage set up as its methods call them: nearest, merge, softmax_votes."""
+"""The operations of a stage set up as its methods call them: nearest, merge, compact, softmax_votes; RoPE after it."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from jobs.benchmark.bytes import merge_bytes, nearest_bytes, pair_flops, votes_bytes
+from jobs.benchmark.bytes import angles_bytes, compact_bytes, merge_bytes, nearest_bytes, pair_flops, votes_bytes
 from jobs.benchmark.op import OpWork
 from jobs.benchmark.prompt import TEXT, layout_of, states_of
 from jobs.benchmark.scale import Scale
 from lightkv.matching import Windows
+from lightkv.ops.compact import compact, compact_torch
 from lightkv.ops.merge import merge, merge_torch
 from lightkv.ops.nearest import nearest, nearest_torch
 from lightkv.ops.votes import Reduce, softmax_votes, softmax_votes_torch
 from lightkv.spacetime import BLOCK_TOKENS, Field, places
 
 DISTANCE = 0.02  # the default of LightKVConfig
+COLUMNS = 8  # that go along with a token: item, t, y, x, three positions, its place in the prompt
+MERGE_GATHER, GATHERED = "merge, gather", "gathered"
 
 
 def nearest_in_blocks(scale: Scale, tokens: int) -> OpWork:
@@ -51,13 +56,59 @@ def _nearest(
 
 def merging(scale: Scale, tokens: int, one_in: int) -> OpWork:
     """One in so many tokens merges into one of those that stay, drawn at random; several may share a target."""
-    shuffled = torch.randperm(tokens, device=scale.device)
-    source, stays = shuffled[: tokens // one_in].sort().values, shuffled[tokens // one_in :]
-    target = stays[torch.randint(len(stays), source.shape, device=scale.device)]
-    hidden = torch.randn(tokens, scale.shape.hidden, device=scale.device, dtype=scale.dtype)
-    arguments = (hidden, torch.ones(tokens, device=scale.device), source, target)
+    hidden, weight, source, target, _ = _pairs(scale, tokens, one_in)
+    arguments = (hidden, weight, source, target)
     moved = merge_bytes(len(source), len(target.unique()), scale.shape.hidden, scale.element)
     return OpWork(partial(merge, *arguments), partial(merge_torch, *arguments), moved)
+
+
+def compacting(scale: Scale, tokens: int, one_in: int) -> OpWork:
+    """The same and the gathering of who is left; MERGE_GATHER does one after the other, on a copy."""
+    hidden, weight, source, target, kept = _pairs(scale, tokens, one_in)
+    columns = torch.randint(tokens, (COLUMNS, tokens), device=scale.device)
+    arguments = (hidden, weight, source, target, kept, columns)
+    return OpWork(
+        partial(compact, *arguments),
+        partial(compact_torch, *arguments),
+        compact_bytes(len(source), len(kept), scale.shape.hidden, scale.element, COLUMNS),
+        beside={MERGE_GATHER: partial(_merge_and_gather, *arguments)},
+    )
+
+
+def _pairs(scale: Scale, tokens: int, one_in: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """hidden, weight, source, target, kept."""
+    shuffled = torch.randperm(tokens, device=scale.device)
+    source, stays = shuffled[: tokens // one_in].sort().values, shuffled[tokens // one_in :].sort().values
+    target = stays[torch.randint(len(stays), source.shape, device=scale.device)]
+    hidden = torch.randn(tokens, scale.shape.hidden, device=scale.device, dtype=scale.dtype)
+    return hidden, torch.ones(tokens, device=scale.device), source, target, stays
+
+
+def _merge_and_gather(
+    hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor, kept: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    hidden, weight = hidden.clone(), weight.clone()
+    merge(hidden, weight, source, target)
+    return hidden[kept], weight[kept], [column[kept] for column in columns]
+
+
+def angles(scale: Scale, tokens: int) -> OpWork:
+    """cos and sin of the half of the tokens that is left: anew from their positions; GATHERED takes rows of all."""
+    decoder = next(decoder for decoder in scale.decoders if decoder.shape == scale.shape)
+    narrow = replace(scale.shape, layers=1, hidden=scale.shape.head_dim, heads=1, kv_heads=1, vocabulary=128)
+    rotary = replace(decoder, shape=narrow).build(scale.device, scale.dtype).get_decoder().rotary_emb
+    like = torch.empty(0, device=scale.device, dtype=scale.dtype)
+    shape = (3, 1, tokens) if decoder.kind.axes == 3 else (1, tokens)
+    positions = torch.randint(tokens, shape, device=scale.device)
+    kept = torch.randperm(tokens, device=scale.device)[: tokens // 2].sort().values
+    left, tables = positions[..., kept].contiguous(), rotary(like, positions)
+    rows = tables[0].numel() // (tokens * scale.shape.head_dim)
+    moved = angles_bytes(len(kept), decoder.kind.axes, rows, scale.shape.head_dim, scale.element)
+    return OpWork(None, partial(rotary, like, left), moved, beside={GATHERED: _rows(tables, kept)})
+
+
+def _rows(tables: tuple[Tensor, Tensor], kept: Tensor) -> Callable[[], list[Tensor]]:
+    return lambda: [table.index_select(-2, kept) for table in tables]
 
 
 def votes(scale: Scale, tokens: int, reduce: Reduce) -> OpWork:

@@ -9,7 +9,7 @@ from jobs.benchmark.cell import Cell, Values
 from jobs.benchmark.derive import COPY, MATMUL
 from jobs.benchmark.op import Op
 from jobs.benchmark.op_attend import SEQUENCES, decode, packed, prefill
-from jobs.benchmark.op_tokens import merging, nearest_in_blocks, nearest_in_windows, votes
+from jobs.benchmark.op_tokens import angles, compacting, merging, nearest_in_blocks, nearest_in_windows, votes
 from jobs.benchmark.run import timing
 from jobs.benchmark.scale import K, Scale
 from jobs.benchmark.timer import Timer
@@ -17,6 +17,8 @@ from jobs.benchmark.timer import Timer
 TWIN_MOST = 64 * K
 PREFILL, DECODE = "attend, prefill", "attend, decode"
 PACKED = f"attend, {SEQUENCES} packed prefills"
+COMPACTIONS = {"merge and compact a tenth": 10, "merge and compact half": 2}
+ANGLES = "angles of the half that is left"
 
 
 def cells(scale: Scale) -> list[Cell]:
@@ -41,6 +43,8 @@ def operations(scale: Scale) -> tuple[Op, ...]:
         Op(f"nearest, {last} × {last} windows", partial(nearest_in_windows, stage=-1), TWIN_MOST),
         Op("merge a tenth", partial(merging, one_in=10), TWIN_MOST),
         Op("merge half", partial(merging, one_in=2), TWIN_MOST),
+        *(Op(name, partial(compacting, one_in=one_in), TWIN_MOST) for name, one_in in COMPACTIONS.items()),
+        Op(ANGLES, angles, scale.op_tokens[-1]),
         Op("softmax_votes, sum", partial(votes, reduce="sum"), TWIN_MOST),
         Op("softmax_votes, max", partial(votes, reduce="max"), TWIN_MOST),
         Op(PREFILL, prefill, scale.twin_most),

@@ -3,12 +3,15 @@
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from jobs.benchmark.cell import Values, parts
 from jobs.benchmark.derive import COPY, LAYER, MATMUL, median
 from jobs.benchmark.op import KERNEL, TWIN
-from jobs.benchmark.ops import DECODE, PACKED, PREFILL
+from jobs.benchmark.op_attend import FLEX
+from jobs.benchmark.op_tokens import GATHERED, MERGE_GATHER
+from jobs.benchmark.ops import ANGLES, COMPACTIONS, DECODE, PACKED, PREFILL
 
 NONE = "–"
 
@@ -22,7 +25,7 @@ def report(result: Values) -> str:
     paragraphs = [
         f"{result['device']['name']}, {result['dtype']}, {named}: medians; {spread(cells)}. "
         f"Made by `{result['command']}` in {result['spent_s'] / 60:.1f} minutes.",
-        *(table(cells) for table in (operations, attention, stages, prefills, decodes)),
+        *(table(cells) for table in (operations, attention, survivors, stages, prefills, decodes)),
         missing(cells),
     ]
     return "\n\n".join(part for part in paragraphs if part)
@@ -30,7 +33,7 @@ def report(result: Values) -> str:
 
 def operations(cells: Sequence[Values]) -> str:
     """A line per operation, a column per number of tokens."""
-    found = [cell for cell in cells if "forms" in cell]
+    found = [cell for cell in cells if KERNEL in cell.get("forms", {})]
     if not found:
         return ""
     rates = [_rate(cells, COPY, "bytes", "TB/s copied"), _rate(cells, MATMUL, "flops", "TFLOP/s multiplied")]
@@ -57,14 +60,29 @@ def attention(cells: Sequence[Values]) -> str:
         return ""
     legend = (
         "**Attention with a bias per key**: our kernel / torch's scaled_dot_product_attention without bias, the floor "
-        "/ without our kernel (widened heads in prefill, a row in the mask in decode). These two take packed sequences "
-        "one after another."
+        "/ without our kernel (widened heads in prefill, a row in the mask in decode) / torch's flex_attention with "
+        "the bias, compiled (one prefill). The second and the third take packed sequences one after another."
     )
-    return _grid(legend, "attention", found, "tokens", _beside)
+    return _grid(legend, "attention", found, "tokens", partial(_beside, (KERNEL, "sdpa", "no kernel", FLEX)))
 
 
-def _beside(cell: Values) -> str:
-    return " / ".join(_time(median(cell["forms"].get(name))) for name in (KERNEL, "sdpa", "no kernel"))
+def _beside(names: Sequence[str], cell: Values) -> str:
+    return " / ".join(_time(median(cell["forms"].get(name))) for name in names)
+
+
+def survivors(cells: Sequence[Values]) -> str:
+    """What a stage hands on, beside other ways to it."""
+    found = [cell for cell in cells if cell["name"] in (*COMPACTIONS, ANGLES) and "forms" in cell]
+    legend = (
+        "**Survivors**: merged and gathered in one pass / merged in place on a copy, then gathered; the angles of "
+        "their positions computed anew / gathered from those of all tokens."
+    )
+    return _grid(legend, "", found, "tokens", _survivors) if found else ""
+
+
+def _survivors(cell: Values) -> str:
+    names = (TWIN, GATHERED) if cell["name"] == ANGLES else (KERNEL, MERGE_GATHER)
+    return _beside(names, cell)
 
 
 def stages(cells: Sequence[Values]) -> str:

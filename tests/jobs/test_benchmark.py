@@ -13,9 +13,11 @@ import torch
 from jobs.benchmark import __main__ as benchmark
 from jobs.benchmark import timer
 from jobs.benchmark.bytes import (
+    angles_bytes,
     attend_bytes,
     attend_packed_bytes,
     causal_flops,
+    compact_bytes,
     merge_bytes,
     nearest_bytes,
     votes_bytes,
@@ -25,8 +27,18 @@ from jobs.benchmark.decoder import weight_bytes
 from jobs.benchmark.derive import COPY, LAYER, PLAIN, derive
 from jobs.benchmark.model import Load
 from jobs.benchmark.op import KERNEL, TWIN, Op, OpWork
-from jobs.benchmark.op_attend import decode, packed, prefill, torch_only
-from jobs.benchmark.op_tokens import merging, nearest_in_blocks, nearest_in_windows, votes
+from jobs.benchmark.op_attend import FLEX, decode, flex, flex_attention, packed, prefill, torch_only
+from jobs.benchmark.op_tokens import (
+    GATHERED,
+    MERGE_GATHER,
+    angles,
+    compacting,
+    merging,
+    nearest_in_blocks,
+    nearest_in_windows,
+    votes,
+)
+from jobs.benchmark.ops import ANGLES
 from jobs.benchmark.prompt import Prompt, grid_of, three_axes
 from jobs.benchmark.readme import NOT_MEASURED, speed
 from jobs.benchmark.result import ResultFile
@@ -107,7 +119,10 @@ def test_operations_have_their_twin_and_no_kernel_on_a_cpu(result):
     assert rate["bytes"] == 2 << 12
     per_second = rate["bytes"] / rate["seconds"]["median_s"]
     assert twin["share_of_copy"] == pytest.approx(cell["bytes"] / twin["seconds"]["median_s"] / per_second)
-    assert set(cell["forms"]) == {KERNEL, TWIN, "sdpa", "no kernel"}
+    assert set(cell["forms"]) == {KERNEL, TWIN, "sdpa", "no kernel", FLEX}
+    assert cell["forms"][FLEX] == {"status": "not measured", "why": "flex, compiled, is for GPUs"}
+    assert set(of(result, "ops", "merge and compact half", tokens=64)["forms"]) == {KERNEL, TWIN, MERGE_GATHER}
+    assert set(of(result, "ops", ANGLES, tokens=64)["forms"]) == {TWIN, GATHERED}
 
 
 def test_stages_leave_what_their_schedule_says(result):
@@ -280,6 +295,14 @@ def test_attention_without_the_kernel_is_the_same_attention(setting):
     assert form.beside["sdpa"]().transpose(1, 2).shape == form.twin().shape
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_with_the_bias_is_the_same_attention():
+    form = prefill(TINY, 130)
+    q, k, v, bias, _, scale = form.operation.args
+    found = flex(q, k, v, bias[0], scale, flex_attention)()
+    torch.testing.assert_close(found.transpose(1, 2), form.twin(), atol=1e-5, rtol=1e-5)
+
+
 def test_packed_prefills_are_the_same_attention_in_every_form():
     form = packed(TINY, 100)
     _, k, _, _, starts, starts_k, _, most, most_k = form.operation.args
@@ -331,6 +354,31 @@ def test_merging_takes_sources_that_stay_nobodys_target():
     assert not set(source.tolist()) & set(target.tolist())
 
 
+def test_compaction_in_one_pass_and_in_two_is_the_same():
+    form = compacting(TINY, 100, 10)
+    source, target, kept = form.operation.args[2:5]
+    assert sorted([*source.tolist(), *kept.tolist()]) == list(range(100))
+    assert kept.equal(kept.sort().values)
+    assert set(target.tolist()) <= set(kept.tolist())
+    (hidden, weight, columns), (rows, weights, places) = form.operation(), form.beside[MERGE_GATHER]()
+    for one, other in ((hidden, rows), (weight, weights), (columns, torch.stack(places))):
+        assert torch.equal(one, other)
+    given = [*form.operation.args[:2], form.operation.args[-1], hidden, weight, columns]  # all but sources' integers
+    read = sum(tensor.nbytes for tensor in given) + (2 * 10 + 90) * 8 - 10 * len(columns) * 8
+    assert form.moved_bytes == read
+
+
+@pytest.mark.parametrize("decoder", TINY.decoders, ids=lambda decoder: decoder.name)
+def test_angles_are_the_same_computed_and_gathered(decoder):
+    form = angles(dataclasses.replace(TINY, decoders=(decoder,)), 40)
+    computed, gathered = form.twin(), form.beside[GATHERED]()
+    assert computed[0].shape[-2:] == (20, TINY.shape.head_dim)
+    for one, other in zip(computed, gathered, strict=True):
+        torch.testing.assert_close(one, other)
+    assert form.moved_bytes == sum(table.nbytes for table in computed) + 20 * 8 * decoder.kind.axes
+    assert form.operation is None
+
+
 @pytest.mark.parametrize(("reduce", "many"), [("sum", 64 + 64), ("max", 64)])
 def test_votes_of_words_on_what_their_stage_scores(reduce, many):
     form = votes(TINY, 64, reduce)
@@ -370,6 +418,8 @@ def test_bytes_are_those_of_the_tensors():
     assert nearest_bytes(10, 2, 6, 2, places=True) == read + index.nbytes + scores.nbytes
     assert nearest_bytes(10, 2, 6, 2, places=False) == read - places.nbytes + index.nbytes + scores.nbytes
     assert merge_bytes(3, 2, 6, 2) == (3 + 2 + 2) * (6 * 2 + 4) + 2 * 3 * 8
+    assert compact_bytes(3, 7, 6, 2, 5) == (3 + 7 + 7) * (6 * 2 + 4) + 2 * 7 * 5 * 8 + (3 + 3 + 7) * 8
+    assert angles_bytes(7, 3, 1, 16, 2) == 7 * 3 * 8 + 2 * 7 * 16 * 2
     assert attend_bytes(1, 100, 28, 4, 128, 2) == 2 * 28 * 128 * 2 + 2 * 100 * 4 * 128 * 2 + 100 * 4
     assert attend_packed_bytes(100, 8, 28, 4, 128, 2) == attend_bytes(100, 100, 28, 4, 128, 2) + 2 * 9 * 8
     assert votes_bytes(100, 28, 64, 4, 128, 2) == (100 * 28 + 64 * 4) * 256 + 164 * 8 + 400 + 32
@@ -408,8 +458,9 @@ def gpu_result(result):
     made = json.loads(json.dumps({**result, "device": {"type": "cuda", "name": "A GPU"}}))
     for cell in made["cells"]:
         if "forms" in cell:
-            for name, factor in ((KERNEL, 1.0), (TWIN, 4.0)):
-                seconds = vars(Timing.of([factor * cell["bytes"] / rate] * 3))
+            factors = {KERNEL: 1.0, TWIN: 4.0, MERGE_GATHER: 2.0, FLEX: 3.0, GATHERED: 5.0}
+            for name in factors.keys() & cell["forms"].keys():
+                seconds = vars(Timing.of([factors[name] * cell["bytes"] / rate] * 3))
                 cell["forms"][name] = {"status": "measured", "seconds": seconds}
         if cell["suite"] == "prefill":
             seconds = 0.3 if cell["name"] == PLAIN else 0.1
@@ -431,6 +482,13 @@ def test_a_gpus_result_is_a_table_per_suite(gpu_result):
     assert "100% · ×4" in next(line for line in text.splitlines() if line.startswith("| merge half"))
     assert "| tiny llama | 2 | 64 | 300 ms · 3 GiB | 100 ms · ×3 (×4) · 3 GiB |" in text
     assert "at worst" in text
+    lines = text.split("**Survivors**")[1].split("\n\n")[1].splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| merge and compact a tenth", "| merge and compact half", "| angles of the half that is left"
+    ]  # fmt: skip
+    assert all(line.count(" / ") == 1 and "–" not in line for line in lines[2:])
+    (attention,) = (line for line in text.splitlines() if line.startswith("| attend, prefill | ") and " / " in line)
+    assert "–" not in attention
     decoding = [line for line in text.split("**Decoding**")[1].splitlines() if line.startswith("| tiny llama")]
     assert decoding[0].split(" | ")[3] == "–"
     assert "– not measured: needs about 178 GiB of 131 GiB (1)." in text
