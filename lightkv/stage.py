@@ -35,9 +35,14 @@ def compress_tokens(
     frames: int | None = 1,
     budget: Budget = "window",
 ) -> Compressed:
-    """`in_windows` for tokens that stand for themselves alone.
+    """Merge floor(drop · m) of the m vision tokens in each of `windows` × `windows` windows per frame.
+
+    One matching removes at most half of a window; what is beyond that is met by matching again what is left, each
+    token then weighing what has merged into it. `frames` consecutive frames share a window (None: the whole video).
+    With budget="item" it is floor(drop · M) of an item's M tokens, spread over its windows (`spread_removals`).
 
     hidden [S, D], guidance fp32 [S] of weights ≥ 0 (only vision entries count), layout of the same S positions.
+    The sizes count this call's tokens.
     Raises ConfigError when shapes disagree or windows < 1 or drop is outside [0, 1).
     """
     length = len(layout)
@@ -53,12 +58,7 @@ def compress_tokens(
 def in_windows(
     tokens: Tokens, weight: Tensor, windows: int, drop: float, frames: int | None, budget: Budget
 ) -> Compressed:
-    """Merge floor(drop · m) of the m vision tokens in each of `windows` × `windows` windows per frame, by weight [S].
-
-    One matching removes at most half of a window; what is beyond that is met by matching again what is left, each
-    token then weighing what has merged into it. `frames` consecutive frames share a window (None: the whole video).
-    With budget="item" it is floor(drop · M) of an item's M tokens, spread over its windows (`spread_removals`).
-    """
+    """`compress_tokens` of tokens that stand for several, whose sizes add up; weight [S] is its guidance."""
     hidden, weight = tokens.hidden, weight.float()
     target = torch.arange(len(hidden), device=hidden.device)
     removed = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)

@@ -2,8 +2,9 @@
 
     merge(hidden, weight, source, target), then hidden[kept], weight[kept], columns[:, kept]
 
-RoPE tables are not in the pass: `columns` carry the positions, a few integers, from which one pair of tables serves all
-layers until the next stage; rows of cos and sin would be 2 d numbers to read and to write for each survivor.
+RoPE positions go along as `columns`; tables of cos and sin do not. A survivor's 2 d numbers would be read and written
+here as they are by one index operation after it, for nothing else in the pass is made of them. And where positions
+close up or layers are streamed, angles are computed from the positions.
 """
 
 import torch

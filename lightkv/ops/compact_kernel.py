@@ -17,8 +17,7 @@ def compact_kernel(
     columns,
     source,
     kept,
-    begin,
-    end,
+    stop,
     rows,
     weights,
     places,
@@ -36,7 +35,7 @@ def compact_kernel(
     """A tile of features of one survivor; the first tile's program brings its weight and its integers too."""
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(kept + place)
-    first, last = tl.load(begin + place), tl.load(end + place)
+    first, last = tl.load(stop + place - 1, mask=place > 0, other=0), tl.load(stop + place)
     own = tl.load(weight + row * stride_w)
     total = own
     for at in range(first, last):
@@ -74,7 +73,7 @@ def compact_triton(
         return rows, weights, places
     target, by_target = torch.sort(target, stable=True)
     kept = kept.contiguous()
-    begin, end = (torch.searchsorted(target, kept, right=right) for right in (False, True))
+    stop = torch.searchsorted(target, kept, right=True)  # all targets are kept: one's run begins where another's ends
     strides = (hidden.stride(0), hidden.stride(1), weight.stride(0), columns.stride(0), columns.stride(1))
     tiles = max(1, triton.cdiv(width, BLOCK_D))
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
@@ -84,8 +83,7 @@ def compact_triton(
             columns,
             source[by_target],
             kept,
-            begin,
-            end,
+            stop,
             rows,
             weights,
             places,

@@ -274,7 +274,7 @@ def test_arguments_that_cannot_be_right_are_refused(wrong, words):
 
 def test_the_kernel_compiles_for_gpus_with_64_bit_strides():
     signature = {"hidden": "*bf16", "weight": "*fp32", "columns": "*i64", "source": "*i64", "kept": "*i64"}
-    signature |= {"begin": "*i64", "end": "*i64", "rows": "*bf16", "weights": "*fp32", "places": "*i64"}
+    signature |= {"stop": "*i64", "rows": "*bf16", "weights": "*fp32", "places": "*i64"}
     signature |= {f"stride_{name}": "i64" for name in ("s", "d", "w", "c", "p")}
     signature |= {"width": "i32", "count": "i32", "survivors": "i32", "BLOCK_D": "constexpr", "BLOCK_C": "constexpr"}
     sizes = {"BLOCK_D": BLOCK_D, "BLOCK_C": 8}
