@@ -17,11 +17,6 @@ class Packing:
     device: torch.device
 
     @property
-    def starts(self) -> list[int]:
-        """Where each row begins among the packed tokens."""
-        return [0, *accumulate(self.lengths)][:-1]
-
-    @property
     def pads(self) -> list[int]:
         return [self.width - length for length in self.lengths]
 

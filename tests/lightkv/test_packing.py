@@ -14,7 +14,6 @@ def test_packed_tokens_lie_where_their_rows_end():
     packing = Packing((2, 3, 1), 4, CPU)
     batch = torch.arange(12).view(3, 4)
     assert packing.pads == [2, 1, 3]
-    assert packing.starts == [0, 2, 5]
     assert packing.row.tolist() == [0, 0, 1, 1, 1, 2]
     assert packing.pack(batch).tolist() == [2, 3, 5, 6, 7, 11]
     assert packing.pad(packing.pack(batch), -1).tolist() == [[-1, -1, 2, 3], [-1, 5, 6, 7], [-1, -1, -1, 11]]
