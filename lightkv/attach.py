@@ -303,9 +303,10 @@ def _any_vision(layouts: Sequence[VisionLayout]) -> bool:
 
 def _rows_at(angle: Tensor, index: Tensor) -> Tensor:
     """angle [..., B or 1, S, d] at index [B, S'] of each row → [..., B, S', d]."""
-    index = index.to(angle.device)
-    rows = torch.arange(len(index), device=angle.device)[:, None]
-    return angle.expand(*angle.shape[:-3], len(index), -1, -1)[..., rows, index, :]
+    batch, length = angle.shape[-3:-1]
+    first = torch.arange(batch, device=angle.device)[:, None] * length
+    rows = index.to(angle.device) + first
+    return angle.flatten(-3, -2).index_select(-2, rows.flatten()).unflatten(-2, rows.shape)
 
 
 def _restore(target: object, name: str, value: object | None) -> None:

@@ -93,7 +93,7 @@ class Flow:
         tokens = torch.tensor([[row.tokens[-1]] for row in self._rows])
         places = torch.tensor([row.position - 1 for row in self._rows])
         axes = self._engine.positions().axes
-        angles = self._layers.angles(places[None, :, None].expand(axes, -1, -1))
+        angles = self._layers.angles(places.expand(axes, -1))
         with self._layers.attached():
             hidden = self._layers.run(self._layers.embed(tokens), angles, range(len(self._layers)), self._slots.attend)
         return self._layers.logits(hidden[:, -1])

@@ -63,19 +63,21 @@ class Layers:
         return self._decoder.embed_tokens(ids.to(self.device))
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin) [B, S, d] of positions int64 [axes, B, S]."""
-        place = positions if positions.shape[0] > 1 else positions[0]
+        """cos and sin [n, d] of positions int64 [axes, n]."""
+        place = positions[:, None] if len(positions) > 1 else positions
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return self._decoder.rotary_emb(like, place.to(self.device))
+        cos, sin = self._decoder.rotary_emb(like, place.to(self.device))
+        return cos[0], sin[0]
 
     def run(self, hidden: Tensor, angles: tuple[Tensor, Tensor], which: range, attend: Attend) -> Tensor:
-        """hidden [B, S, D] after the layers `which`."""
+        """hidden [B, S, D] after the layers `which`; angles as above of the B · S tokens."""
+        cos, sin = (table.view(*hidden.shape[:2], -1) for table in angles)
         forward = self._step if hidden.shape[1] == 1 else _forward
         for index in which:
             layer = self._decoder.layers[index]
             _RUNNING[layer.self_attn] = (index, attend)
             try:
-                result = forward(layer, hidden, angles)
+                result = forward(layer, hidden, (cos, sin))
                 if layer.self_attn in _RUNNING:
                     raise UnsupportedModelError(f"layer {index} did not run its attention through AttentionInterface")
             finally:

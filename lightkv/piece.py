@@ -15,13 +15,15 @@ class Piece:
     """The n tokens of R sequences, one after another without padding.
 
     hidden [n, D] · layout of the n tokens, no item in two sequences · size fp32 [n] · positions int64 [axes, n] ·
-    place int64 [n]: which tokens of its whole piece they are, ascending within a sequence · lengths: R counts
+    angles: cos and sin [n, d] of these · place int64 [n]: which tokens of its whole piece they are, ascending within a
+    sequence · lengths: R counts
     """
 
     hidden: Tensor
     layout: VisionLayout
     size: Tensor
     positions: Tensor
+    angles: tuple[Tensor, Tensor]
     place: Tensor
     lengths: tuple[int, ...]
 
@@ -40,6 +42,7 @@ class Piece:
             VisionLayout.packed([piece.layout for piece in pieces]),
             torch.cat([piece.size for piece in pieces]),
             torch.cat([piece.positions for piece in pieces], dim=1),
+            (torch.cat([piece.angles[0] for piece in pieces]), torch.cat([piece.angles[1] for piece in pieces])),
             torch.cat([piece.place for piece in pieces]),
             tuple(length for piece in pieces for length in piece.lengths),
         )
@@ -54,6 +57,7 @@ class Piece:
                 self.layout.take(torch.arange(part.start, part.stop, device=self.place.device)),
                 self.size[part],
                 self.positions[:, part],
+                (self.angles[0][part], self.angles[1][part]),
                 self.place[part],
                 (part.stop - part.start,),
             )

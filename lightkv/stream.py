@@ -214,14 +214,14 @@ class Stream:
         """Merge what the layers of a branch hold, and those of the only question with the trunk's."""
         everything = torch.arange(len(before), device=before.size.device)
         into = torch.searchsorted(done.kept, done.target)
-        cos, sin = self._layers.angles(before.positions[:, None])
+        angles = self._layers.angles(before.positions)
         for one in (branch, *self._branches) if self._alone else (branch,):
             first = 0 if one is self._trunk else len(self._trunk.kv)
             for number, layer in enumerate(one.kv):
                 if first + number in self._silent:
                     continue
                 k, v, _ = layer.since(0)
-                k, v = folded(k, v, (cos[0], sin[0]), before.size, into, done.kept, everything)
+                k, v = folded(k, v, angles, before.size, into, done.kept, everything)
                 layer.truncate(0)
                 layer.push(k, v, self._log_size(after.size))
                 one.held[number] = after.vision
@@ -259,7 +259,8 @@ class Stream:
         layout = VisionLayout.grids(spans, length).to(device)
         self._where = torch.cat(where).to(device)
         size, place = torch.cat(sizes).to(device), torch.arange(length, device=device)
-        return Piece(torch.cat(hidden), layout, size, torch.cat(positions, 1).to(device), place, (length,))
+        taken = torch.cat(positions, 1).to(device)
+        return Piece(torch.cat(hidden), layout, size, taken, self._layers.angles(taken), place, (length,))
 
     def _prefill(self, piece: Piece) -> None:
         begun = [[len(layer) for layer in branch.kv] for branch in (self._trunk, *self._branches)]
@@ -324,7 +325,8 @@ class Stream:
         lengths = (len(done.kept),)
         if len(passages) > 1:
             lengths = tuple(torch.bincount(tokens.row[done.kept], minlength=len(passages)).tolist())
-        return Piece(done.hidden, done.layout, done.size, done.columns[:-1], done.columns[-1], lengths)
+        cos, sin = (table.index_select(0, done.kept) for table in piece.angles)  # cheaper than computed anew
+        return Piece(done.hidden, done.layout, done.size, done.columns[:-1], (cos, sin), done.columns[-1], lengths)
 
     def _group(
         self, number: int, piece: Piece, passages: list[Passage], caches: list[list[LayerKV]]
@@ -343,8 +345,7 @@ class Stream:
                     heard.append(Heard(q[0][:, part], k[0][:, part], scale))
             return _over(layers, q, piece, scale)
 
-        angles = self._layers.angles(piece.positions[:, None])
-        hidden = self._layers.run(piece.hidden[None], angles, self._groups[number], attend_to)[0]
+        hidden = self._layers.run(piece.hidden[None], piece.angles, self._groups[number], attend_to)[0]
         return replace(piece, hidden=hidden), heard
 
     def _suffixes(self, branches: list[Branch]) -> Piece:
@@ -357,7 +358,8 @@ class Stream:
             layout = VisionLayout.grids([], length).to(device)
             positions = self._positions.text(length, taken=False).to(device)
             hidden = self._layers.embed(branch.question)
-            pieces.append(Piece(hidden, layout, torch.ones(length, device=device), positions, place, (length,)))
+            size, angles = torch.ones(length, device=device), self._layers.angles(positions)
+            pieces.append(Piece(hidden, layout, size, positions, angles, place, (length,)))
         return Piece.packed(pieces)
 
     def _beside(
@@ -385,8 +387,7 @@ class Stream:
                 layer.truncate(mark)
             return torch.cat(seen, dim=1)
 
-        angles = self._layers.angles(questions.positions[:, None])
-        return self._layers.run(questions.hidden[None], angles, which, attend_to)[0], heard
+        return self._layers.run(questions.hidden[None], questions.angles, which, attend_to)[0], heard
 
     # --- what a stage wants to know ---
 
@@ -443,11 +444,10 @@ class Stream:
             layer.push(k[:, stays], v[:, stays], log_size[stays])
             return 0
         if self._fold and group < len(way.states) - 1:
-            angles = self._layers.angles(here.positions[:, None])
             into = torch.searchsorted(final.place, way.targets[-1][here.place].clamp(min=0))
             into = torch.where(way.targets[-1][here.place] < 0, -1, into)
             k, v, _ = layer.since(mark)
-            k, v = folded(k, v, (angles[0][0], angles[1][0]), here.size, into, final.place, here.place)
+            k, v = folded(k, v, here.angles, here.size, into, final.place, here.place)
             layer.truncate(mark)
             layer.push(k, v, self._log_size(final.size))
             here = final

@@ -12,7 +12,8 @@ def piece_of(layout, seed):
     count = len(layout)
     draw = generator(seed)
     states = torch.randn(count, 4, generator=draw), torch.rand(count, generator=draw)
-    return Piece(states[0], layout, states[1], torch.arange(3 * count).view(3, count), torch.arange(count), (count,))
+    positions, angles = torch.arange(3 * count).view(3, count), (states[0].cos(), states[0].sin())
+    return Piece(states[0], layout, states[1], positions, angles, torch.arange(count), (count,))
 
 
 @settings(max_examples=30)
@@ -26,6 +27,7 @@ def test_what_is_packed_comes_out_as_it_was(several, seed):
         for name in ("hidden", "size", "positions", "place", "lengths"):
             same = getattr(one, name), getattr(other, name)
             assert torch.equal(*same) if isinstance(same[0], torch.Tensor) else same[0] == same[1]
+        assert all(torch.equal(*tables) for tables in zip(one.angles, other.angles, strict=True))
         item = torch.where(one.layout.mergeable, one.layout.item + first, one.layout.item)
         assert torch.equal(other.layout.item, item)  # numbered through
         assert torch.equal(packed.layout.grid[first : first + len(one.layout.grid)], one.layout.grid)

@@ -125,10 +125,9 @@ def test_turning_is_transformers_and_unturning_its_inverse(family):
     layers = Layers(tiny_model(family))
     draw = torch.Generator().manual_seed(0)
     axes = 1 if family == "llava" else 3
-    angles = layers.angles(torch.randint(0, 500, (axes, 1, 9), generator=draw))
-    cos, sin = angles[0][0], angles[1][0]
+    cos, sin = layers.angles(torch.randint(0, 500, (axes, 9), generator=draw))
     q, k = torch.randn(2, 1, 4, 9, 8, generator=draw)
-    for states, expected in zip((q, k), apply_rotary_pos_emb(q, k, *angles), strict=True):
+    for states, expected in zip((q, k), apply_rotary_pos_emb(q, k, cos[None], sin[None]), strict=True):
         assert torch.equal(turned(states, (cos, sin)), expected)
         torch.testing.assert_close(unturned(turned(states, (cos, sin)), (cos, sin)), states)
         torch.testing.assert_close(turned(unturned(states, (cos, sin)), (cos, sin)), states)
