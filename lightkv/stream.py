@@ -351,15 +351,17 @@ class Stream:
     def _suffixes(self, branches: list[Branch]) -> Piece:
         """The questions where each would stand if the prompt ended here."""
         device = self._layers.device
+        longest = max(len(branch.question) for branch in branches)
+        positions = self._positions.text(longest, taken=False).to(device)
+        cos, sin = self._layers.angles(positions)
         pieces = []
         for branch in branches:
             length = len(branch.question)
             place = torch.arange(length, device=device)
             layout = VisionLayout.grids([], length).to(device)
-            positions = self._positions.text(length, taken=False).to(device)
-            hidden = self._layers.embed(branch.question)
-            size, angles = torch.ones(length, device=device), self._layers.angles(positions)
-            pieces.append(Piece(hidden, layout, size, positions, angles, place, (length,)))
+            hidden, size = self._layers.embed(branch.question), torch.ones(length, device=device)
+            angles = cos[:length], sin[:length]
+            pieces.append(Piece(hidden, layout, size, positions[:, :length], angles, place, (length,)))
         return Piece.packed(pieces)
 
     def _beside(
