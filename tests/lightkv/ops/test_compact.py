@@ -8,38 +8,29 @@ from lightkv.ops.compact import compact, compact_torch
 from lightkv.ops.compact_kernel import compact_triton
 from lightkv.ops.merge import merge_torch
 from lightkv.ops.merge_kernel import BLOCK_D, merge_triton
+from tests.lightkv.ops import test_merge
 from tests.lightkv.ops.offline import compile_kernel
+from tests.lightkv.ops.test_merge import DTYPES, ROWS
 
 FORMS = pytest.mark.parametrize("form", [compact_torch, compact_triton])
 PAIRS = pytest.mark.parametrize(("form", "merge"), [(compact_torch, merge_torch), (compact_triton, merge_triton)])
-DTYPES = pytest.mark.parametrize(
-    ("dtype", "close"),
-    [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-11)],  # Triton's interpreter cuts off to bf16
-)
 SIZES = pytest.mark.parametrize(
     ("width", "pairs", "receivers"), [(37, 20, 6), (1, 9, 1), (BLOCK_D + 3, 5, 5), (0, 4, 2)]
 )
-ROWS = 40
-
 Call = list[Tensor]
 
 
 def case(width: int = 37, dtype: torch.dtype = torch.float32, pairs: int = 20, receivers: int = 6, integers=3) -> Call:
     """[hidden, weight, source, target, kept, columns]; target 0 has the longest run, and some rows take no part."""
+    hidden, weight, source, target = test_merge.case(width, dtype, pairs, receivers)
     random = torch.Generator().manual_seed(width + pairs)
-    hidden = torch.randn(ROWS, width, generator=random).to(dtype)
-    weight = torch.rand(ROWS, generator=random) + 0.1
-    rows = torch.randperm(ROWS - 5, generator=random)
-    target = rows[:receivers][torch.randint(0, receivers, (pairs,), generator=random)]
-    target[: pairs // 2] = rows[0]
-    source = rows[receivers:][:pairs]
     columns = torch.randint(-(1 << 40), 1 << 40, (integers, ROWS), generator=random)
     return [hidden, weight, source, target, rest(source), columns]
 
 
 def rest(source: Tensor) -> Tensor:
     """Who is left."""
-    return torch.nonzero(torch.ones(ROWS, dtype=torch.bool).index_fill(0, source, False)).flatten()
+    return torch.nonzero(test_merge.survivors(source)).flatten()
 
 
 def in_two_steps(merge, hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor, kept: Tensor, columns: Tensor):
@@ -49,15 +40,9 @@ def in_two_steps(merge, hidden: Tensor, weight: Tensor, source: Tensor, target: 
 
 
 def naive(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """In fp64, survivor by survivor."""
-    rows, weights = [], []
-    for b in kept.tolist():
-        members = [b, *source[target == b].tolist()]
-        shares = weight[members].double()
-        weights.append(shares.sum())
-        shares = torch.ones_like(shares) if not weights[-1] else shares
-        rows.append((shares[:, None] * hidden[members].double()).sum(dim=0) / shares.sum())
-    return torch.stack(rows), torch.stack(weights)
+    """In fp64, receiver by receiver."""
+    rows, weights = test_merge.naive(hidden, weight, source, target)
+    return rows[kept], weights[kept]
 
 
 def same(found, expected) -> None:
