@@ -303,7 +303,10 @@ class Run(_Section):
         "text", description="of the terminal: progress and a table, or one JSON object per line"
     )
     max_attempts: int = Field(
-        3, ge=1, le=100, description="starts of a unit that kills its model process; then it is an error row"
+        3,
+        ge=2,  # the first start may have been beside, or next to, the unit that did it
+        le=100,
+        description="starts of a unit that kills its model process, all but the first alone; then it is an error row",
     )
     max_given_up: int = Field(
         20, ge=1, description="such units in a row, none finished in between; then it is not the units: the job ends"

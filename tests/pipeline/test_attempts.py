@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.attempts import Attempts, End, Turn
 from pipeline.config import Run, Storage
@@ -32,24 +33,30 @@ def test_unit_that_never_ends_is_given_up_after_so_many_starts(file):
 
 
 def test_unit_that_ends_starts_anew(file):
-    counting = attempts(file, max_attempts=1)
+    counting = attempts(file)
     counting.start("a")
     counting.end([End("a", "ok", tried=True)])
     assert counting.start("a") == Turn(True, 1)
 
 
 def test_what_ended_is_told_along_with_the_next_start(file):
-    counting = attempts(file, max_attempts=1)
+    counting = attempts(file)
     counting.start("a")
     assert counting.start("a", [End("a", "ok", tried=True)]) == Turn(True, 1)
     assert counting.state()["units"] == {"ok": 1}
 
 
 def test_units_are_counted_apart(file):
-    counting = attempts(file, max_attempts=1)
+    counting = attempts(file, max_attempts=2)
+    counting.start("a")
     counting.start("a")
     assert counting.start("b").go
     assert not counting.start("a").go
+
+
+def test_one_start_is_no_proof(file):
+    with pytest.raises(ValidationError, match="max_attempts"):
+        attempts(file, max_attempts=1)
 
 
 def test_starts_without_an_end_outlive_a_kill(file):
@@ -81,12 +88,13 @@ def test_units_by_status_are_counted(file):
 
 def _give_up(counting, unit):
     counting.start(unit)
+    counting.start(unit)
     assert counting.start(unit).go is False
     counting.end([End(unit, "error", tried=False)])
 
 
 def test_too_many_units_given_up_in_a_row_end_the_job(file):
-    counting = attempts(file, max_attempts=1, max_given_up=2)
+    counting = attempts(file, max_attempts=2, max_given_up=2)
     _give_up(counting, "a")
     _give_up(counting, "b")
     assert counting.state()["fault"] is None
@@ -96,7 +104,7 @@ def test_too_many_units_given_up_in_a_row_end_the_job(file):
 
 
 def test_a_unit_that_is_finished_breaks_the_row(file):
-    counting = attempts(file, max_attempts=1, max_given_up=2)
+    counting = attempts(file, max_attempts=2, max_given_up=2)
     for unit in "abcdef":
         _give_up(counting, unit)
         counting.start(f"good {unit}")

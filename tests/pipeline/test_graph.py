@@ -19,7 +19,7 @@ def test_the_blocks_of_an_actor_may_take_all_starts_of_all_their_units():
 
 
 def test_small_limits_of_the_model_leave_time_to_load_it():
-    settings = ["sink.uri=/out", "ray.actors.batch_units=1", "run.max_attempts=1"]
+    settings = ["sink.uri=/out", "ray.actors.batch_units=1", "run.max_attempts=2"]
     assert graph.longest_block_s(job(*settings, "model.timeout_s=5")) == 1800
 
 
