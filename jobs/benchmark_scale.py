@@ -30,11 +30,11 @@ import ray
 from pipeline import storage
 from pipeline.actor import CaptionActor
 from pipeline.attempts import End
-from pipeline.captioner import Captioner, Given, error_fields
+from pipeline.captioner import Captioner, Given
 from pipeline.cluster import attempts_of, connect
 from pipeline.config import JobConfig, load_config
 from pipeline.decode import FrameBatch
-from pipeline.errors import StoppedError, UnitError
+from pipeline.errors import StoppedError
 from pipeline.graph import execute
 from pipeline.plan import plan_units
 from pipeline.run import RunDirectory, Work, read_table
@@ -244,9 +244,6 @@ class StubCaptioner(Captioner):
             for prompt in unit["prompts"]
         ]
         return self._of(unit) | {"answers": answers}
-
-    def failed_row(self, unit: dict[str, Any], error: UnitError) -> dict[str, Any]:
-        return self._of(unit) | error_fields(error)
 
     def _of(self, unit: dict[str, Any]) -> dict[str, Any]:
         named = {key: unit[key] for key in ("id", "uris", "etag", "size_bytes", "start_s", "end_s")}

@@ -142,10 +142,6 @@ class Captioner:
             torch.cuda.empty_cache()
         return UnitError("generate", kind, _first_line(error))
 
-    def failed_row(self, unit: dict[str, Any], error: UnitError) -> dict[str, Any]:
-        """The output row of a unit that is given up without being tried."""
-        return self._empty_row(unit) | error_fields(error)
-
     def _answered(self, unit: dict[str, Any], reply: Reply) -> dict[str, Any]:
         answers = reply.answers
         first = answers[0]

@@ -49,6 +49,8 @@ def connect(job: JobConfig) -> Iterator[None]:
             "num_cpus": job.ray.num_cpus,
             "object_store_memory": job.ray.object_store_bytes,
             "include_dashboard": False,
+            # Nobody lists the tasks of a cluster without a dashboard; telling of each takes CPU beside the model.
+            "_system_config": {"task_events_report_interval_ms": 0},
         }
     try:
         ray.init(**options)

@@ -244,17 +244,6 @@ def test_lost_device_is_not_a_row(mini):
         mini.row(_unit(), frames())
 
 
-def test_unit_that_is_given_up_has_a_row_that_says_why(mini):
-    row = mini.failed_row(_unit() | {"attempts": 2}, UnitError("generate", "ModelCrashed", "it died"))
-    assert (row["status"], row["error_type"], row["error_message"], row["attempts"], row["text"]) == (
-        "error",
-        "ModelCrashed",
-        "it died",
-        3,
-        None,
-    )
-
-
 def test_answer_cut_at_the_limit_is_marked_truncated(mini):
     row = Captioner(_job("model.max_new_tokens=1"), "run").row(_unit(), _batches())
     assert row["status"] == "truncated"
