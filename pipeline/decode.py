@@ -22,7 +22,9 @@ from pipeline.video_index import VideoIndex, index_whole, index_window
 
 _COPY_ALWAYS_BYTES = 64 << 20  # smaller objects are copied even when only a short part is needed
 _COPY_SHARE = 0.5  # of a video's length that a unit must need before a larger object is copied whole
-_RESTART_SHARE = 2.0  # decord begins every batch at a key frame; more work than this × the frames, and PyAV reads on
+_RESTART_SHARE = (
+    0.1  # of the frames: decord begins every batch at a key frame; with more to decode again, PyAV reads on
+)
 
 
 @dataclass(frozen=True)
@@ -215,7 +217,7 @@ class _Reading:
 
 
 def _restarts_dearly(index: VideoIndex, picks: np.ndarray, batch_frames: int) -> bool:
-    """Whether going back to a key frame for every batch would cost more than `_RESTART_SHARE` × decoding through."""
+    """Whether going back to a key frame for every batch would add more than `_RESTART_SHARE` to decoding through."""
     firsts = index.pts[picks[::batch_frames]]
     keys = index.keys[np.maximum(np.searchsorted(index.keys, firsts, side="right") - 1, 0)]
     repeated = np.searchsorted(index.pts, firsts) - np.searchsorted(index.pts, keys)

@@ -24,6 +24,7 @@ from tests.s3 import server
 from tests.videos import PATCHES, encoders, picture, read_colours, read_index, render, render_audio, render_trimmed
 
 EVERY = Frames(strategy="uniform", count=1000, batch_frames=7)  # every frame of the test videos
+FROM_KEYS = Frames(strategy="uniform", count=1000, batch_frames=8)  # the same; every batch begins at a key frame
 SIZING = Sizing(16, 64 * 64, 128 * 192)
 BACKENDS = ("auto", "decord", "pyav")
 
@@ -144,9 +145,14 @@ def test_auto_takes_decord_where_decord_is_right(videos, monkeypatch):
     plain = pipeline.frame_sources.DecordSource
     monkeypatch.setattr(pipeline.frame_sources, "DecordSource", lambda *a: opened.append(a[0]) or plain(*a))
     for name in VIDEOS:
-        decoded(videos(name))
+        decoded(videos(name), frames=FROM_KEYS if name != "h264-long-group.mp4" else Frames(count=24, batch_frames=24))
     expected = [name for name in VIDEOS if name not in DECORD_REFUSES or name.startswith("av1")]
     assert [os.path.basename(path) for path in opened] == expected
+
+
+def test_auto_takes_pyav_where_decord_would_go_back_for_every_batch(videos, monkeypatch):
+    monkeypatch.setattr(pipeline.frame_sources, "DecordSource", pytest.fail)
+    assert decoded(videos("h264.mp4"))[0] == decoded(videos("h264-long-group.mp4"))[0] == list(range(24))
 
 
 def test_irregular_timestamps_are_kept(tmp_path):
@@ -330,10 +336,10 @@ def test_pyav_goes_on_where_decord_fails_in_the_middle(videos, monkeypatch):
         return read(self, indices)
 
     monkeypatch.setattr(pipeline.frame_sources.DecordSource, "read", fails_at_the_third)
-    assert decoded(videos("h264.mp4"))[0] == list(range(24))
+    assert decoded(videos("h264.mp4"), frames=FROM_KEYS)[0] == list(range(24))
     assert len(calls) == 3
     calls.clear()
-    assert failure(videos("h264.mp4"), backend="decord") == ("decode", "Corrupt")
+    assert failure(videos("h264.mp4"), frames=FROM_KEYS, backend="decord") == ("decode", "Corrupt")
 
 
 @pytest.mark.parametrize(
