@@ -145,7 +145,8 @@ class Decode(_Section):
     backend: str = Field(
         "auto",
         pattern=r"^(auto|decord|pyav|[\w.]+:\w+)$",
-        description="auto (decord, PyAV for what decord cannot open or would decode twice) | decord | pyav | package.module:function",
+        description="auto (decord; PyAV for what it cannot open or would decode twice) | decord | pyav | "
+        "package.module:function",
     )
     timeout_s: float = Field(300.0, gt=0, description="longest wait for one batch of frames")
     max_retries: int = Field(2, ge=0, le=10, description="of a decoder that dies, per unit")
