@@ -151,7 +151,7 @@ class Decode(_Section):
     timeout_s: float = Field(300.0, gt=0, description="longest wait for one batch of frames")
     max_retries: int = Field(2, ge=0, le=10, description="of a decoder that dies, per unit")
     prefetch_units: int = Field(
-        4, ge=0, le=64, description="units decoded ahead of the next one to enter the model, per actor"
+        4, ge=0, le=16, description="units decoded ahead of the next one to enter the model, per actor"
     )
     num_cpus: float = Field(1.0, gt=0, description="CPUs of one decode task")
     max_object_bytes: int = Field(

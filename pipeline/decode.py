@@ -22,9 +22,7 @@ from pipeline.video_index import VideoIndex, index_whole, index_window
 
 _COPY_ALWAYS_BYTES = 64 << 20  # smaller objects are copied even when only a short part is needed
 _COPY_SHARE = 0.5  # of a video's length that a unit must need before a larger object is copied whole
-_RESTART_SHARE = (
-    0.1  # of the frames: decord begins every batch at a key frame; with more to decode again, PyAV reads on
-)
+_RESTART_SHARE = 0.1  # of the frames, decoded again because decord begins every batch at a key frame; beyond it PyAV
 
 
 @dataclass(frozen=True)

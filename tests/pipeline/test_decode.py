@@ -24,7 +24,8 @@ from tests.s3 import server
 from tests.videos import PATCHES, encoders, picture, read_colours, read_index, render, render_audio, render_trimmed
 
 EVERY = Frames(strategy="uniform", count=1000, batch_frames=7)  # every frame of the test videos
-FROM_KEYS = Frames(strategy="uniform", count=1000, batch_frames=8)  # the same; every batch begins at a key frame
+AT_ONCE = Frames(strategy="uniform", count=1000, batch_frames=24)  # the same in one batch
+FROM_KEYS = Frames(strategy="uniform", count=1000, batch_frames=8)  # in batches that begin at key frames
 SIZING = Sizing(16, 64 * 64, 128 * 192)
 BACKENDS = ("auto", "decord", "pyav")
 
@@ -145,7 +146,7 @@ def test_auto_takes_decord_where_decord_is_right(videos, monkeypatch):
     plain = pipeline.frame_sources.DecordSource
     monkeypatch.setattr(pipeline.frame_sources, "DecordSource", lambda *a: opened.append(a[0]) or plain(*a))
     for name in VIDEOS:
-        decoded(videos(name), frames=FROM_KEYS if name != "h264-long-group.mp4" else Frames(count=24, batch_frames=24))
+        decoded(videos(name), frames=AT_ONCE)
     expected = [name for name in VIDEOS if name not in DECORD_REFUSES or name.startswith("av1")]
     assert [os.path.basename(path) for path in opened] == expected
 
