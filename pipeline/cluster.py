@@ -24,6 +24,11 @@ from pipeline.run import Work
 from pipeline.summary import clock
 
 _LOG = logging.getLogger(__name__)
+# Of a local cluster, which has the model's CPUs for its own work, too.
+_BESIDE_THE_MODEL = {
+    "task_events_report_interval_ms": 0,  # nobody lists the tasks of a cluster without a dashboard
+    "max_direct_call_object_size": 1 << 20,  # small frames come in the message, not by way of the object store
+}
 
 
 def cluster_address(job: JobConfig) -> str | None:
@@ -49,8 +54,7 @@ def connect(job: JobConfig) -> Iterator[None]:
             "num_cpus": job.ray.num_cpus,
             "object_store_memory": job.ray.object_store_bytes,
             "include_dashboard": False,
-            # Nobody lists the tasks of a cluster without a dashboard; telling of each takes CPU beside the model.
-            "_system_config": {"task_events_report_interval_ms": 0},
+            "_system_config": _BESIDE_THE_MODEL,
         }
     try:
         ray.init(**options)
