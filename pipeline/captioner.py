@@ -22,7 +22,7 @@ from pipeline.config import JobConfig
 from pipeline.decode import FrameBatch
 from pipeline.errors import ConfigError, SkippedError, UnitError
 from pipeline.frames import Sizing
-from pipeline.memory import bound_device, memory_of
+from pipeline.memory import bound_device, keep_freed_memory, memory_of
 from pipeline.models import describe
 from pipeline.samples import Sample, Sampling
 from pipeline.schema import ROW_SCHEMA
@@ -65,6 +65,7 @@ class Captioner:
         self.run_id = run_id
         self._sampling = sampling
         self.lightkv = lightkv_config(job, describe(job.model).config)  # refused before the weights are loaded
+        keep_freed_memory()
         self.answerer = Answerer(job.model)
         self._device: torch.device = self.answerer.model.device
         self.answerer.encoder.repeat_tolerance = job.frames.repeat_tolerance

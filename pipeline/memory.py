@@ -1,5 +1,6 @@
 """What the engine may hold: its caches as the job wants them, its pieces and batches as the memory there is allows."""
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ from pipeline.errors import ConfigError as JobError
 
 CACHES, PIECE = 0.6, 0.25  # shares of what the weights leave; the rest is the vision tower's and the allocator's
 LEAST_PIECE = 256  # tokens
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+_KEPT_BYTES = 1 << 30
+_LARGEST_ON_HEAP = 32 << 20  # what glibc goes up to by itself
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,18 @@ class Room:
     @property
     def left(self) -> int:
         return self.total - self.weights
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep up to a GiB of what it frees for what it allocates next; needs glibc, else does nothing.
+
+    By itself glibc returns the end of its heap to the system as the tensors of one prefill go, and the next prefill
+    faults it in again, page by page, which takes the longer the more other processes ask the system for memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_ON_HEAP)
 
 
 def bound_device(limits: Limits, device: torch.device) -> Room | None:

@@ -1,5 +1,9 @@
 """What the engine may hold, from the job, the model's shape and the memory there is."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -10,6 +14,21 @@ from pipeline.memory import Room, bound_device, memory_of, piece_bytes_per_token
 from pipeline.models import describe
 
 GIB = 1 << 30
+_FAULTS = """
+import resource
+import torch
+from pipeline.memory import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(1 << 20) for _ in range(32)]  # of 4 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if KEEP:
+    keep_freed_memory()
+faults()
+print(min(faults() for _ in range(3)))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +80,11 @@ def test_a_budget_in_bytes_is_a_number_of_tokens_by_layers_and_bits(mini):
 
 def test_a_cpu_is_not_bounded():
     assert bound_device(_job("limits.gpu_memory_bytes=2000000000").limits, torch.device("cpu")) is None
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
+@pytest.mark.parametrize(("keep", "again"), [(True, False), (False, True)])
+def test_memory_that_is_kept_is_not_faulted_in_again(keep, again):
+    script = _FAULTS.replace("KEEP", str(keep))
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (int(found.stdout) > 10_000) is again  # 32,768 pages
