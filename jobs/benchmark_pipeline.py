@@ -7,8 +7,9 @@ load the embedded model, answer as many units together, compute in as many threa
 without warming up. Every answer must be the same word for word.
 
     overhead = steady ÷ engine − 1
-    engine   seconds of the model alone on all clips, frames in memory
+    engine   seconds of the model alone on all clips, frames in memory: the mean of a run before and one after
     steady   from the first frames that enter the actor's model to the end of its last row
+    drift    of the machine: by how much of their mean these two differ; a run beyond --drift does not count
 
 The seconds between the two are told apart: `model`, which the model itself took longer for the same units (decoders,
 Ray and the driver want cores, too), and `around`, what the actor did besides (waiting for frames, handing over). Both
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,8 @@ def main() -> int:
     """Render, measure `--repeats` times in turns, write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", metavar="N", type=int, default=200)
-    parser.add_argument("--repeats", metavar="N", type=int, default=5)
+    parser.add_argument("--repeats", metavar="N", type=int, default=5, help="runs of the pipeline")
+    parser.add_argument("--drift", metavar="SHARE", type=float, default=0.05, help="of the machine, at most")
     parser.add_argument("--threads", metavar="N", type=int, default=1, help="of the model, in both")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("jobs/results/pipeline.json"))
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides")
@@ -53,17 +56,22 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         job = prepare(Path(folder), arguments.clips, arguments.overrides)
         pairs = []
-        for _ in range(arguments.repeats):
-            pairs.append(measure(job, arguments.threads))
-            print(json.dumps(pairs[-1]), file=sys.stderr, flush=True)
+        for pair in measure(job, arguments.threads, arguments.repeats):
+            pairs.append(pair)
+            print(json.dumps(pair), file=sys.stderr, flush=True)
+    steady = [pair for pair in pairs if pair["drift"] <= arguments.drift]
+    if not steady:
+        raise SystemExit(f"the machine changed its speed by more than {arguments.drift:.0%} around every run")
     result = {
         "command": " ".join(["python -m jobs.benchmark_pipeline", *(f"--set {o}" for o in arguments.overrides)]),
         "machine": f"{len(os.sched_getaffinity(0))} CPUs, {platform.machine()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in PACKAGES},
         "clips": arguments.clips,
-        "repeats": arguments.repeats,
+        "repeats": len(steady),
+        "left_out": len(pairs) - len(steady),
+        "most_drift": arguments.drift,
         "model_threads": arguments.threads,
-        **statistics_of(pairs),
+        **statistics_of(steady),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
@@ -85,25 +93,40 @@ def prepare(folder: Path, clips: int, overrides: list[str]) -> JobConfig:
     return load_config(None, [*keys, *overrides])
 
 
-def measure(job: JobConfig, threads: int) -> dict[str, float]:
-    """One engine run and one pipeline run; raises `RuntimeError` where an answer differs."""
+def measure(job: JobConfig, threads: int, repeats: int) -> Iterator[dict[str, float]]:
+    """Runs of the pipeline, each between two of the engine; raises `RuntimeError` where an answer differs."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
     config = Path(job.sink.uri).with_suffix(".yaml")
     config.write_text(job.to_yaml(), encoding="utf-8")
-    alone = json.loads(_run([sys.executable, "-m", "jobs.benchmark_pipeline", "--engine", str(config)], environment))
-    shutil.rmtree(job.sink.uri, ignore_errors=True)
-    began = time.perf_counter()
-    _run([sys.executable, "-m", "jobs.caption", "--config", str(config)], environment)
-    wall_s = time.perf_counter() - began
+    engine_alone = [sys.executable, "-m", "jobs.benchmark_pipeline", "--engine", str(config)]
+    before = json.loads(_run(engine_alone, environment))
+    for _ in range(repeats):
+        shutil.rmtree(job.sink.uri, ignore_errors=True)
+        began = time.perf_counter()
+        _run([sys.executable, "-m", "jobs.caption", "--config", str(config)], environment)
+        wall_s = time.perf_counter() - began
+        after = json.loads(_run(engine_alone, environment))
+        yield between(before, after, _rows(job, before["answers"])) | {"wall_s": wall_s}
+        before = after
+
+
+def _rows(job: JobConfig, expected: dict[str, str]) -> pa.Table:
     from pipeline.run import RunDirectory
 
     rows = RunDirectory(job).resume_only().rows()
     answers = {row["uri"]: row["text"] for row in rows.select(["uri", "text"]).to_pylist()}
-    if answers != alone["answers"]:
-        differing = sorted(uri for uri in alone["answers"] if answers.get(uri) != alone["answers"][uri])
+    if answers != expected:
+        differing = sorted(uri for uri in expected if answers.get(uri) != expected[uri])
         raise RuntimeError(f"expected the same answers, {len(differing)} of {len(answers)} differ: {differing[:3]}")
+    return rows
+
+
+def between(before: dict[str, Any], after: dict[str, Any], rows: pa.Table) -> dict[str, float]:
+    """The rows of a pipeline run compared with the mean of the engine's runs before and after it, and their drift."""
+    names = ("engine_s", "model_s", "decode_cpu_s", "decode_s")
+    alone = {name: statistics.mean((before[name], after[name])) for name in names}
     return compared(alone["engine_s"], alone["model_s"], rows) | {
-        "wall_s": wall_s,
+        "drift": abs(after["engine_s"] - before["engine_s"]) / alone["engine_s"],
         "decode_cpu_s": alone["decode_cpu_s"],
         "decode_s": alone["decode_s"],
     }

@@ -86,7 +86,9 @@ def pipeline(result: Result) -> str:
     """What the pipeline costs on top of its model."""
     whole, model, around = (_percent(result[f"overhead{part}"]) for part in ("", "_model", "_around"))
     return (
-        f"{whole} more, median of {result['repeats']} pairs of runs over {result['clips']:,} clips, least to most: "
+        f"{whole} more, median of {result['repeats']} runs over {result['clips']:,} clips, least to most, each between "
+        f"two of the model alone ({result['left_out']} more do not count, as these two differed by more than "
+        f"{result['most_drift']:.0%}): "
         f"{model} in the model, which has decoders and Ray beside it, {around} for waiting and handing over, "
         f"{result['around_ms_per_clip']['median']:.1f} ms a clip "
         f"(`{result['command']}`; {result['machine']}, torch {result['versions']['torch']}, ray "

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from jobs.benchmark_pipeline import compared, engine, prepare, statistics_of
+from jobs.benchmark_pipeline import between, compared, engine, prepare, statistics_of
 from tests.pipeline.rows import row, rows
 
 _NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -39,6 +39,14 @@ def test_what_is_added_to_a_clip_is_told_in_milliseconds():
 def test_rows_of_several_actors_are_refused():
     with pytest.raises(ValueError, match=r"ray\.actors\.max"):
         compared(10.0, 7.0, rows(_row("a", 0, 7, 2.0), _row("b", 0, 7, 2.0, "y")))
+
+
+def test_the_model_alone_is_the_mean_of_a_run_before_and_one_after_and_drift_is_their_difference():
+    before, after = ({"engine_s": s, "model_s": s - 3, "decode_cpu_s": 1.0, "decode_s": 1.0} for s in (9.0, 11.0))
+    found = rows(_row("a", 0, 7.5, 2.0), _row("b", 8, 13, 0.5))
+    measured = between(before, after, found)
+    assert {name: measured[name] for name in compared(10.0, 7.0, found)} == compared(10.0, 7.0, found)
+    assert measured["drift"] == between(after, before, found)["drift"] == pytest.approx(0.2)
 
 
 def test_every_figure_has_median_and_range():
