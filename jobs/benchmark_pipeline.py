@@ -59,19 +59,19 @@ def main() -> int:
         for pair in measure(job, arguments.threads, arguments.repeats):
             pairs.append(pair)
             print(json.dumps(pair), file=sys.stderr, flush=True)
-    steady = [pair for pair in pairs if pair["drift"] <= arguments.drift]
-    if not steady:
+    counted = [pair for pair in pairs if pair["drift"] <= arguments.drift]
+    if not counted:
         raise SystemExit(f"the machine changed its speed by more than {arguments.drift:.0%} around every run")
     result = {
         "command": " ".join(["python -m jobs.benchmark_pipeline", *(f"--set {o}" for o in arguments.overrides)]),
         "machine": f"{len(os.sched_getaffinity(0))} CPUs, {platform.machine()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in PACKAGES},
         "clips": arguments.clips,
-        "repeats": len(steady),
-        "left_out": len(pairs) - len(steady),
+        "repeats": len(counted),
+        "left_out": len(pairs) - len(counted),
         "most_drift": arguments.drift,
         "model_threads": arguments.threads,
-        **statistics_of(steady),
+        **statistics_of(counted),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -14,8 +14,6 @@ from pipeline.errors import ConfigError as JobError
 CACHES, PIECE = 0.6, 0.25  # shares of what the weights leave; the rest is the vision tower's and the allocator's
 LEAST_PIECE = 256  # tokens
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-_KEPT_BYTES = 1 << 30
-_LARGEST_ON_HEAP = 32 << 20  # what glibc goes up to by itself
 
 
 @dataclass(frozen=True)
@@ -30,16 +28,17 @@ class Room:
         return self.total - self.weights
 
 
-def keep_freed_memory() -> None:
-    """Let this process keep up to a GiB of what it frees for what it allocates next; needs glibc, else does nothing.
+def keep_freed_memory(most_bytes: int = 1 << 30, largest_bytes: int = 32 << 20) -> None:
+    """Let this process keep `most_bytes` of what it frees, in blocks up to `largest_bytes` (glibc's own upper bound).
 
     By itself glibc returns the end of its heap to the system as the tensors of one prefill go, and the next prefill
     faults it in again, page by page, which takes the longer the more other processes ask the system for memory.
+    Other allocators are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_ON_HEAP)
+        mallopt(_M_TRIM_THRESHOLD, most_bytes)
+        mallopt(_M_MMAP_THRESHOLD, largest_bytes)
 
 
 def bound_device(limits: Limits, device: torch.device) -> Room | None:

@@ -6,7 +6,6 @@ loaded and has answered once. On a GPU it is what torch has allocated on top of 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import time
@@ -21,9 +20,10 @@ from jobs.benchmark.engine.scale import PLAIN, STREAMED, VARIANTS, EngineScale
 from jobs.benchmark.engine.subject import Said, Subject, Video, request
 from jobs.benchmark.timer import Timer
 from lightkv import Engine
+from pipeline.memory import keep_freed_memory
 
 WARM = 60  # frames
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of mallopt: without them blocks that are freed may stay with the process
+KEPT_BYTES = 1 << 17  # of what is freed: by itself glibc may keep more
 
 
 def cells(scale: EngineScale) -> list[Cell]:
@@ -63,9 +63,7 @@ def alone(scale: EngineScale, name: str, minutes: int) -> Values:
 
 def _in_process(result: Connection, scale: EngineScale, name: str, minutes: int) -> None:
     try:
-        libc = ctypes.CDLL(None)
-        for setting in (MMAP_THRESHOLD, TRIM_THRESHOLD):
-            libc.mallopt(setting, 1 << 17)
+        keep_freed_memory(KEPT_BYTES, KEPT_BYTES)
         with torch.inference_mode():
             subject = scale.subject()
             answer(scale, subject, name, Video(1, WARM, scale.side_px))
