@@ -34,7 +34,9 @@ from pipeline.stream import FrameStream, FrameStreams
 from pipeline.turns import Turns
 
 _LOG = logging.getLogger(__name__)
-BLOCKS_AT_ONCE = 3  # the last units of one are answered while those of the next enter, and one is at hand
+# The last units of one are answered while those of the next enter, and others are at hand. A power of two: Ray Data
+# rounds the share of a GPU that each has, and with thirds of one asks for a node too few.
+BLOCKS_AT_ONCE = 4
 _UNITS_PER_RUN = 256  # of the captioner
 _NOT_YET = Turn(go=False)
 

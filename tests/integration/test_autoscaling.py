@@ -11,7 +11,8 @@ from tests.integration.jobs import started
 
 pytestmark = pytest.mark.integration
 
-# One model actor per node: it asks for the GPU that only worker nodes say they have, and runs on their CPUs.
+# One model actor per node: it asks for the GPU that only worker nodes say they have. They say that they have no CPU, so
+# no decoder can be what they come for; the head's two decode two units a second, however fast the machine is.
 POOL = [
     "model.device=cpu",
     "decode.backend=tests.integration.backends:slow",
@@ -26,10 +27,11 @@ POOL = [
 
 def test_nodes_come_for_a_backlog_and_go_when_idle(tmp_path):
     out = tmp_path / "out"
-    expected = write_manifest(tmp_path / "units.jsonl", undisturbed(tmp_path / "videos"), 80)
-    with clusters.autoscaling(head_cpus=1, worker={"CPU": 1, "GPU": 1}, most=2, idle_s=5) as cluster:
+    expected = write_manifest(tmp_path / "units.jsonl", undisturbed(tmp_path / "videos"), 100)
+    often = {"RAY_DATA_MIN_GAP_BETWEEN_AUTOSCALING_REQUESTS": "3"}  # s; 10 otherwise
+    with clusters.autoscaling(head_cpus=2, worker={"GPU": 1}, most=2, idle_s=5) as cluster:
         where = [f"source.uri={tmp_path}/units.jsonl", f"sink.uri={out}"]
-        with started("caption", *where, *POOL, RAY_ADDRESS=cluster.address) as job:
+        with started("caption", *where, *POOL, RAY_ADDRESS=cluster.address, **often) as job:
             counts = [len(cluster.nodes())]
             while job.poll() is None:
                 counts.append(len(cluster.nodes()))

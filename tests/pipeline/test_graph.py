@@ -1,9 +1,11 @@
-"""How long the graph may stand still, and what is told when it stands longer."""
+"""What Ray Data makes of the graph's numbers, how long it may stand still, and what is told when it stands longer."""
 
 import pytest
+from ray.data import ExecutionResources
 from ray.data.exceptions import ExecutionTimeoutError
 
 from pipeline import graph
+from pipeline.actor import BLOCKS_AT_ONCE
 from pipeline.config import load_config
 from pipeline.errors import RunError
 from pipeline.run import RunDirectory
@@ -13,9 +15,17 @@ def job(*overrides):
     return load_config(None, ["source.uri=/videos", *overrides])
 
 
+@pytest.mark.parametrize("gpus", [0.25, 0.5, 1.0, 2.0])
+def test_the_blocks_of_two_actors_need_the_gpus_of_two(gpus):
+    """Ray Data asks for as many GPUs as it finds actors in the shares of their blocks, rounded down."""
+    one = ExecutionResources(gpu=gpus)
+    of_two = one.scale(1 / BLOCKS_AT_ONCE).scale(2 * BLOCKS_AT_ONCE)
+    assert of_two.floordiv(one).gpu == 2
+
+
 def test_the_blocks_of_an_actor_may_take_all_starts_of_all_their_units():
     settings = ["sink.uri=/out", "ray.actors.batch_units=4", "run.max_attempts=3"]
-    assert graph.longest_block_s(job(*settings, "model.timeout_s=600")) == 3 * 4 * 3 * 600
+    assert graph.longest_block_s(job(*settings, "model.timeout_s=600")) == BLOCKS_AT_ONCE * 4 * 3 * 600
 
 
 def test_small_limits_of_the_model_leave_time_to_load_it():
