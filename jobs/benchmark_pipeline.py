@@ -6,14 +6,16 @@ load the embedded model, answer as many units together, compute in as many threa
 --threads for both), run at the same priority (Ray would lower that of its workers) and answer from the first unit on
 without warming up. Every answer must be the same word for word.
 
-    overhead = steady ÷ engine − 1
-    engine   seconds of the model alone on all clips, frames in memory: the mean of a run before and one after
-    steady   from the first frames that enter the actor's model to the end of its last row
-    drift    of the machine: by how much of their mean these two differ; a run beyond --drift does not count
+Machines change their speed within seconds, by more than what is measured here. So both are at work at the same time,
+but never together: every --turn seconds all processes of one are stopped (SIGSTOP) and those of the other go on. Only
+time in which they ran counts. Turns of many seconds are too long for Ray, which takes who is silent for dead.
 
-The seconds between the two are told apart: `model`, which the model itself took longer for the same units (decoders,
-Ray and the driver want cores, too), and `around`, what the actor did besides (waiting for frames, handing over). Both
-are there as shares of the engine's time, and per clip in milliseconds: what another model would have on top of its own.
+    overhead = steady ÷ engine − 1
+    engine   seconds of the model alone on all clips, frames in memory
+    steady   from the first frames that enter the actor's model to the end of its last row
+
+What is added is told per clip in milliseconds, too: what another model would have on top of its own. It has decoders
+and Ray beside it, which want the CPUs and the caches, and waits for frames and turns.
 """
 
 import argparse
@@ -22,21 +24,23 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from jobs.taking_turns import Process, take_turns
 from pipeline.config import JobConfig, load_config
+from pipeline.run import RunDirectory
 
 PACKAGES = ("torch", "transformers", "ray", "decord", "pyarrow")
-WORK = ("encode_s", "prefill_s", "generate_s")
+_READY = "frames are in memory"
+Ran = Callable[[float, float], float]
 
 
 def main() -> int:
@@ -44,34 +48,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", metavar="N", type=int, default=200)
     parser.add_argument("--repeats", metavar="N", type=int, default=5, help="runs of the pipeline")
-    parser.add_argument("--drift", metavar="SHARE", type=float, default=0.05, help="of the machine, at most")
+    parser.add_argument("--turn", metavar="SECONDS", type=float, default=2.0)
     parser.add_argument("--threads", metavar="N", type=int, default=1, help="of the model, in both")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("jobs/results/pipeline.json"))
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides")
     parser.add_argument("--engine", metavar="FILE", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.engine is not None:
-        print(json.dumps(engine(load_config(arguments.engine))))
+        print(json.dumps(engine(load_config(arguments.engine), _wait_for_go)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
         job = prepare(Path(folder), arguments.clips, arguments.overrides)
         pairs = []
-        for pair in measure(job, arguments.threads, arguments.repeats):
-            pairs.append(pair)
-            print(json.dumps(pair), file=sys.stderr, flush=True)
-    counted = [pair for pair in pairs if pair["drift"] <= arguments.drift]
-    if not counted:
-        raise SystemExit(f"the machine changed its speed by more than {arguments.drift:.0%} around every run")
+        for _ in range(arguments.repeats):
+            pairs.append(measure(job, arguments.threads, arguments.turn))
+            print(json.dumps(pairs[-1]), file=sys.stderr, flush=True)
+    settings = [f"--set {override}" for override in arguments.overrides]
     result = {
-        "command": " ".join(["python -m jobs.benchmark_pipeline", *(f"--set {o}" for o in arguments.overrides)]),
+        "command": " ".join([f"python -m jobs.benchmark_pipeline --repeats {arguments.repeats}", *settings]),
         "machine": f"{len(os.sched_getaffinity(0))} CPUs, {platform.machine()}, Python {platform.python_version()}",
         "versions": {name: version(name) for name in PACKAGES},
         "clips": arguments.clips,
-        "repeats": len(counted),
-        "left_out": len(pairs) - len(counted),
-        "most_drift": arguments.drift,
+        "repeats": arguments.repeats,
+        "turn_s": arguments.turn,
         "model_threads": arguments.threads,
-        **statistics_of(counted),
+        **statistics_of(pairs),
     }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
@@ -93,65 +94,57 @@ def prepare(folder: Path, clips: int, overrides: list[str]) -> JobConfig:
     return load_config(None, [*keys, *overrides])
 
 
-def measure(job: JobConfig, threads: int, repeats: int) -> Iterator[dict[str, float]]:
-    """Runs of the pipeline, each between two of the engine; raises `RuntimeError` where an answer differs."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
-    config = Path(job.sink.uri).with_suffix(".yaml")
+def measure(job: JobConfig, threads: int, turn_s: float) -> dict[str, float]:
+    """One run of each, in turns; raises `RuntimeError` where one fails or an answer differs."""
+    environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
+    run = RunDirectory(job)
+    config = Path(run.uri).with_suffix(".yaml")
     config.write_text(job.to_yaml(), encoding="utf-8")
-    engine_alone = [sys.executable, "-m", "jobs.benchmark_pipeline", "--engine", str(config)]
-    before = json.loads(_run(engine_alone, environment))
-    for _ in range(repeats):
-        shutil.rmtree(job.sink.uri, ignore_errors=True)
-        began = time.perf_counter()
-        _run([sys.executable, "-m", "jobs.caption", "--config", str(config)], environment)
-        wall_s = time.perf_counter() - began
-        after = json.loads(_run(engine_alone, environment))
-        yield between(before, after, _rows(job, before["answers"])) | {"wall_s": wall_s}
-        before = after
+    shutil.rmtree(run.uri, ignore_errors=True)
+    first_start = Path(run.meta, "attempts.json")  # written once a unit may enter the model
+    with Process("jobs.benchmark_pipeline", "--engine", str(config), **environment) as alone:
+        while _READY not in alone.output():
+            time.sleep(0.1)
+        with Process("jobs.caption", "--config", str(config), **environment) as pipeline:
+            while not first_start.exists():
+                pipeline.output()
+                time.sleep(0.02)
+            alone.tell("go")
+            take_turns(alone, pipeline, turn_s)
+            pipeline.output()
+            engine = json.loads(alone.output().splitlines()[-1])
+            rows = run.resume_only().rows()
+            check_answers(rows, engine["answers"])
+            return compared(engine, alone.ran, rows, pipeline.ran)
 
 
-def _rows(job: JobConfig, expected: dict[str, str]) -> pa.Table:
-    from pipeline.run import RunDirectory
-
-    rows = RunDirectory(job).resume_only().rows()
+def check_answers(rows: pa.Table, expected: dict[str, str]) -> None:
+    """Raise `RuntimeError` where a row has another answer than the model alone."""
     answers = {row["uri"]: row["text"] for row in rows.select(["uri", "text"]).to_pylist()}
     if answers != expected:
         differing = sorted(uri for uri in expected if answers.get(uri) != expected[uri])
         raise RuntimeError(f"expected the same answers, {len(differing)} of {len(answers)} differ: {differing[:3]}")
-    return rows
 
 
-def between(before: dict[str, Any], after: dict[str, Any], rows: pa.Table) -> dict[str, float]:
-    """The rows of a pipeline run compared with the mean of the engine's runs before and after it, and their drift."""
-    names = ("engine_s", "model_s", "decode_cpu_s", "decode_s")
-    alone = {name: statistics.mean((before[name], after[name])) for name in names}
-    return compared(alone["engine_s"], alone["model_s"], rows) | {
-        "drift": abs(after["engine_s"] - before["engine_s"]) / alone["engine_s"],
-        "decode_cpu_s": alone["decode_cpu_s"],
-        "decode_s": alone["decode_s"],
-    }
+def compared(engine: dict[str, Any], engine_ran: Ran, rows: pa.Table, pipeline_ran: Ran) -> dict[str, float]:
+    """Overhead of the rows of one actor over the model alone.
 
-
-def compared(engine_s: float, engine_model_s: float, rows: pa.Table) -> dict[str, float]:
-    """Overhead and its parts from the rows of one actor and the model alone: all its seconds, those in the model."""
+    `…_ran` tells of two moments how many of the seconds between them were this process's own.
+    """
     taken = rows.sort_by("started_at").to_pylist()
     if len({row["actor"] for row in taken}) != 1:
         raise ValueError("expected the rows of one actor: with more, their times overlap; set ray.actors.max=1")
-    entered_s = taken[0]["started_at"].timestamp() + taken[0]["wait_s"]
-    steady_s = max(row["finished_at"] for row in taken).timestamp() - entered_s
-    model_s = sum(row[name] for row in taken for name in WORK) - engine_model_s
-    around_s = steady_s - engine_s - model_s
+    entered = taken[0]["started_at"].timestamp() + taken[0]["wait_s"]
+    steady_s = pipeline_ran(entered, max(row["finished_at"] for row in taken).timestamp())
+    engine_s = engine_ran(engine["began"], engine["ended"])
     return {
         "engine_s": engine_s,
         "steady_s": steady_s,
         "overhead": steady_s / engine_s - 1,
-        "overhead_model": model_s / engine_s,
-        "overhead_around": around_s / engine_s,
         "engine_ms_per_clip": 1e3 * engine_s / len(taken),
-        "model_ms_per_clip": 1e3 * model_s / len(taken),
-        "around_ms_per_clip": 1e3 * around_s / len(taken),
-        "waited_s": sum(row["wait_s"] for row in taken[1:]),
-        "queued_s": sum(row["queue_s"] for row in taken[1:]),
+        "added_ms_per_clip": 1e3 * (steady_s - engine_s) / len(taken),
+        "decode_cpu_s": engine["decode_cpu_s"],
+        "decode_s": engine["decode_s"],
     }
 
 
@@ -168,8 +161,8 @@ def statistics_of(pairs: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def engine(job: JobConfig) -> dict[str, Any]:
-    """The model alone on frames in memory: seconds for all units, answers, and what decoding them beforehand took."""
+def engine(job: JobConfig, ready: Callable[[], object]) -> dict[str, Any]:
+    """The model alone on frames in memory, once `ready` returns: begin, end, answers, and what decoding took before."""
     import torch
 
     from pipeline.captioner import Captioner, Given
@@ -184,14 +177,15 @@ def engine(job: JobConfig) -> dict[str, Any]:
         for unit in units
     ]
     decode_s, decode_cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
-    began = time.perf_counter()
+    ready()
+    began_at = time.time()
     rows = list(captioner.rows(Given(unit, batches) for unit, batches in zip(units, clips, strict=True)))
-    engine_s = time.perf_counter() - began
+    ended_at = time.time()
     if any(row["text"] is None for row in rows):
         raise RuntimeError(f"expected an answer to every clip, got {[row['error_message'] for row in rows]}")
     return {
-        "engine_s": engine_s,
-        "model_s": sum(row[name] for row in rows for name in WORK),
+        "began": began_at,
+        "ended": ended_at,
         "decode_s": decode_s,
         "decode_cpu_s": decode_cpu_s,
         "threads": torch.get_num_threads(),
@@ -199,13 +193,9 @@ def engine(job: JobConfig) -> dict[str, Any]:
     }
 
 
-def _run(command: list[str], environment: dict[str, str]) -> str:
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-        )
-    return done.stdout
+def _wait_for_go() -> None:
+    print(_READY, flush=True)
+    sys.stdin.readline()
 
 
 if __name__ == "__main__":

@@ -84,15 +84,11 @@ def soak(result: Result) -> str:
 
 def pipeline(result: Result) -> str:
     """What the pipeline costs on top of its model."""
-    whole, model, around = (_percent(result[f"overhead{part}"]) for part in ("", "_model", "_around"))
     return (
-        f"{whole} more, median of {result['repeats']} runs over {result['clips']:,} clips, least to most, each between "
-        f"two of the model alone ({result['left_out']} more do not count, as these two differed by more than "
-        f"{result['most_drift']:.0%}): "
-        f"{model} in the model, which has decoders and Ray beside it, {around} for waiting and handing over, "
-        f"{result['around_ms_per_clip']['median']:.1f} ms a clip "
-        f"(`{result['command']}`; {result['machine']}, torch {result['versions']['torch']}, ray "
-        f"{result['versions']['ray']})."
+        f"{_percent(result['overhead'])} more, median of {result['repeats']} runs over {result['clips']:,} clips, "
+        f"least to most: {result['added_ms_per_clip']['median']:.1f} ms on top of "
+        f"{result['engine_ms_per_clip']['median']:.1f} a clip (`{result['command']}`; {result['machine']}, torch "
+        f"{result['versions']['torch']}, ray {result['versions']['ray']})."
     )
 
 

@@ -1,0 +1,102 @@
+"""Processes that run in turns, so that a machine which changes its speed changes that of both.
+
+All processes of one are stopped (SIGSTOP) while those of the other run. What either says of its own times holds the
+turns of the other; `Process.ran` tells how much of it was its own.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import psutil
+
+
+class Process:
+    """A Python module as a process, with all that it starts. Its output is kept; it is killed at the block's end."""
+
+    def __init__(self, module: str, *arguments: str, **environment: str) -> None:
+        self._name = " ".join([module, *arguments])
+        self._command = [sys.executable, "-m", module, *arguments]
+        self._environment = os.environ | environment
+        self._windows: list[tuple[float, float]] = []  # in which it ran, seconds since the epoch
+        self._files = ExitStack()
+
+    def __enter__(self) -> "Process":
+        self._out = Path(self._files.enter_context(tempfile.TemporaryDirectory()), "out")
+        with self._out.open("w") as out:
+            self._popen = subprocess.Popen(
+                self._command, env=self._environment, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT
+            )
+        self._tree = [psutil.Process(self._popen.pid)]
+        self._since = time.time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._signal(signal.SIGKILL, [*self._started(), *self._tree])
+        self._popen.communicate()
+        self._files.close()
+
+    def output(self) -> str:
+        """What it has said so far. Raises `RuntimeError` with the end of it when the process has failed."""
+        said = self._out.read_text(encoding="utf-8")
+        if self._popen.poll():
+            raise RuntimeError(f"{self._name} ended with {self._popen.returncode}:\n{said[-4000:]}")
+        return said
+
+    def tell(self, line: str) -> None:
+        """Write a line to its standard input."""
+        assert self._popen.stdin is not None
+        self._popen.stdin.write(f"{line}\n".encode())
+        self._popen.stdin.flush()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Whether it ended within so many seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(seconds)
+            self._windows.append((self._since, time.time()))
+        return self._popen.poll() is not None
+
+    def stop(self) -> None:
+        """Stop it and all that it has started."""
+        self._signal(signal.SIGSTOP, self._tree)
+        self._windows.append((self._since, time.time()))
+        new = self._started()  # only now: to look for them takes a CPU for milliseconds
+        self._signal(signal.SIGSTOP, new)
+        self._tree += new
+
+    def go_on(self) -> None:
+        """Let it run again."""
+        self._since = time.time()
+        self._signal(signal.SIGCONT, self._tree)
+
+    def ran(self, begin: float, end: float) -> float:
+        """Seconds of these, given as since the epoch, in which it was not stopped."""
+        return sum(max(0.0, min(end, until) - max(begin, since)) for since, until in self._windows)
+
+    def _started(self) -> list[psutil.Process]:
+        with suppress(psutil.NoSuchProcess):
+            return [process for process in self._tree[0].children(recursive=True) if process not in self._tree]
+        return []
+
+    @staticmethod
+    def _signal(number: signal.Signals, processes: list[psutil.Process]) -> None:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+
+def take_turns(one: Process, other: Process, turn_s: float) -> None:
+    """Let both, which run, come to their ends, but never together: each has `turn_s` seconds at a time."""
+    other.stop()
+    running, waiting = one, other
+    while not running.wait(turn_s):
+        running.stop()
+        waiting.go_on()
+        running, waiting = waiting, running
+    waiting.go_on()
+    waiting.wait()
