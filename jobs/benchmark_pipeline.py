@@ -8,7 +8,7 @@ without warming up. Every answer must be the same word for word.
 
 Machines change their speed within seconds, by more than what is measured here. So both are at work at the same time,
 but never together: every --turn seconds all processes of one are stopped (SIGSTOP) and those of the other go on. Only
-time in which they ran counts. Turns of many seconds are too long for Ray, which takes who is silent for dead.
+time in which they ran counts.
 
     overhead = steady ÷ engine − 1
     engine   seconds of the model alone on all clips, frames in memory
