@@ -268,7 +268,7 @@ class Actors(_Section):
         16,
         ge=1,
         le=1024,
-        description="units per hand-over to an actor, which has three at a time, repeated if it dies; so many units "
+        description="units per hand-over to an actor, which has four at a time, repeated if it dies; so many units "
         "are in the model together at most",
     )
 
