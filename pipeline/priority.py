@@ -23,12 +23,12 @@ def waking_nobody() -> Iterator[None]:
     if not _LINUX:
         yield
         return
-    before = os.sched_getscheduler(0)
+    before, param = os.sched_getscheduler(0), os.sched_getparam(0)
     _take(os.SCHED_BATCH)
     try:
         yield
     finally:
-        _take(before)
+        _take(before, param)
 
 
 def wake_nobody() -> None:
@@ -50,6 +50,6 @@ def behind_all() -> None:
         _take(os.SCHED_IDLE)
 
 
-def _take(policy: int) -> None:
+def _take(policy: int, param: "os.sched_param | None" = None) -> None:
     with suppress(OSError):
-        os.sched_setscheduler(threading.get_native_id(), policy, os.sched_param(0))
+        os.sched_setscheduler(threading.get_native_id(), policy, param or os.sched_param(0))

@@ -13,6 +13,15 @@ from pipeline.priority import as_usual, behind_all, wake_nobody, waking_nobody
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has these policies")
 
 
+@pytest.fixture(autouse=True)
+def _usual():
+    """Encoders that other tests call may have changed the policy of this thread (SVT-AV1 does, as root)."""
+    before, param = os.sched_getscheduler(0), os.sched_getparam(0)
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    yield
+    os.sched_setscheduler(0, before, param)
+
+
 def _policy():
     return os.sched_getscheduler(0)
 
