@@ -28,6 +28,7 @@ from pipeline.config import JobConfig
 from pipeline.decode import FrameBatch
 from pipeline.errors import UnitError
 from pipeline.metrics import ActorMetrics
+from pipeline.priority import as_usual
 from pipeline.samples import Sampling
 from pipeline.schema import rows_table
 from pipeline.stream import FrameStream, FrameStreams
@@ -123,6 +124,7 @@ class CaptionActor:
 
     def _serve(self) -> None:
         """Answer blocks as they come, for as long as this process lives."""
+        as_usual()
         while True:
             if not self._blocks:
                 self._blocks.append(self._arrived.get())

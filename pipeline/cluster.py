@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipeline.attempts import Attempts
 from pipeline.config import JobConfig
 from pipeline.errors import RunError, StoppedError
 from pipeline.metrics import DriverMetrics
+from pipeline.priority import waking_nobody
 from pipeline.run import Work
 from pipeline.summary import clock
 
@@ -56,18 +57,19 @@ def connect(job: JobConfig) -> Iterator[None]:
             "include_dashboard": False,
             "_system_config": _BESIDE_THE_MODEL,
         }
-    try:
-        ray.init(**options)
-    except SystemExit:  # Ray's answer to a SIGTERM while it starts
-        raise StoppedError("the job was asked to end") from None
-    except Exception as error:  # Ray raises plain ones, as when a node of a busy machine starts too slowly
-        reason = " ".join(str(error).split())[:300]
-        what = f"reached at {address}" if address else "started"
-        raise RunError(f"Ray cannot be {what}: {reason}; the same command tries again") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with nullcontext() if address else waking_nobody():  # what runs elsewhere is not ours to say
+        try:
+            ray.init(**options)
+        except SystemExit:  # Ray's answer to a SIGTERM while it starts
+            raise StoppedError("the job was asked to end") from None
+        except Exception as error:  # Ray raises plain ones, as when a node of a busy machine starts too slowly
+            reason = " ".join(str(error).split())[:300]
+            what = f"reached at {address}" if address else "started"
+            raise RunError(f"Ray cannot be {what}: {reason}; the same command tries again") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager

@@ -72,14 +72,14 @@ class JsonLines(logging.Formatter):
         line: dict[str, Any] = {
             "time": datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat(timespec="microseconds"),
             "level": record.levelname,
-            "event": record.getMessage(),
+            "event": _clean(record.getMessage()),
             **self._context,
             "logger": record.name,
-            **getattr(record, "fields", {}),
+            **_clean(getattr(record, "fields", {})),
         }
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(_clean(line), ensure_ascii=False, default=str)
+            line["exception"] = _clean(self.formatException(record.exc_info))
+        return json.dumps(line, ensure_ascii=False, default=str)
 
 
 @contextmanager

@@ -3,9 +3,7 @@
 Imports no torch, so that a decoding process starts in a moment.
 """
 
-import os
 import pickle
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +18,7 @@ from pipeline.config import Clips, Decode, Frames, JobConfig, Storage
 from pipeline.decode import FrameBatch, decode_unit
 from pipeline.errors import SkippedError, UnitError
 from pipeline.frames import Sizing
+from pipeline.priority import behind_all, wake_nobody
 
 _AHEAD = 2  # batches that wait for their reader
 
@@ -51,12 +50,7 @@ def _in_background(batches: Iterator[FrameBatch]) -> Iterator[FrameBatch]:
 
 @cache
 def _background() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "decode", initializer=_give_way)
-
-
-def _give_way() -> None:
-    if sys.platform == "linux":  # elsewhere threads have no priority of their own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    return ThreadPoolExecutor(1, "decode", initializer=behind_all)
 
 
 @cache
@@ -92,7 +86,9 @@ class FrameStreams:
             _generator_backpressure_num_objects=1,
         )
         most = job.ray.actors.batch_units + job.decode.prefetch_units + 1
-        self._threads = ThreadPoolExecutor(2 * most, "frames")  # as many again may be about to end
+        self._threads = ThreadPoolExecutor(
+            2 * most, "frames", initializer=wake_nobody
+        )  # as many again may be about to end
 
     def open(self, unit: dict[str, Any]) -> "FrameStream":
         """Start to decode a unit."""
@@ -169,10 +165,9 @@ class FrameStream:
 
     def _batches(self, refs: ray.ObjectRefGenerator) -> UnitError | None:
         """Look for a batch whenever there is room; the error that ended them, None after the last."""
-        timeout_s = None  # waiting for a free CPU has no limit (the cluster may be growing); a running decoder has one
         while self._room.acquire() and not self._closed:
-            ready, _ = ray.wait([refs], timeout=timeout_s)
-            if not ready:
+            # Waiting for a free CPU has no limit (the cluster may be growing); a running decoder has one.
+            if self.running and not ray.wait([refs], timeout=self._streams.timeout_s)[0]:
                 break
             try:
                 item = next(refs)
@@ -182,7 +177,6 @@ class FrameStream:
                 self._there.put(item)
                 continue
             ray.get(item)  # raises what keeps the task from running
-            timeout_s = self._streams.timeout_s
             self._running_at, self.running = time.perf_counter(), True
             self._room.release()
         ray.cancel(refs, force=True)

@@ -13,6 +13,7 @@ import ray
 from ray.actor import ActorHandle
 
 from pipeline.attempts import End, Turn
+from pipeline.priority import wake_nobody
 
 
 class Turns:
@@ -20,7 +21,7 @@ class Turns:
 
     def __init__(self, attempts: ActorHandle) -> None:
         self._attempts = attempts
-        self._calls = ThreadPoolExecutor(1, "turns")
+        self._calls = ThreadPoolExecutor(1, "turns", initializer=wake_nobody)
         self._ended: SimpleQueue[End] = SimpleQueue()  # and not yet told
 
     def begun(self, unit_ids: Sequence[str]) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Decoder backends that take their time, or misbehave by file name.
 
-`crash…` and `hang…` do so in the decoder, `poison…` and `silent…` in the model.
+`crash…` and `hang…` do so in the decoder, `poison…` and `silent…` in the model. `policies` tells who gives way.
 """
 
 import ctypes
@@ -37,6 +37,14 @@ def dangerous(path, index, size):
     return source
 
 
+def policies(path, index, size):
+    """decord; into a file beside the video go the scheduling policies of the decoder's process, of the thread that
+    decodes in it, and of the one that takes the frames.
+    """
+    source = DecordSource(path, index, size)
+    return _Trapped(source, _note, f"{path}.policies", os.sched_getscheduler(os.getpid()), os.sched_getscheduler(0))
+
+
 class _Trapped:
     def __init__(self, source, *trap):
         self._source, self._trap = source, trap
@@ -67,6 +75,12 @@ def _kill(frames, marker):
             return frames
         open(marker, "x").close()
     os.kill(os.getpid(), 9)
+
+
+def _note(frames, file, *policies):
+    with open(file, "w") as lines:
+        print(*policies, os.sched_getscheduler(0), file=lines)
+    return frames
 
 
 def _silence(frames):

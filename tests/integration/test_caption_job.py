@@ -1,6 +1,8 @@
 """The caption job on a local Ray, as a user runs it: rows, failures, retries."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -143,6 +145,16 @@ def test_decoders_that_die_or_hang_cost_their_own_row_only_and_retry_heals_it(vi
     }
     assert "error 0" in healed.stdout
     assert Path(out / "_run" / "retry-1" / "merged").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has these policies")
+def test_on_a_local_ray_nobody_takes_the_cpu_of_the_model(videos, tmp_path):
+    video = tmp_path / "a.mp4"
+    video.write_bytes((videos / "clip-000.mp4").read_bytes())
+    backend = "decode.backend=tests.integration.backends:policies"
+    run("caption", f"source.uri={video}", f"sink.uri={tmp_path / 'out'}", "ray.num_cpus=1", backend)
+    told = [int(policy) for policy in Path(f"{video}.policies").read_text().split()]
+    assert told == [os.SCHED_BATCH, os.SCHED_IDLE, os.SCHED_OTHER]
 
 
 def test_manifest_with_image_sets_and_own_prompts_gives_a_row_per_line(tmp_path, videos):

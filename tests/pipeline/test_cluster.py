@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -61,3 +62,17 @@ def test_ray_that_does_not_come_up_is_told_in_a_line(monkeypatch, options, what)
         connect(job),
     ):
         pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has these policies")
+@pytest.mark.parametrize("options", [[], ["ray.address=10.0.0.1:6379"]])
+def test_a_local_ray_begins_as_one_that_wakes_nobody(monkeypatch, options):
+    before, param = os.sched_getscheduler(0), os.sched_getparam(0)
+    seen = []
+    monkeypatch.setattr(ray, "init", lambda **_: seen.append(os.sched_getscheduler(0)))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with connect(load_config(None, ["source.uri=a", "sink.uri=b", *options])):
+        pass
+    assert seen == [before if options else os.SCHED_BATCH]
+    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == (before, param)

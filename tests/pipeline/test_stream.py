@@ -2,7 +2,6 @@
 
 import os
 import sys
-import threading
 
 import pytest
 
@@ -36,16 +35,12 @@ def test_nothing_is_skipped_by_default():
     check_length(_unit(duration_s=1e9), Clips())
 
 
-def _priority():
-    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux only")
-def test_batches_are_made_at_the_lowest_priority_and_their_process_keeps_its_own():
-    before = _priority()
-    made = (_priority() for _ in range(3))
-    assert list(_in_background(made)) == [19, 19, 19]
-    assert _priority() == before < 19
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has this policy")
+def test_batches_are_made_behind_all_others_and_their_reader_stays_where_it_was():
+    before = os.sched_getscheduler(0)
+    made = (os.sched_getscheduler(0) for _ in range(3))
+    assert list(_in_background(made)) == [os.SCHED_IDLE] * 3
+    assert os.sched_getscheduler(0) == before != os.SCHED_IDLE
 
 
 def test_what_ends_the_batches_is_raised_after_those_before_it():
