@@ -38,7 +38,7 @@ SETTINGS = [
 ]
 DRIVER, ASKED = "driver", "driver asked to end"
 # Below the driver, by what stands in the command or in the title that Ray gives a process at work.
-TITLES = {"model": "CaptionActor", "decoder": "decode_task", "counter": "ray::Attempts", "raylet": "raylet/raylet "}
+TITLES = {"model": "CaptionActor", "decoder": "ray::decode_", "counter": "ray::Attempts", "raylet": "raylet/raylet "}
 # How often each is hit in every thirteen.
 VICTIMS = {"model": 4, "decoder": 4, "counter": 1, "raylet": 1, DRIVER: 2, ASKED: 1}
 _PAUSE_S = (1.0, 15.0)

@@ -148,7 +148,9 @@ class Decode(_Section):
         description="auto (decord; PyAV for what it cannot open or would decode twice) | decord | pyav | "
         "package.module:function",
     )
-    timeout_s: float = Field(300.0, gt=0, description="longest wait for one batch of frames")
+    timeout_s: float = Field(
+        300.0, gt=0, description="longest wait for one batch of frames; twice that for a unit's only one"
+    )
     max_retries: int = Field(2, ge=0, le=10, description="of a decoder that dies, per unit")
     prefetch_units: int = Field(
         4, ge=0, le=16, description="units decoded ahead of the next one to enter the model, per actor"

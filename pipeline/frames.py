@@ -57,6 +57,15 @@ def target_times(first_s: float, last_s: float, frames: Frames) -> np.ndarray:
     return _even(first_s, last_s, wanted)
 
 
+def most_frames(start_s: float | None, end_s: float | None, frames: Frames) -> int:
+    """So many frames `choose_frames` takes of this window at most, whatever the video."""
+    if frames.strategy == "uniform":
+        return frames.count
+    if end_s is None:
+        return frames.max_frames
+    return min(max(_rate_count(end_s - (start_s or 0.0), frames), frames.min_frames), frames.max_frames)
+
+
 def _rate_count(span_s: float, frames: Frames) -> int:
     return math.floor((span_s + _ROUNDING_S) * frames.fps) + 1
 

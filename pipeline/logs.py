@@ -66,7 +66,7 @@ class JsonLines(logging.Formatter):
 
     def __init__(self, **context: str) -> None:
         super().__init__()
-        self._context = context
+        self._context = _clean(context)
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {

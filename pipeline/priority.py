@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 _LINUX = sys.platform == "linux"
+_MARK = "LIGHTKV_WAKING_NOBODY"  # in the environment of what begins in such a block
 
 
 @contextmanager
@@ -24,10 +25,12 @@ def waking_nobody() -> Iterator[None]:
         yield
         return
     before, param = os.sched_getscheduler(0), os.sched_getparam(0)
-    _take(os.SCHED_BATCH)
+    wake_nobody()
+    os.environ[_MARK] = "1"
     try:
         yield
     finally:
+        os.environ.pop(_MARK, None)
         _take(before, param)
 
 
@@ -38,8 +41,8 @@ def wake_nobody() -> None:
 
 
 def as_usual() -> None:
-    """This thread, and those that it begins, may interrupt others (SCHED_OTHER), whatever began it."""
-    if _LINUX:
+    """What `waking_nobody` did to this thread is taken back (SCHED_OTHER); any other policy is its owner's."""
+    if _LINUX and _MARK in os.environ:
         _take(os.SCHED_OTHER)
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -17,18 +18,38 @@ import ray
 from pipeline.config import Clips, Decode, Frames, JobConfig, Storage
 from pipeline.decode import FrameBatch, decode_unit
 from pipeline.errors import SkippedError, UnitError
-from pipeline.frames import Sizing
+from pipeline.frames import Sizing, most_frames
 from pipeline.priority import behind_all, wake_nobody
 
 _AHEAD = 2  # batches that wait for their reader
 
 
 @ray.remote
-def decode_task(unit: dict[str, Any], settings: bytes) -> Iterator[FrameBatch | UnitError | None]:
-    """One unit's frame batches as a stream: None once the task runs, then batches, or the error that ended them."""
+def decode_stream(unit: dict[str, Any], settings: bytes) -> Iterator[FrameBatch | UnitError | None]:
+    """One unit's frame batches as they come: None once the task runs, then batches, or the error that ended them."""
     yield None
-    clips, frames, decode, storage, sizing = _settings(settings)
+    yield from _decoded(unit, settings)
+
+
+@ray.remote
+def decode_whole(unit: dict[str, Any], settings: bytes) -> "_Whole":
+    """One unit's frame batches in one message, for less than half of a stream's CPU time; none when the task begins."""
+    began = time.perf_counter()
+    items = list(_decoded(unit, settings))
+    return _Whole(time.perf_counter() - began, items)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """All of a unit, and how long it took: batches, and the error that ended them if one did."""
+
+    took_s: float
+    items: list[FrameBatch | UnitError]
+
+
+def _decoded(unit: dict[str, Any], settings: bytes) -> Iterator[FrameBatch | UnitError]:
     try:
+        clips, frames, decode, storage, sizing = _settings(settings)
         check_length(unit, clips)
         yield from _in_background(decode_unit(unit, frames=frames, decode=decode, storage=storage, sizing=sizing))
     except UnitError as error:
@@ -78,17 +99,17 @@ class FrameStreams:
     def __init__(self, job: JobConfig, sizing: Sizing) -> None:
         self.timeout_s, self.tries = job.decode.timeout_s, job.decode.max_retries + 1
         self._settings = pickle.dumps((job.clips, job.frames, job.decode, job.storage, sizing))
-        self._task = decode_task.options(
-            num_cpus=job.decode.num_cpus,
-            max_retries=job.decode.max_retries,
+        self._frames = job.frames
+        resources = {"num_cpus": job.decode.num_cpus, "max_retries": job.decode.max_retries}
+        self._whole = decode_whole.options(**resources)
+        self._stream = decode_stream.options(
+            **resources,
             num_returns="streaming",
             # Beside those that wait: the decoder works while the model does, and frames never pile up.
             _generator_backpressure_num_objects=1,
         )
-        most = job.ray.actors.batch_units + job.decode.prefetch_units + 1
-        self._threads = ThreadPoolExecutor(
-            2 * most, "frames", initializer=wake_nobody
-        )  # as many again may be about to end
+        threads = 2 * (job.ray.actors.batch_units + job.decode.prefetch_units + 1)  # half of them may be about to end
+        self._threads = ThreadPoolExecutor(threads, "frames", initializer=wake_nobody)
 
     def open(self, unit: dict[str, Any]) -> "FrameStream":
         """Start to decode a unit."""
@@ -96,10 +117,21 @@ class FrameStreams:
         self._threads.submit(stream.fetch, unit)
         return stream
 
-    def task(self, unit: dict[str, Any]) -> ray.ObjectRefGenerator:
-        """Submit the unit's `decode_task`."""
-        refs: ray.ObjectRefGenerator = self._task.remote(unit, self._settings)
+    def whole(self, unit: dict[str, Any]) -> ray.ObjectRef | None:
+        """Submit the unit's `decode_whole`; None where several batches may come, one by one as they are made."""
+        return self._whole.remote(unit, self._settings) if is_one_batch(unit, self._frames) else None
+
+    def stream(self, unit: dict[str, Any]) -> ray.ObjectRefGenerator:
+        """Submit the unit's `decode_stream`."""
+        refs: ray.ObjectRefGenerator = self._stream.remote(unit, self._settings)
         return refs
+
+
+def is_one_batch(unit: dict[str, Any], frames: Frames) -> bool:
+    """Whether a unit has one frame batch at most, as short clips and single images have."""
+    if unit["kind"] == "images":
+        return len(unit["uris"]) == 1
+    return most_frames(unit["start_s"], unit["end_s"], frames) <= frames.batch_frames
 
 
 class FrameStream:
@@ -119,7 +151,7 @@ class FrameStream:
         self._streams = streams
         self._there: SimpleQueue[ray.ObjectRef | UnitError | None] = SimpleQueue()  # None: that was the last
         self._room = threading.Semaphore(_AHEAD)
-        self._refs: ray.ObjectRefGenerator | None = None
+        self._refs: ray.ObjectRef | ray.ObjectRefGenerator | None = None
         self._closed = False
 
     def __iter__(self) -> Iterator[FrameBatch | None]:
@@ -130,9 +162,8 @@ class FrameStream:
             except Empty:
                 yield None
                 continue
-            self.queue_s = max(0.0, self._running_at - began)
             if found is None:
-                return
+                break
             if isinstance(found, UnitError):
                 raise found
             self._room.release()
@@ -140,9 +171,12 @@ class FrameStream:
                 item = ray.get(found)
             except ray.exceptions.RayError as error:
                 raise self._crash(error) from None
-            if isinstance(item, UnitError):
-                raise item
-            yield item
+            whole = item if isinstance(item, _Whole) else _Whole(0.0, [item])
+            self.queue_s = max(0.0, self._running_at - whole.took_s - began)
+            for one in whole.items:
+                if isinstance(one, UnitError):
+                    raise one
+                yield one
 
     def close(self) -> None:
         """End the task, also one that hangs in native code."""
@@ -153,9 +187,10 @@ class FrameStream:
 
     def fetch(self, unit: dict[str, Any]) -> None:
         """Put the unit's batches and what ended them where the reader finds them."""
+        end = None
         try:
-            self._refs = self._streams.task(unit)
-            end = self._batches(self._refs)
+            if not self._at_once(unit):
+                end = self._batches(unit)
         except ray.exceptions.RayError as error:
             end = self._crash(error)
         except Exception as error:
@@ -163,8 +198,24 @@ class FrameStream:
         self._refs = None  # to let go of them asks Ray, too
         self._there.put(end)
 
-    def _batches(self, refs: ray.ObjectRefGenerator) -> UnitError | None:
+    def _at_once(self, unit: dict[str, Any]) -> bool:
+        """Whether the unit came in one message, without a word of when its task began.
+
+        After the time that a running decoder has, the unit is asked for as a stream, which tells waiting from hanging.
+        """
+        self._refs = ref = self._streams.whole(unit)
+        if ref is None:
+            return False
+        if self._closed or not ray.wait([ref], timeout=self._streams.timeout_s)[0]:
+            ray.cancel(ref, force=True)
+            return self._closed
+        self._running_at, self.running = time.perf_counter(), True
+        self._there.put(ref)
+        return True
+
+    def _batches(self, unit: dict[str, Any]) -> UnitError | None:
         """Look for a batch whenever there is room; the error that ended them, None after the last."""
+        self._refs = refs = self._streams.stream(unit)
         while self._room.acquire() and not self._closed:
             # Waiting for a free CPU has no limit (the cluster may be growing); a running decoder has one.
             if self.running and not ray.wait([refs], timeout=self._streams.timeout_s)[0]:

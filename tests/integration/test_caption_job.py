@@ -115,13 +115,14 @@ def test_another_configuration_on_the_same_output_is_refused_in_one_line(finishe
     assert refused.stderr.count("\n") == 1
 
 
-def test_decoders_that_die_or_hang_cost_their_own_row_only_and_retry_heals_it(videos, tmp_path):
+@pytest.mark.parametrize("frames", ["frames.max_frames=16", "frames.max_frames=128"], ids=["whole", "stream"])
+def test_decoders_that_die_or_hang_cost_their_own_row_only_and_retry_heals_it(videos, tmp_path, frames):
     source = tmp_path / "source"
     source.mkdir()
     for name, original in {"a": 0, "crash": 1, "b": 2, "hang": 3}.items():
         (source / f"{name}.mp4").write_bytes((videos / f"clip-00{original}.mp4").read_bytes())
     out = tmp_path / "out"
-    overrides = [f"source.uri={source}", f"sink.uri={out}", "ray.num_cpus=2"]
+    overrides = [f"source.uri={source}", f"sink.uri={out}", "ray.num_cpus=2", frames]
     run(
         "caption",
         *overrides,

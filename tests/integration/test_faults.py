@@ -96,6 +96,7 @@ def test_units_given_up_here_and_there_do_not_end_the_job(clips, tmp_path):
         f"sink.uri={out}",
         "ray.num_cpus=2",
         "ray.actors.batch_units=2",
+        "frames.max_frames=16",  # whole units
         "run.max_attempts=2",  # with a neighbour, then alone
         "run.max_given_up=1",
         "decode.backend=tests.integration.backends:dangerous",

@@ -5,10 +5,14 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline.attempts import End
 from pipeline.priority import as_usual, behind_all, wake_nobody, waking_nobody
+from pipeline.turns import Turns
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has these policies")
 
@@ -57,6 +61,18 @@ def test_a_thread_of_the_block_may_be_as_usual_without_the_others():
         assert (policy, _policy()) == (os.SCHED_OTHER, os.SCHED_BATCH)
 
 
+def test_a_process_of_the_block_may_be_as_usual_and_a_policy_from_elsewhere_stays():
+    code = "import os; from pipeline.priority import as_usual; as_usual(); print(os.sched_getscheduler(0))"
+
+    def told():
+        return int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+
+    with waking_nobody():
+        assert told() == os.SCHED_OTHER
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    assert told() == os.SCHED_BATCH
+
+
 def test_a_thread_that_wakes_nobody_begins_others_that_do_not_either():
     def inner():
         wake_nobody()
@@ -87,3 +103,14 @@ def test_where_it_is_forbidden_nothing_changes(monkeypatch):
         as_usual()
         assert _policy() == before
     assert _policy() == before
+
+
+def test_turns_are_asked_for_by_a_thread_that_wakes_nobody():
+    policies = SimpleQueue()
+
+    method = SimpleNamespace(remote=lambda _: policies.put(_policy()))
+    turns = Turns(SimpleNamespace(end=method))
+    turns.end(End("a", "ok", tried=True))
+    turns.tell()
+    assert policies.get(timeout=10) == os.SCHED_BATCH
+    assert _policy() == os.SCHED_OTHER
