@@ -82,6 +82,13 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
+class _Files(logging.handlers.RotatingFileHandler):
+    """A new file once one has `maxBytes`. The library's own would format every line twice, to know it beforehand."""
+
+    def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: N802
+        return self.stream is not None and self.stream.tell() >= self.maxBytes
+
+
 @contextmanager
 def to_terminal(log_format: Literal["text", "json"]) -> Iterator[None]:
     """The driver's logs on stderr for the block: warnings as text, or every event as JSON, Ray's warnings too."""
@@ -102,7 +109,7 @@ def to_terminal(log_format: Literal["text", "json"]) -> Iterator[None]:
 def to_folder(folder: str | Path, name: str, **context: str) -> Iterator[None]:
     """Events into `folder/lightkv-NAME.jsonl` for the block, a new file every 64 MiB; errors on stderr, too."""
     path = Path(folder) / f"lightkv-{name}.jsonl"
-    lines = logging.handlers.RotatingFileHandler(path, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8")
+    lines = _Files(path, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8")
     lines.setFormatter(JsonLines(**context))
     errors = logging.StreamHandler()
     errors.setLevel(logging.ERROR)

@@ -104,6 +104,26 @@ def test_text_on_the_terminal_is_warnings_alone(capsys):
     assert capsys.readouterr().err == "WARNING: slow: 5 s\n"
 
 
+def test_a_full_file_is_followed_by_a_new_one_and_every_line_is_formatted_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, "_FILE_BYTES", 200)
+    formatted = []
+    plain = logs.JsonLines.format
+    monkeypatch.setattr(logs.JsonLines, "format", lambda self, record: formatted.append(record) or plain(self, record))
+    with logs.to_folder(tmp_path, "a"):
+        for number in range(8):
+            logs.event(logging.getLogger("pipeline.test"), "told", number=number)
+    files = sorted(tmp_path.iterdir(), key=lambda path: path.name, reverse=True)  # the oldest has the highest number
+    assert [path.name for path in files] == [
+        "lightkv-a.jsonl.3",
+        "lightkv-a.jsonl.2",
+        "lightkv-a.jsonl.1",
+        "lightkv-a.jsonl",
+    ]
+    told = [[json.loads(line)["number"] for line in path.read_text().splitlines()] for path in files]
+    assert told == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert len(formatted) == 8
+
+
 def test_loggers_are_as_before_afterwards(tmp_path):
     logger = logging.getLogger("pipeline")
     before = logger.level, logger.propagate, list(logger.handlers)
