@@ -65,7 +65,7 @@ class _Unit:
     unit: dict[str, Any]
     block: _Block
     stream: FrameStream
-    asked: Future[Turn] | None = None
+    asked: "ray.ObjectRef[Turn] | None" = None
     turn: Turn = _NOT_YET
     started: datetime | None = None
 
@@ -197,13 +197,13 @@ class CaptionActor:
     def _taken(self, one: _Unit, ahead: Iterable[_Unit]) -> Given:
         self._in_model[one.unit["id"]] = one
         streams = [other.stream for other in (*ahead, *self._in_model.values())]
-        self._metrics.streams(asked=len(streams), running=sum(stream.running for stream in streams))
+        self._metrics.streams(asked=len(streams), running=self._streams.running(streams))
         return Given(one.unit, self._frames(one), one.alone)
 
     def _frames(self, one: _Unit) -> Iterator[FrameBatch | None]:
         """A unit's frames, once it may enter the model."""
         one.started = datetime.now(UTC)
-        one.turn = (one.asked or self._turns.ask(one.unit["id"])).result()
+        one.turn = ray.get(one.asked or self._turns.ask(one.unit["id"]))
         if one.turn.draining:
             self._draining = True
             raise UnitError("generate", "Draining", "the job is about to end: this unit stays open")

@@ -150,7 +150,7 @@ class ActorMetrics:
         self._run.count(CRASHED_ATTEMPTS, 1)
 
     def streams(self, *, asked: int, running: int) -> None:
-        """How many decode streams this actor asked for, and how many of them have a CPU and run, or ended."""
+        """How many decode streams this actor asked for, and how many of them are known to run, or ended."""
         self._run.set(STREAMS, asked, state="asked")
         self._run.set(STREAMS, running, state="running")
 

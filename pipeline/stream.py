@@ -6,7 +6,7 @@ Imports no torch, so that a decoding process starts in a moment.
 import pickle
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -33,7 +33,7 @@ def decode_stream(unit: dict[str, Any], settings: bytes) -> Iterator[FrameBatch 
 
 @ray.remote
 def decode_whole(unit: dict[str, Any], settings: bytes) -> "_Whole":
-    """One unit's frame batches in one message, for less than half of a stream's CPU time; none when the task begins."""
+    """One unit's frame batches in one message: half a stream's CPU time, but no word of when the task begins."""
     began = time.perf_counter()
     items = list(_decoded(unit, settings))
     return _Whole(time.perf_counter() - began, items)
@@ -113,9 +113,13 @@ class FrameStreams:
 
     def open(self, unit: dict[str, Any]) -> "FrameStream":
         """Start to decode a unit."""
-        stream = FrameStream(self)
-        self._threads.submit(stream.fetch, unit)
-        return stream
+        return FrameStream(self, unit)
+
+    def running(self, streams: Iterable["FrameStream"]) -> int:
+        """How many of these are known to have a CPU and a process, or to be through."""
+        whole = [stream.whole for stream in streams if stream.whole is not None]
+        there = ray.wait(whole, num_returns=len(whole), timeout=0)[0] if whole else []
+        return sum(stream.running for stream in streams) + len(there)
 
     def whole(self, unit: dict[str, Any]) -> ray.ObjectRef | None:
         """Submit the unit's `decode_whole`; None where several batches may come, one by one as they are made."""
@@ -125,6 +129,10 @@ class FrameStreams:
         """Submit the unit's `decode_stream`."""
         refs: ray.ObjectRefGenerator = self._stream.remote(unit, self._settings)
         return refs
+
+    def background(self, call: Callable[[], None]) -> None:
+        """Call it in a thread of the pool."""
+        self._threads.submit(call)
 
 
 def is_one_batch(unit: dict[str, Any], frames: Frames) -> bool:
@@ -141,56 +149,85 @@ class FrameStream:
     reader is busy. It opens no batch, though: what a batch does to this process happens once its unit is read.
 
     queue_s   time from the first look until the task had a CPU and a process
-    running   whether it has them, also when it is through
+    running   whether it is known to have them, also when it is through; of a unit that comes whole once it is read
     """
 
-    def __init__(self, streams: FrameStreams) -> None:
+    def __init__(self, streams: FrameStreams, unit: dict[str, Any]) -> None:
         self.queue_s = 0.0
         self.running = False
         self._running_at = 0.0
         self._streams = streams
+        self._unit = unit
+        self._asked_at = time.perf_counter()
+        self.whole = streams.whole(unit)
         self._there: SimpleQueue[ray.ObjectRef | UnitError | None] = SimpleQueue()  # None: that was the last
         self._room = threading.Semaphore(_AHEAD)
-        self._refs: ray.ObjectRef | ray.ObjectRefGenerator | None = None
+        self._refs: ray.ObjectRefGenerator | None = None
         self._closed = False
+        if self.whole is None:
+            streams.background(self._fetch)
 
     def __iter__(self) -> Iterator[FrameBatch | None]:
         began = time.perf_counter()
+        while self.whole is not None:
+            if ray.wait([self.whole], timeout=0)[0]:
+                yield from self._at_once(self.whole, began)
+                return
+            if time.perf_counter() - self._asked_at > self._streams.timeout_s:
+                # Nobody knows whether it runs: asked for as a stream, it tells waiting from hanging.
+                ray.cancel(self.whole, force=True)
+                self.whole = None
+                self._streams.background(self._fetch)
+            yield None
         while True:
             try:
                 found = self._there.get_nowait()
             except Empty:
                 yield None
                 continue
+            self.queue_s = max(0.0, self._running_at - began)
             if found is None:
-                break
+                return
             if isinstance(found, UnitError):
                 raise found
             self._room.release()
-            try:
-                item = ray.get(found)
-            except ray.exceptions.RayError as error:
-                raise self._crash(error) from None
-            whole = item if isinstance(item, _Whole) else _Whole(0.0, [item])
-            self.queue_s = max(0.0, self._running_at - whole.took_s - began)
-            for one in whole.items:
-                if isinstance(one, UnitError):
-                    raise one
-                yield one
+            yield self._opened(found)
+
+    def _at_once(self, ref: ray.ObjectRef, began: float) -> Iterator[FrameBatch]:
+        there_at = time.perf_counter()
+        whole: _Whole = self._got(ref)
+        self.whole, self.running = None, True
+        self.queue_s = max(0.0, there_at - whole.took_s - began)
+        for item in whole.items:
+            if isinstance(item, UnitError):
+                raise item
+            yield item
+
+    def _opened(self, ref: ray.ObjectRef) -> FrameBatch:
+        item: FrameBatch | UnitError = self._got(ref)
+        if isinstance(item, UnitError):
+            raise item
+        return item
+
+    def _got(self, ref: ray.ObjectRef) -> Any:
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayError as error:
+            raise self._crash(error) from None
 
     def close(self) -> None:
         """End the task, also one that hangs in native code."""
         self._closed = True
         self._room.release()
-        if (refs := self._refs) is not None:
-            ray.cancel(refs, force=True)
+        for refs in (self.whole, self._refs):
+            if refs is not None:
+                ray.cancel(refs, force=True)
 
-    def fetch(self, unit: dict[str, Any]) -> None:
+    def _fetch(self) -> None:
         """Put the unit's batches and what ended them where the reader finds them."""
-        end = None
         try:
-            if not self._at_once(unit):
-                end = self._batches(unit)
+            self._refs = self._streams.stream(self._unit)
+            end = self._batches(self._refs)
         except ray.exceptions.RayError as error:
             end = self._crash(error)
         except Exception as error:
@@ -198,24 +235,8 @@ class FrameStream:
         self._refs = None  # to let go of them asks Ray, too
         self._there.put(end)
 
-    def _at_once(self, unit: dict[str, Any]) -> bool:
-        """Whether the unit came in one message, without a word of when its task began.
-
-        After the time that a running decoder has, the unit is asked for as a stream, which tells waiting from hanging.
-        """
-        self._refs = ref = self._streams.whole(unit)
-        if ref is None:
-            return False
-        if self._closed or not ray.wait([ref], timeout=self._streams.timeout_s)[0]:
-            ray.cancel(ref, force=True)
-            return self._closed
-        self._running_at, self.running = time.perf_counter(), True
-        self._there.put(ref)
-        return True
-
-    def _batches(self, unit: dict[str, Any]) -> UnitError | None:
+    def _batches(self, refs: ray.ObjectRefGenerator) -> UnitError | None:
         """Look for a batch whenever there is room; the error that ended them, None after the last."""
-        self._refs = refs = self._streams.stream(unit)
         while self._room.acquire() and not self._closed:
             # Waiting for a free CPU has no limit (the cluster may be growing); a running decoder has one.
             if self.running and not ray.wait([refs], timeout=self._streams.timeout_s)[0]:

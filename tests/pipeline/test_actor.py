@@ -120,7 +120,7 @@ def served(monkeypatch, tmp_path):
     monkeypatch.setattr(turns, "ray", SimpleNamespace(get=lambda value: value))
     monkeypatch.setattr(actor, "ActorMetrics", lambda run_id: SimpleNamespace(streams=_ignore, observe=_ignore))
     monkeypatch.setattr(actor.CaptionActor, "_load", lambda self, run_id: _Captioner())
-    monkeypatch.setattr(actor.CaptionActor, "_decoders", lambda self: SimpleNamespace(open=lambda unit: _Stream()))
+    monkeypatch.setattr(actor.CaptionActor, "_decoders", lambda self: _streams(lambda unit: _Stream()))
     attempts = _Remote()
     made = actor.CaptionActor(load_config(None, ["source.uri=/v", "sink.uri=/out"]), "run", attempts)
     made.attempts = attempts
@@ -130,6 +130,10 @@ def served(monkeypatch, tmp_path):
 
 def _ignore(*_, **__):
     pass
+
+
+def _streams(open_):
+    return SimpleNamespace(open=open_, running=lambda streams: 0)
 
 
 def _block(*ids):
@@ -160,7 +164,6 @@ def test_every_block_gets_the_rows_of_its_own_units(served):
     found = _at_once(served, *(_block(*ids) for ids in blocks))
     assert [table["id"].to_pylist() for table in found] == blocks
     assert all(table.schema == ROW_SCHEMA for table in found)
-    served._turns._calls.shutdown()
     assert Counter(served.attempts.ended) == Counter(End(id_, "ok", tried=True) for ids in blocks for id_ in ids)
     assert sorted(served.attempts.started) == sorted(id_ for ids in blocks for id_ in ids)
 
@@ -175,7 +178,7 @@ def _with_next(served, first, following):
             served._arrived.put(following)
         return _Stream()
 
-    served._streams = SimpleNamespace(open=look)
+    served._streams = _streams(look)
     served._arrived.put(first)
     assert first.result.result(60)
     assert following.result.result(60)
@@ -219,12 +222,11 @@ def _asked_by(served, block):
             self.unit = unit
 
         def __iter__(self):
-            served._turns._calls.submit(lambda: None).result()  # all that was asked before is through
             asked[self.unit["id"]] = list(served.attempts.started)
             return super().__iter__()
 
     served._captioner.room = 1
-    served._streams = SimpleNamespace(open=Noting)
+    served._streams = _streams(Noting)
     served._arrived.put(block)
     assert block.result.result(60)
     return asked

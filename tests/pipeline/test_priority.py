@@ -5,14 +5,10 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from queue import SimpleQueue
-from types import SimpleNamespace
 
 import pytest
 
-from pipeline.attempts import End
 from pipeline.priority import as_usual, behind_all, wake_nobody, waking_nobody
-from pipeline.turns import Turns
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has these policies")
 
@@ -103,14 +99,3 @@ def test_where_it_is_forbidden_nothing_changes(monkeypatch):
         as_usual()
         assert _policy() == before
     assert _policy() == before
-
-
-def test_turns_are_asked_for_by_a_thread_that_wakes_nobody():
-    policies = SimpleQueue()
-
-    method = SimpleNamespace(remote=lambda _: policies.put(_policy()))
-    turns = Turns(SimpleNamespace(end=method))
-    turns.end(End("a", "ok", tried=True))
-    turns.tell()
-    assert policies.get(timeout=10) == os.SCHED_BATCH
-    assert _policy() == os.SCHED_OTHER
