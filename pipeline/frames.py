@@ -59,11 +59,9 @@ def target_times(first_s: float, last_s: float, frames: Frames) -> np.ndarray:
 
 def most_frames(start_s: float | None, end_s: float | None, frames: Frames) -> int:
     """So many frames `choose_frames` takes of this window at most, whatever the video."""
-    if frames.strategy == "uniform":
-        return frames.count
     if end_s is None:
-        return frames.max_frames
-    return min(max(_rate_count(end_s - (start_s or 0.0), frames), frames.min_frames), frames.max_frames)
+        return frames.count if frames.strategy == "uniform" else frames.max_frames
+    return len(target_times(start_s or 0.0, end_s, frames))
 
 
 def _rate_count(span_s: float, frames: Frames) -> int:

@@ -145,8 +145,9 @@ def is_one_batch(unit: dict[str, Any], frames: Frames) -> bool:
 class FrameStream:
     """A running decode task, read batch by batch; its crash, hang or failure is raised as a `UnitError`.
 
-    Reading never waits: None says that the next batch is not there yet. A thread asks Ray for what comes while the
-    reader is busy. It opens no batch, though: what a batch does to this process happens once its unit is read.
+    Reading never waits: None says that the next batch is not there yet. Of a unit that does not come whole, a thread
+    asks Ray for what comes while the reader is busy. It opens no batch, though: what a batch does to this process
+    happens once its unit is read.
 
     queue_s   time from the first look until the task had a CPU and a process
     running   whether it is known to have them, also when it is through; of a unit that comes whole once it is read
@@ -191,7 +192,7 @@ class FrameStream:
             if isinstance(found, UnitError):
                 raise found
             self._room.release()
-            yield self._opened(found)
+            yield _batch(self._got(found))
 
     def _at_once(self, ref: ray.ObjectRef, began: float) -> Iterator[FrameBatch]:
         there_at = time.perf_counter()
@@ -199,15 +200,7 @@ class FrameStream:
         self.whole, self.running = None, True
         self.queue_s = max(0.0, there_at - whole.took_s - began)
         for item in whole.items:
-            if isinstance(item, UnitError):
-                raise item
-            yield item
-
-    def _opened(self, ref: ray.ObjectRef) -> FrameBatch:
-        item: FrameBatch | UnitError = self._got(ref)
-        if isinstance(item, UnitError):
-            raise item
-        return item
+            yield _batch(item)
 
     def _got(self, ref: ray.ObjectRef) -> Any:
         try:
@@ -265,3 +258,9 @@ class FrameStream:
         if isinstance(error, ray.exceptions.WorkerCrashedError | ray.exceptions.ObjectLostError):
             return UnitError("decode", "DecoderCrashed", f"the decoding process died, {tries} tries")
         return UnitError("decode", type(error).__name__, (str(error).strip() or repr(error)).splitlines()[0])
+
+
+def _batch(item: FrameBatch | UnitError) -> FrameBatch:
+    if isinstance(item, UnitError):
+        raise item
+    return item

@@ -14,7 +14,7 @@ from pipeline.attempts import End, Turn
 
 
 class Turns:
-    """Asks in order; `ask`, `end` and `tell` return at once."""
+    """Asks in order; `ask`, `end` and `tell` return at once and belong to one thread."""
 
     def __init__(self, attempts: ActorHandle) -> None:
         self._attempts = attempts
