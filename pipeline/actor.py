@@ -39,6 +39,7 @@ _LOG = logging.getLogger(__name__)
 # rounds the share of a GPU that each has, and with thirds of one asks for a node too few.
 BLOCKS_AT_ONCE = 4
 _UNITS_PER_RUN = 256  # of the captioner
+_LEAVE_S = 0.25  # rows that are given back have left this process by then
 _NOT_YET = Turn(go=False)
 
 
@@ -94,6 +95,7 @@ class CaptionActor:
         self._blocks: deque[_Block] = deque()  # not through, in the order in which they came
         self._in_model: dict[str, _Unit] = {}
         self._draining = False  # for good, once a turn has said so
+        self._gave_at = 0.0  # when rows were given back last
         self._metrics = ActorMetrics(run_id)
         self._logs = ExitStack()  # open as long as this process
         context = ray.get_runtime_context()
@@ -202,6 +204,8 @@ class CaptionActor:
 
     def _frames(self, one: _Unit) -> Iterator[FrameBatch | None]:
         """A unit's frames, once it may enter the model."""
+        if one.alone:  # it may end this process at once, and rows with it that wait to be sent
+            time.sleep(max(0.0, self._gave_at + _LEAVE_S - time.monotonic()))
         one.started = datetime.now(UTC)
         one.turn = ray.get(one.asked or self._turns.ask(one.unit["id"]))
         if one.turn.draining:
@@ -222,6 +226,7 @@ class CaptionActor:
             self._turns.tell()
             self._blocks.remove(block)
             block.result.set_result(block.rows)
+            self._gave_at = time.monotonic()
 
     def _fail(self, error: BaseException) -> None:
         """Tell those who wait for rows that there will be none."""

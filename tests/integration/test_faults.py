@@ -52,8 +52,9 @@ def test_unit_that_kills_its_model_process_is_an_error_row_and_retry_heals_it(cl
     }
     attempts = {name: row["attempts"] for name, row in rows.items()}
     assert attempts["poison.mp4"] == 3  # run.max_attempts
-    least = {"a.mp4": 1, "b.mp4": 1, "poison-once.mp4": 2}
-    assert all(attempts[name] - least[name] in (0, 1) for name in least), "1: next when another unit ended the process"
+    # One more for who was next when another unit ended the process; anew for whose row was on its way.
+    most = {"a.mp4": 2, "b.mp4": 2, "poison-once.mp4": 3}
+    assert all(1 <= attempts[name] <= most[name] for name in most)
     assert [rows[n]["text"] for n in ("a.mp4", "poison-once.mp4", "b.mp4")] == [expected[0], expected[2], expected[0]]
     assert "ended 3 times" in rows["poison.mp4"]["error_message"]
     run("retry", *overrides)

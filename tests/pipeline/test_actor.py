@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter, deque
 from types import SimpleNamespace
 
@@ -211,6 +212,24 @@ def test_units_that_came_when_the_job_drains_have_no_row(served):
     first, second = _at_once(served, _block("a", "b", "c", "d", "e"), _block("f"))
     assert first.num_rows == second.num_rows == 0
     assert served(_block("g")).num_rows == 0
+
+
+def test_a_unit_that_was_in_a_model_that_ended_enters_once_the_rows_before_it_have_left(served, monkeypatch):
+    monkeypatch.setattr(actor, "_LEAVE_S", 0.5)
+    given, entered = [], []
+
+    class Noting(_Stream):
+        def __iter__(self):
+            entered.append(time.monotonic())
+            return super().__iter__()
+
+    served._streams = _streams(lambda unit: Noting() if unit["id"] == "b" else _Stream())
+    first, following = _arriving("a"), _arriving("b", begun=("b",))
+    first.result.add_done_callback(lambda _: given.append(time.monotonic()))
+    served._arrived.put(first)
+    served._arrived.put(following)
+    assert following.result.result(60)
+    assert entered[0] - given[0] >= 0.5
 
 
 def _asked_by(served, block):
