@@ -59,7 +59,7 @@ class _Block:
     result: Future[list[dict[str, Any]]] = field(default_factory=Future)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Unit:
     """A unit whose frames are asked for, and its turn."""
 
@@ -154,14 +154,14 @@ class CaptionActor:
         batches of full size where memory had run out.
         """
         ahead: deque[_Unit] = deque()
-        left = _UNITS_PER_RUN
+        left, most = _UNITS_PER_RUN, self._job.ray.actors.batch_units
         try:
             while not self._draining:
                 left -= self._look_ahead(ahead, left)
-                self._ask(ahead)
-                if ahead and len(self._in_model) < self._job.ray.actors.batch_units:
+                self._line_up(ahead)
+                if ahead and len(self._in_model) < most and (ahead[0].stream.ready or not self._in_model):
                     given = self._taken(ahead.popleft(), ahead)
-                    self._ask(ahead)
+                    self._line_up(ahead)
                     yield given
                 elif self._in_model and (ahead or left):
                     yield None
@@ -171,10 +171,20 @@ class CaptionActor:
             for late in ahead:
                 late.stream.close()
 
-    def _ask(self, ahead: deque[_Unit]) -> None:
-        """Ask for the turn of the next unit; not beside one that is alone, which may end the process once more."""
-        if ahead and ahead[0].asked is None and not any(one.alone for one in (ahead[0], *self._in_model.values())):
-            ahead[0].asked = self._turns.ask(ahead[0].unit["id"])
+    def _line_up(self, ahead: deque[_Unit]) -> None:
+        """A unit whose frames are there passes those that are late, but none that is alone; its turn is asked for.
+
+        Not beside one that is alone, which may end the process once more.
+        """
+        if not any(one.stream.ready for one in ahead):
+            self._streams.look([one.stream for one in ahead])
+        ready = next((one for one in ahead if one.stream.ready), None)
+        if ready is None or any(one.alone for one in (ahead[0], *self._in_model.values())):
+            return
+        ahead.remove(ready)
+        ahead.appendleft(ready)
+        if ready.asked is None:
+            ready.asked = self._turns.ask(ready.unit["id"])
 
     def _look_ahead(self, ahead: deque[_Unit], most: int) -> int:
         """Ask for the frames of the next units, of `most` at most; how many that were."""
@@ -198,8 +208,8 @@ class CaptionActor:
 
     def _taken(self, one: _Unit, ahead: Iterable[_Unit]) -> Given:
         self._in_model[one.unit["id"]] = one
-        streams = [other.stream for other in (*ahead, *self._in_model.values())]
-        self._metrics.streams(asked=len(streams), running=self._streams.running(streams))
+        running = [other.stream.running for other in (*ahead, *self._in_model.values())]
+        self._metrics.streams(asked=len(running), running=sum(running))
         return Given(one.unit, self._frames(one), one.alone)
 
     def _frames(self, one: _Unit) -> Iterator[FrameBatch | None]:

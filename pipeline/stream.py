@@ -115,11 +115,14 @@ class FrameStreams:
         """Start to decode a unit."""
         return FrameStream(self, unit)
 
-    def running(self, streams: Iterable["FrameStream"]) -> int:
-        """How many of these are known to have a CPU and a process, or to be through."""
-        whole = [stream.whole for stream in streams if stream.whole is not None]
-        there = ray.wait(whole, num_returns=len(whole), timeout=0)[0] if whole else []
-        return sum(stream.running for stream in streams) + len(there)
+    def look(self, streams: Iterable["FrameStream"]) -> None:
+        """Note which of these are there: of all that come whole, Ray is asked at once."""
+        open_ = {stream.whole: stream for stream in streams if stream.whole is not None and not stream.running}
+        there = ray.wait(list(open_), num_returns=len(open_), timeout=0)[0] if open_ else []
+        for ref in there:
+            open_.pop(ref).running = True
+        for stream in open_.values():
+            stream.again_if_late()
 
     def whole(self, unit: dict[str, Any]) -> ray.ObjectRef | None:
         """Submit the unit's `decode_whole`; None where several batches may come, one by one as they are made."""
@@ -150,7 +153,7 @@ class FrameStream:
     happens once its unit is read.
 
     queue_s   time from the first look until the task had a CPU and a process
-    running   whether it is known to have them, also when it is through; of a unit that comes whole once it is read
+    running   whether it is known to have them, also when it is through; a unit that comes whole is known to then
     """
 
     def __init__(self, streams: FrameStreams, unit: dict[str, Any]) -> None:
@@ -171,14 +174,10 @@ class FrameStream:
     def __iter__(self) -> Iterator[FrameBatch | None]:
         began = time.perf_counter()
         while self.whole is not None:
-            if ray.wait([self.whole], timeout=0)[0]:
+            self._streams.look([self])
+            if self.running:
                 yield from self._at_once(self.whole, began)
                 return
-            if time.perf_counter() - self._asked_at > self._streams.timeout_s:
-                # Nobody knows whether it runs: asked for as a stream, it tells waiting from hanging.
-                ray.cancel(self.whole, force=True)
-                self.whole = None
-                self._streams.background(self._fetch)
             yield None
         while True:
             try:
@@ -194,10 +193,22 @@ class FrameStream:
             self._room.release()
             yield _batch(self._got(found))
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next batch, or what ended them, is known to be there."""
+        return self.running if self.whole is not None else not self._there.empty()
+
+    def again_if_late(self) -> None:
+        """Ask for a unit that has not come whole in time as a stream: that tells waiting for a CPU from hanging."""
+        if time.perf_counter() - self._asked_at > self._streams.timeout_s:
+            ray.cancel(self.whole, force=True)
+            self.whole = None
+            self._streams.background(self._fetch)
+
     def _at_once(self, ref: ray.ObjectRef, began: float) -> Iterator[FrameBatch]:
         there_at = time.perf_counter()
         whole: _Whole = self._got(ref)
-        self.whole, self.running = None, True
+        self.whole = None
         self.queue_s = max(0.0, there_at - whole.took_s - began)
         for item in whole.items:
             yield _batch(item)

@@ -71,9 +71,12 @@ class _Remote:
 
 
 class _Stream:
-    """One batch of frames, always there."""
+    """One batch of frames; with `ready` off it is late."""
 
     running, queue_s = True, 0.0
+
+    def __init__(self, ready=True):
+        self.ready = ready
 
     def __iter__(self):
         return iter(["frames"])
@@ -134,7 +137,7 @@ def _ignore(*_, **__):
 
 
 def _streams(open_):
-    return SimpleNamespace(open=open_, running=lambda streams: 0)
+    return SimpleNamespace(open=open_, look=_ignore)
 
 
 def _block(*ids):
@@ -232,12 +235,13 @@ def test_a_unit_that_was_in_a_model_that_ended_enters_once_the_rows_before_it_ha
     assert entered[0] - given[0] >= 0.5
 
 
-def _asked_by(served, block):
-    """For each unit: who had asked for a turn when it entered the model."""
+def _asked_by(served, block, late=()):
+    """For each unit: who had asked for a turn when it entered the model; of the `late`, frames are not there yet."""
     asked = {}
 
     class Noting(_Stream):
         def __init__(self, unit):
+            super().__init__(unit["id"] not in late)
             self.unit = unit
 
         def __iter__(self):
@@ -258,6 +262,21 @@ def test_a_turn_is_asked_for_one_unit_ahead(served):
 def test_no_turn_is_asked_for_beside_a_unit_that_was_in_a_model_that_ended(served):
     asked = _asked_by(served, _arriving("a", "b", "c", "d", begun=("a", "b")))
     assert asked == {"a": ["a"], "b": ["a", "b"], "c": ["a", "b", "c", "d"], "d": ["a", "b", "c", "d"]}
+
+
+@pytest.mark.parametrize(
+    ("came", "begun", "entered"), [("abcd", "", "acdb"), ("bacd", "b", "bacd"), ("abc", "ab", "abc")]
+)
+def test_units_whose_frames_are_there_pass_one_that_is_late_unless_it_is_alone(served, came, begun, entered):
+    served._streams = _streams(lambda unit: _Stream(ready=unit["id"] != "b"))
+    block = _arriving(*came, begun=begun)
+    served._arrived.put(block)
+    assert "".join(row["id"] for row in block.result.result(60)) == entered
+
+
+def test_no_turn_is_asked_for_before_the_frames_are_there(served):
+    asked = _asked_by(served, _arriving("a", "b", "c", "d"), late={"b", "c"})
+    assert asked == {"a": ["a", "d"], "d": ["a", "d"], "b": ["a", "d", "b"], "c": ["a", "d", "b", "c"]}
 
 
 def test_what_breaks_the_captioner_is_told_to_every_block_and_the_next_one_is_served(served):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from queue import SimpleQueue
 from types import SimpleNamespace
 
@@ -123,6 +124,7 @@ def whole(monkeypatch):
     def open_():
         ref, calls = _Ref(), []
         streams = SimpleNamespace(whole=lambda unit: ref, background=calls.append, timeout_s=60.0, tries=3)
+        streams.look = partial(FrameStreams.look, streams)
         return stream.FrameStream(streams, _unit()), ref, calls
 
     return open_
@@ -148,6 +150,29 @@ def test_a_whole_unit_that_was_there_before_it_was_looked_for_has_not_queued(who
     ref.comes(stream._Whole(0.01, ["batch"]))
     assert list(one) == ["batch"]
     assert one.queue_s == 0
+
+
+def test_a_whole_unit_is_ready_once_somebody_has_looked_and_it_was_there(whole):
+    one, ref, _ = whole()
+    one._streams.look([one])
+    assert not one.ready
+    ref.comes(stream._Whole(0.01, ["batch"]))
+    one._streams.look([one])
+    assert one.ready
+    assert list(one) == ["batch"]
+
+
+def test_a_whole_unit_that_is_late_is_asked_for_as_a_stream_while_nobody_reads_it(whole, clock):
+    one, ref, calls = whole()
+    clock.now += 61.0
+    one._streams.look([one])
+    assert ref.cancelled
+    assert calls == [one._fetch]
+    assert not one.ready
+    one._there.put(UnitError("decode", "Timeout", "nothing came"))
+    assert one.ready
+    with pytest.raises(UnitError, match="nothing came"):
+        list(one)
 
 
 def test_the_error_of_a_whole_unit_is_raised_after_its_batch(whole):
