@@ -153,7 +153,7 @@ class Decode(_Section):
     )
     max_retries: int = Field(2, ge=0, le=10, description="of a decoder that dies, per unit")
     prefetch_units: int = Field(
-        4, ge=0, le=16, description="units decoded ahead of the next one to enter the model, per actor"
+        8, ge=0, le=16, description="units decoded ahead of the next one to enter the model, per actor"
     )
     num_cpus: float = Field(1.0, gt=0, description="CPUs of one decode task")
     max_object_bytes: int = Field(

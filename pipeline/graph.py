@@ -31,7 +31,7 @@ def build(
     return units.map_batches(
         actor,
         fn_constructor_args=(job, work.run_id, attempts, Sampling.of(job, work)),
-        batch_size=actors.batch_units,
+        batch_size=None,  # a block: were they bundled up to a size, one that is not full would come after another
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
             min_size=actors.min,
