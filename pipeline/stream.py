@@ -1,96 +1,23 @@
-"""Frames from decode tasks: processes of their own, which may crash, hang or fail without harming their reader.
-
-Imports no torch, so that a decoding process starts in a moment.
-"""
+"""Frames from decode tasks: processes of their own, which may crash, hang or fail without harming their reader."""
 
 import pickle
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
 from queue import Empty, SimpleQueue
 from typing import Any
 
 import ray
 
-from pipeline.config import Clips, Decode, Frames, JobConfig, Storage
-from pipeline.decode import FrameBatch, decode_unit
-from pipeline.errors import SkippedError, UnitError
+from pipeline.config import Frames, JobConfig
+from pipeline.decode import FrameBatch
+from pipeline.decode_tasks import Whole, decode_stream, decode_whole
+from pipeline.errors import UnitError
 from pipeline.frames import Sizing, most_frames
-from pipeline.priority import behind_all, wake_nobody
+from pipeline.priority import wake_nobody
 
 _AHEAD = 2  # batches that wait for their reader
-
-
-@ray.remote
-def decode_stream(unit: dict[str, Any], settings: bytes) -> Iterator[FrameBatch | UnitError | None]:
-    """One unit's frame batches as they come: None once the task runs, then batches, or the error that ended them."""
-    yield None
-    yield from _decoded(unit, settings)
-
-
-@ray.remote
-def decode_whole(unit: dict[str, Any], settings: bytes) -> "_Whole":
-    """One unit's frame batches in one message: half a stream's CPU time, but no word of when the task begins."""
-    began = time.perf_counter()
-    items = list(_decoded(unit, settings))
-    return _Whole(time.perf_counter() - began, items)
-
-
-@dataclass(frozen=True)
-class _Whole:
-    """All of a unit, and how long it took: batches, and the error that ended them if one did."""
-
-    took_s: float
-    items: list[FrameBatch | UnitError]
-
-
-def _decoded(unit: dict[str, Any], settings: bytes) -> Iterator[FrameBatch | UnitError]:
-    try:
-        clips, frames, decode, storage, sizing = _settings(settings)
-        check_length(unit, clips)
-        yield from _in_background(decode_unit(unit, frames=frames, decode=decode, storage=storage, sizing=sizing))
-    except UnitError as error:
-        yield error
-    except Exception as error:
-        yield UnitError("decode", type(error).__name__, str(error) or repr(error))
-
-
-def _in_background(batches: Iterator[FrameBatch]) -> Iterator[FrameBatch]:
-    """The same batches, made in a thread that leaves the CPUs to whoever else wants them.
-
-    Of a node's processes the models must not wait, and they do for every decoder that is put on their CPU. A process
-    could not go back to its priority and may be a model's next; a thread of it need not.
-    """
-    thread = _background()
-    while (batch := thread.submit(next, batches, None).result()) is not None:
-        yield batch
-
-
-@cache
-def _background() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "decode", initializer=behind_all)
-
-
-@cache
-def _settings(pickled: bytes) -> tuple[Clips, Frames, Decode, Storage, Sizing]:
-    """What is the same for all units of a job; a process that decodes one after another reads it once."""
-    found: tuple[Clips, Frames, Decode, Storage, Sizing] = pickle.loads(pickled)
-    return found
-
-
-def check_length(unit: dict[str, Any], clips: Clips) -> None:
-    """Raise `SkippedError` for a unit whose known length is outside the configured limits."""
-    end_s = unit["duration_s"] if unit["end_s"] is None else unit["end_s"]
-    if end_s is None:
-        return
-    length_s = end_s - (unit["start_s"] or 0.0)
-    if clips.skip_shorter_s is not None and length_s < clips.skip_shorter_s:
-        raise SkippedError("plan", "TooShort", f"{length_s:g} s long, clips.skip_shorter_s is {clips.skip_shorter_s:g}")
-    if clips.skip_longer_s is not None and length_s > clips.skip_longer_s:
-        raise SkippedError("plan", "TooLong", f"{length_s:g} s long, clips.skip_longer_s is {clips.skip_longer_s:g}")
 
 
 class FrameStreams:
@@ -207,7 +134,7 @@ class FrameStream:
 
     def _at_once(self, ref: ray.ObjectRef, began: float) -> Iterator[FrameBatch]:
         there_at = time.perf_counter()
-        whole: _Whole = self._got(ref)
+        whole: Whole = self._got(ref)
         self.whole = None
         self.queue_s = max(0.0, there_at - whole.took_s - began)
         for item in whole.items:

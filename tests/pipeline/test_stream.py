@@ -1,4 +1,4 @@
-"""Which units are left out by their length, and what decoding leaves to others."""
+"""When frames are there, and what is told when they are not."""
 
 import os
 import sys
@@ -10,53 +10,14 @@ import pytest
 import ray
 
 from pipeline import stream
-from pipeline.config import Clips, Frames, JobConfig
-from pipeline.errors import SkippedError, UnitError
-from pipeline.stream import FrameStreams, _in_background, check_length, is_one_batch
-
-_LIMITS = Clips(skip_shorter_s=2.0, skip_longer_s=60.0)
-
-
-def _unit(start_s=None, end_s=None, duration_s=None):
-    return {"kind": "video", "uris": ["a.mp4"], "start_s": start_s, "end_s": end_s, "duration_s": duration_s}
+from pipeline.config import Frames, JobConfig
+from pipeline.decode_tasks import Whole
+from pipeline.errors import UnitError
+from pipeline.stream import FrameStreams, is_one_batch
 
 
-@pytest.mark.parametrize("unit", [_unit(duration_s=2.0), _unit(duration_s=60.0), _unit(5.0, 10.0, 3600.0), _unit()])
-def test_units_within_the_limits_or_of_unknown_length_are_captioned(unit):
-    check_length(unit, _LIMITS)
-
-
-@pytest.mark.parametrize(
-    ("unit", "kind"),
-    [(_unit(duration_s=1.9), "TooShort"), (_unit(59.0, None, 60.0), "TooShort"), (_unit(0.0, 61.0), "TooLong")],
-)
-def test_units_outside_the_limits_are_skipped(unit, kind):
-    with pytest.raises(SkippedError) as error:
-        check_length(unit, _LIMITS)
-    assert error.value.error_type == kind
-
-
-def test_nothing_is_skipped_by_default():
-    check_length(_unit(duration_s=1e9), Clips())
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has this policy")
-def test_batches_are_made_behind_all_others_and_their_reader_stays_where_it_was():
-    before = os.sched_getscheduler(0)
-    made = (os.sched_getscheduler(0) for _ in range(3))
-    assert list(_in_background(made)) == [os.SCHED_IDLE] * 3
-    assert os.sched_getscheduler(0) == before != os.SCHED_IDLE
-
-
-def test_what_ends_the_batches_is_raised_after_those_before_it():
-    def batches():
-        yield "first"
-        raise OSError("the disk is full")
-
-    seen = _in_background(batches())
-    assert next(seen) == "first"
-    with pytest.raises(OSError, match="the disk is full"):
-        next(seen)
+def _unit(start_s=None, end_s=None):
+    return {"kind": "video", "uris": ["a.mp4"], "start_s": start_s, "end_s": end_s}
 
 
 @pytest.mark.parametrize(
@@ -136,7 +97,7 @@ def test_a_whole_unit_is_not_there_until_it_is(whole, clock):
     assert next(read) is None
     assert next(read) is None
     clock.now += 5.0
-    ref.comes(stream._Whole(2.0, ["batch"]))
+    ref.comes(Whole(2.0, ["batch"]))
     assert list(read) == ["batch"]
     assert one.queue_s == 3.0
     assert one.running
@@ -147,7 +108,7 @@ def test_a_whole_unit_is_not_there_until_it_is(whole, clock):
 
 def test_a_whole_unit_that_was_there_before_it_was_looked_for_has_not_queued(whole):
     one, ref, _ = whole()
-    ref.comes(stream._Whole(0.01, ["batch"]))
+    ref.comes(Whole(0.01, ["batch"]))
     assert list(one) == ["batch"]
     assert one.queue_s == 0
 
@@ -156,7 +117,7 @@ def test_a_whole_unit_is_ready_once_somebody_has_looked_and_it_was_there(whole):
     one, ref, _ = whole()
     one._streams.look([one])
     assert not one.ready
-    ref.comes(stream._Whole(0.01, ["batch"]))
+    ref.comes(Whole(0.01, ["batch"]))
     one._streams.look([one])
     assert one.ready
     assert list(one) == ["batch"]
@@ -177,7 +138,7 @@ def test_a_whole_unit_that_is_late_is_asked_for_as_a_stream_while_nobody_reads_i
 
 def test_the_error_of_a_whole_unit_is_raised_after_its_batch(whole):
     one, ref, _ = whole()
-    ref.comes(stream._Whole(0.01, ["batch", UnitError("decode", "Corrupt", "cut off")]))
+    ref.comes(Whole(0.01, ["batch", UnitError("decode", "Corrupt", "cut off")]))
     read = iter(one)
     assert next(read) == "batch"
     with pytest.raises(UnitError, match="cut off"):
