@@ -3,8 +3,8 @@
 The model alone: one process decodes every clip into memory, then answers them (`engine`). The pipeline:
 `jobs.caption` with one model actor on a local Ray; it decodes, queues, hands over and writes while it answers. Both
 load the embedded model, answer as many units together, compute in as many threads as OMP_NUM_THREADS says (set to
---threads for both), run at the same priority (Ray would lower that of its workers) and answer from the first unit on
-without warming up. Every answer must be the same word for word.
+--threads for both), run at the same priority and answer from the first unit on without warming up. Every answer must
+be the same word for word.
 
 Machines change their speed within seconds, by more than what is measured here. So both are at work at the same time,
 but never together: every --turn seconds all processes of one are stopped (SIGSTOP) and those of the other go on. Only
@@ -96,7 +96,7 @@ def prepare(folder: Path, clips: int, overrides: list[str]) -> JobConfig:
 
 def measure(job: JobConfig, threads: int, turn_s: float) -> dict[str, float]:
     """One run of each, in turns; raises `RuntimeError` where one fails or an answer differs."""
-    environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "RAY_worker_niceness": "0"}
+    environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     run = RunDirectory(job)
     config = Path(run.uri).with_suffix(".yaml")
     config.write_text(job.to_yaml(), encoding="utf-8")

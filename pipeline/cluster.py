@@ -29,6 +29,7 @@ _LOG = logging.getLogger(__name__)
 _BESIDE_THE_MODEL = {
     "task_events_report_interval_ms": 0,  # nobody lists the tasks of a cluster without a dashboard
     "max_direct_call_object_size": 1 << 20,  # small frames come in the message, not by way of the object store
+    "worker_niceness": 0,  # not Ray's 15, with which the driver has 28 times the share of the model, a worker too
 }
 
 

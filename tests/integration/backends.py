@@ -39,7 +39,7 @@ def dangerous(path, index, size):
 
 def policies(path, index, size):
     """decord; into a file beside the video go the scheduling policies of the decoder's process, of the thread that
-    decodes in it, and of the one that takes the frames.
+    decodes in it, and of the one that takes the frames, and the niceness of that one.
     """
     source = DecordSource(path, index, size)
     return _Trapped(source, _note, f"{path}.policies", os.sched_getscheduler(os.getpid()), os.sched_getscheduler(0))
@@ -79,7 +79,7 @@ def _kill(frames, marker):
 
 def _note(frames, file, *policies):
     with open(file, "w") as lines:
-        print(*policies, os.sched_getscheduler(0), file=lines)
+        print(*policies, os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), file=lines)
     return frames
 
 
