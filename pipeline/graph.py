@@ -28,10 +28,12 @@ def build(
     units = ray.data.read_parquet(manifest, filesystem=filesystem)
     # A small manifest is one block, which one actor would take whole; of parts of blocks actors would run short.
     units = units.repartition(target_num_rows_per_block=actors.batch_units, strict=True)
-    return units.map_batches(
+    # A batch is a block. Ray Data bundles blocks up to a batch_size: one that is not full would come after another in
+    # the same task, once that one has its rows. `map_batches` itself insists on a size where GPUs are asked for.
+    return units.map_batches_internal(
         actor,
         fn_constructor_args=(job, work.run_id, attempts, Sampling.of(job, work)),
-        batch_size=None,  # a block: were they bundled up to a size, one that is not full would come after another
+        batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
             min_size=actors.min,
