@@ -34,7 +34,7 @@ from pipeline.captioner import Captioner, Given
 from pipeline.cluster import attempts_of, connect
 from pipeline.config import JobConfig, load_config
 from pipeline.decode import FrameBatch
-from pipeline.errors import StoppedError
+from pipeline.errors import StoppedError, UnitError
 from pipeline.graph import execute
 from pipeline.plan import plan_units
 from pipeline.run import RunDirectory, Work, read_table
@@ -212,7 +212,7 @@ class BareActor(StubActor):
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         first = batch["id"][0].as_py()
-        if self._turns.ask(first).result().draining:
+        if ray.get(self._turns.ask(first)).draining:
             return rows_table([])
         self._turns.end(End(first, "ok", tried=True))
         self._turns.tell()
@@ -233,7 +233,15 @@ class StubCaptioner(Captioner):
             "text": _ANSWER,
         }
 
-    def rows(self, units: Iterable[Given | None], beat: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
+    def refusal(self, unit: dict[str, Any]) -> UnitError | None:
+        return None
+
+    def rows(
+        self,
+        units: Iterable[Given | None],
+        beat: Callable[[], None] | None = None,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> Iterator[dict[str, Any]]:
         for given in filter(None, units):
             deque(given.batches, maxlen=0)  # what enters the model is counted there
             yield self._row(given.unit)
@@ -251,16 +259,21 @@ class StubCaptioner(Captioner):
 
 
 class _NoDecoders(FrameStreams):
+    asked = running = 0
+
     def __init__(self) -> None: ...
 
-    def open(self, unit: dict[str, Any]) -> FrameStream:
+    def open(self, unit: dict[str, Any], refusal: UnitError | None = None) -> FrameStream:
         return _NoFrames()
+
+    def look(self) -> None: ...
 
 
 class _NoFrames(FrameStream):
+    ready = running = True
+
     def __init__(self) -> None:
         self.queue_s = 0.0
-        self.running = True
 
     def __iter__(self) -> Iterator[FrameBatch | None]:
         return iter(())

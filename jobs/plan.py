@@ -42,6 +42,7 @@ def main() -> int:
 def summarise(config: JobConfig) -> "tuple[PlanSummary, str | None]":
     """The plan's estimate, and why it lacks tokens where it does."""
     from pipeline.captioner import lightkv_config  # torch takes seconds to import: help and refusals must not
+    from pipeline.context import ContextLimit
     from pipeline.encode import encoder_for
     from pipeline.estimate import estimate_plan
     from pipeline.models import describe
@@ -55,7 +56,16 @@ def summarise(config: JobConfig) -> "tuple[PlanSummary, str | None]":
         compression = lightkv_config(config, card.config)
     except ConfigError as error:
         return estimate_plan(table, config), f"tokens are not estimated: {error}"
-    return estimate_plan(table, config, model_config=card.config, encoder=encoder, compression=compression), None
+    context = ContextLimit(card.config, encoder, config.model.max_new_tokens)
+    summary = estimate_plan(
+        table,
+        config,
+        model_config=card.config,
+        encoder=encoder,
+        compression=compression,
+        refusal=context.refusal,
+    )
+    return summary, None
 
 
 def text(summary: "PlanSummary", config: JobConfig) -> str:
@@ -77,11 +87,14 @@ def text(summary: "PlanSummary", config: JobConfig) -> str:
         lines.append(f"{summary.repeated_rows:,} manifest rows repeat another one and are planned once")
     if config.source.known:
         lines.append(f"{summary.known_units:,} units have their row under {config.source.known} and are left out")
-    errors = list(summary.probe_errors.values())
-    lines += [f"likely to fail: {error}" for error in errors[:_SHOWN_ERRORS]]
-    if len(errors) > _SHOWN_ERRORS:
-        lines.append(f"… and {len(errors) - _SHOWN_ERRORS:,} more")
+    lines += _shown("likely to fail", list(summary.probe_errors.values()))
+    lines += _shown("will be refused", [f"unit {unit}: {why}" for unit, why in summary.refusals.items()])
     return "\n".join(lines)
+
+
+def _shown(what: str, errors: list[str]) -> list[str]:
+    more = len(errors) - _SHOWN_ERRORS
+    return [f"{what}: {error}" for error in errors[:_SHOWN_ERRORS]] + ([f"… and {more:,} more"] if more > 0 else [])
 
 
 def _rows(summary: "PlanSummary", config: JobConfig) -> "list[tuple[str, Callable[[Totals], str]]]":
@@ -90,6 +103,7 @@ def _rows(summary: "PlanSummary", config: JobConfig) -> "list[tuple[str, Callabl
         ("files", lambda t: f"{t.videos:,}"),
         ("size", lambda t: format_bytes(t.bytes)),
         ("not probed", lambda t: f"{t.unprobed:,}"),
+        *([("too long for the model", lambda t: f"{t.too_long:,}")] if summary.total.too_long else []),
         ("hours of video", lambda t: f"{t.hours:,.2f}"),
         ("frames", lambda t: f"{t.frames:,}"),
     ]

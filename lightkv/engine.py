@@ -5,9 +5,8 @@
         print(result.key, [answer.tokens for answer in result.answers])
 
 A request is one prompt (text, images, parts of a video, in order, as they arrive) and one or more questions after it.
-Prefill goes piece by piece (intake.py, stream.py); answers share decoding steps (flow.py, slots.py) and leave while
-others go on. While the next frames of a request are not there yet, the answers in progress move on. Answers are the
-same as one by one.
+Prefill goes piece by piece (intake.py, stream.py), with several requests in turns; answers share decoding steps
+(flow.py, slots.py) and leave while others go on. Answers are the same as one by one.
 """
 
 import time
@@ -21,11 +20,13 @@ from lightkv.config import LightKVConfig
 from lightkv.errors import ConfigError, UnsupportedModelError
 from lightkv.families import first_stage_layer
 from lightkv.flow import Flow
-from lightkv.intake import POLL_S, Intake
+from lightkv.intake import POLL_S, Entering, Intake
 from lightkv.layerkv import Bits
 from lightkv.layers import Layers
 from lightkv.request import Request, Result
 from lightkv.rotary import Positions
+
+REGROW_PIECES = 64  # pieces that fit before smaller pieces are doubled again
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class Memory:
     silent       layers that keep no vision after its piece
     budget       vision tokens that a prompt's cache may hold per layer; what is more merges (budget.py); needs fold
     chunk_tokens vision and text tokens that are prefilled together, but at least one image or step of a video
-    answers      decoded together at most
-    cache_bytes  of all caches together; a further request waits while it would not fit. None: unbounded
+    answers      prompts in the engine at most, in prefill and in decoding
+    cache_bytes  of all caches together: while they are full no request is taken, and of those in prefill only the one
+                 that was taken first goes on. None: unbounded
     """
 
     bits: Bits = field(default_factory=Bits)
@@ -89,44 +91,58 @@ class Engine:
         stop = model.generation_config.eos_token_id
         self.stops = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
         self._chunk_tokens = self.memory.chunk_tokens
+        self._fitted = 0  # pieces since memory ran out
 
     @torch.no_grad()
-    def run(self, requests: Iterable[Request | None], beat: Callable[[], None] | None = None) -> Iterator[Result]:
+    def run(
+        self,
+        requests: Iterable[Request | None],
+        beat: Callable[[], None] | None = None,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> Iterator[Result]:
         """Results as they are complete, in any order; one per request, also where it failed.
 
-        Requests are taken as there is room; None says that there is none yet, and the answers in progress move on.
-        `beat` is called at every piece, every token and while waiting: silence means that the engine hangs.
-        Lost device contexts (torch.AcceleratorError) are raised; all else that happens to a request is its result.
+        Requests are taken as there is room; None says that there is none yet. Several are prefilled at once: those
+        whose next piece is ready take turns, piece by piece, and after each piece every answer in progress gets a
+        token. So no request waits for the segments of another, and a long one neither blocks short ones nor starves.
+
+        `beat` is called at every piece, every token and while waiting: silence means that the engine hangs. `wait`
+        gets the seconds to sleep when there is nothing to compute. Lost device contexts (torch.AcceleratorError) are
+        raised; any other failure of a request is its result.
         """
-        flow = Flow(self)
-        waiting = iter(requests)
-        upcoming: Intake | None = None
+        flow, entering = Flow(self), Entering(self.memory)
+        waiting, more = iter(requests), True
         while True:
-            if upcoming is None and flow.room():
+            if more and entering.room(flow):
                 request = next(waiting, ...)
-                if request is ... and not flow.busy():
-                    return
+                more = request is not ...
                 if isinstance(request, Request):
-                    upcoming = Intake(self, request)
-                elif not flow.busy():
-                    time.sleep(POLL_S)
+                    entering.add(Intake(self, request))
             if beat is not None:
                 beat()
-            moved = False
-            if upcoming is not None and not (upcoming.job.request.alone and flow.busy()):
-                moved = upcoming.step(wait=not flow.busy())
-                if upcoming.done:
-                    yield from flow.enter(upcoming)
-                    upcoming = None
-            if flow.busy() and not moved:
+            moved = entering.step(flow)
+            if moved is not None and moved.done:
+                yield from flow.enter(moved)
+            if flow.busy():
                 yield from flow.step()
+            elif moved is None:
+                if not more and not entering.intakes:
+                    return
+                entering.waited(POLL_S)
+                wait(POLL_S)
 
     def shrink_pieces(self, length: int) -> bool:
         """After memory ran out on a piece of so many tokens: whether a smaller one is worth trying."""
         if self.layers.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._chunk_tokens = max(1, min(self._chunk_tokens, length) // 2)
+        self._chunk_tokens, self._fitted = max(1, min(self._chunk_tokens, length) // 2), 0
         return length > 1
+
+    def piece_fitted(self) -> None:
+        """A piece was prefilled: after some of them, smaller pieces than configured grow again."""
+        self._fitted += 1
+        if self._fitted % REGROW_PIECES == 0:
+            self._chunk_tokens = min(self.memory.chunk_tokens, 2 * self._chunk_tokens)
 
     @property
     def chunk_tokens(self) -> int:

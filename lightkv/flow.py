@@ -19,6 +19,8 @@ from lightkv.stream import Prefilled
 if TYPE_CHECKING:
     from lightkv.engine import Engine
 
+REGROW_STEPS = 256  # steps without running out of memory before twice as many rows are tried again
+
 
 @dataclass(eq=False)
 class _Row:
@@ -43,6 +45,7 @@ class Flow:
         self._rows: list[_Row] = []
         self._ready: deque[tuple[_Row, Prefilled]] = deque()
         self._most = engine.memory.answers
+        self._fitted = 0  # steps since memory ran out on rows
 
     def _no_slots(self) -> Slots:
         return slots(len(self._layers), self._engine.memory.bits)
@@ -50,13 +53,23 @@ class Flow:
     def busy(self) -> bool:
         return bool(self._rows or self._ready)
 
-    def room(self) -> bool:
-        """Whether a further request may come in."""
-        memory = self._engine.memory
-        held = self._slots.nbytes + sum(prompt.nbytes for _, prompt in self._ready)
-        fits = memory.cache_bytes is None or held < memory.cache_bytes or not self.busy()
-        alone = any(row.job.request.alone for row in (*self._rows, *(row for row, _ in self._ready)))
-        return fits and not alone and len(self._rows) + len(self._ready) < self._most
+    @property
+    def nbytes(self) -> int:
+        """Of all caches of the answers."""
+        return self._slots.nbytes + sum(prompt.nbytes for _, prompt in self._ready)
+
+    @property
+    def most(self) -> int:
+        """Prompts that the engine may hold; fewer for a while after memory ran out on them."""
+        return self._most
+
+    def prompts(self) -> int:
+        """How many are being answered, or wait for a row."""
+        return len(self._rows) + len(self._ready)
+
+    def alone(self) -> bool:
+        """Whether a request is being answered that no other may be beside."""
+        return any(row.job.request.alone for row in (*self._rows, *(row for row, _ in self._ready)))
 
     def enter(self, prefill: Intake) -> Iterator[Result]:
         """Take over a request that is prefilled, or has failed."""
@@ -78,6 +91,9 @@ class Flow:
             self._admit()
             began = time.perf_counter()
             self._say(self._rows, self._decode())
+            self._fitted += 1
+            if self._fitted % REGROW_STEPS == 0:
+                self._most = min(self._engine.memory.answers, 2 * self._most)
             each = (time.perf_counter() - began) / len(self._rows)
             for row in self._rows:
                 row.job.generate_s += each
@@ -99,7 +115,7 @@ class Flow:
         return self._layers.logits(hidden[:, -1])
 
     def _admit(self) -> None:
-        """Give rows to answers that wait; to fewer, for the rest of the run, where memory runs out on that."""
+        """Give rows to answers that wait; to fewer, for a while, where memory runs out on that."""
         while self._ready and len(self._rows) < self._most:
             fresh = [self._ready.popleft() for _ in range(min(len(self._ready), self._most - len(self._rows)))]
             last = len(self._rows) + len(fresh) == 1  # if this does not fit, nothing less will
@@ -112,7 +128,7 @@ class Flow:
                     self._rows += [row for row, _ in fresh]
                     raise
             self._ready.extendleft(reversed(fresh))
-            self._most = len(self._rows) or len(fresh) // 2
+            self._most, self._fitted = len(self._rows) or len(fresh) // 2, 0
             self._close_up(range(len(self._rows)))
 
     def _say(self, rows: Sequence[_Row], logits: Tensor) -> None:

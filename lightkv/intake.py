@@ -1,4 +1,4 @@
-"""A request on its way into the cache, piece by piece as its segments arrive."""
+"""Requests in prefill: each goes into its cache piece by piece as its segments arrive, and several take turns."""
 
 import time
 from collections import deque
@@ -13,9 +13,10 @@ from lightkv.segments import Segment, Text
 from lightkv.stream import Prefilled, Stream
 
 if TYPE_CHECKING:
-    from lightkv.engine import Engine
+    from lightkv.engine import Engine, Memory
+    from lightkv.flow import Flow
 
-POLL_S = 0.002  # between two looks whether the next part of a prompt is there, when there is nothing else to do
+POLL_S = 0.002  # between two looks for the next segment, when there is nothing to compute
 
 
 class Intake:
@@ -41,15 +42,12 @@ class Intake:
         except Exception as error:
             self._fail(error)
 
-    def step(self, wait: bool) -> bool:
-        """Prefill the next piece; False where it is not all there yet, which takes a moment with `wait`."""
+    def step(self) -> bool:
+        """Prefill the next piece; False where its segments are not all ready yet."""
         try:
             while not self.done:
                 part = self._next()
                 if part is None:
-                    if wait:
-                        time.sleep(POLL_S)
-                        self.job.waited_s += POLL_S
                     return False
                 began = time.perf_counter()
                 full = self._gather(part) if part is not ... else self._finish()
@@ -61,6 +59,11 @@ class Intake:
         except Exception as error:
             self._fail(error)
         return True
+
+    @property
+    def nbytes(self) -> int:
+        """Of the caches so far."""
+        return self._stream.nbytes if self._stream is not None else 0
 
     def _next(self) -> Any:
         """The next part of the prompt that fits a piece; None: not there yet, `...`: there is none."""
@@ -94,6 +97,7 @@ class Intake:
         try:
             with self._engine.layers.attached():
                 self._stream.take(piece)
+            self._engine.piece_fitted()
             return
         except Exception as error:
             if not out_of_memory(error) or not self._engine.shrink_pieces(_tokens(piece)):
@@ -120,6 +124,59 @@ class Intake:
         close = getattr(self._segments, "close", None)
         if close is not None:
             close()
+
+
+class Entering:
+    """The requests in prefill, in the order in which they were taken."""
+
+    def __init__(self, memory: "Memory") -> None:
+        self.intakes: list[Intake] = []
+        self._memory = memory
+        self._turns: dict[Intake, int] = {}  # number of each request's last turn
+        self._turn = 0
+
+    def add(self, intake: Intake) -> None:
+        """Take a request in."""
+        self.intakes.append(intake)
+        self._served(intake)
+
+    def room(self, flow: "Flow") -> bool:
+        """Whether a further request may be taken."""
+        if not self.intakes and not flow.busy():
+            return True
+        alone = flow.alone() or any(intake.job.request.alone for intake in self.intakes)
+        prompts = flow.prompts() + sum(len(intake.job.request.questions) for intake in self.intakes)
+        return not alone and prompts < flow.most and not self._full(flow)
+
+    def step(self, flow: "Flow") -> Intake | None:
+        """One piece of the request that has waited longest for its turn and whose piece is ready; None: none is.
+
+        While the caches are full it is the turn of the first one alone, which then ends and frees its memory.
+        """
+        intakes = self.intakes[:1] if self._full(flow) else sorted(self.intakes, key=self._turns.__getitem__)
+        for intake in intakes:
+            if intake.job.request.alone and (flow.busy() or len(self.intakes) > 1):
+                continue
+            if intake.step():
+                self._served(intake)
+                if intake.done:
+                    self.intakes.remove(intake)
+                    del self._turns[intake]
+                return intake
+        return None
+
+    def waited(self, seconds: float) -> None:
+        """All of them have waited with nothing to compute: together they account for that time once."""
+        for intake in self.intakes:
+            intake.job.waited_s += seconds / len(self.intakes)
+
+    def _served(self, intake: Intake) -> None:
+        self._turn += 1
+        self._turns[intake] = self._turn
+
+    def _full(self, flow: "Flow") -> bool:
+        most = self._memory.cache_bytes
+        return most is not None and flow.nbytes + sum(intake.nbytes for intake in self.intakes) >= most
 
 
 def _tokens(piece: Sequence[Segment]) -> int:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
@@ -28,7 +28,6 @@ from pipeline.config import JobConfig
 from pipeline.decode import FrameBatch
 from pipeline.errors import UnitError
 from pipeline.metrics import ActorMetrics
-from pipeline.priority import as_usual
 from pipeline.samples import Sampling
 from pipeline.schema import rows_table
 from pipeline.stream import FrameStream, FrameStreams
@@ -38,8 +37,8 @@ _LOG = logging.getLogger(__name__)
 # The last units of one are answered while those of the next enter, and others are at hand. A power of two: Ray Data
 # rounds the share of a GPU that each has, and with thirds of one asks for a node too few.
 BLOCKS_AT_ONCE = 4
-_UNITS_PER_RUN = 256  # of the captioner
 _LEAVE_S = 0.25  # rows that are given back have left this process by then
+_REPORT_EVERY_S = 2.0
 _NOT_YET = Turn(go=False)
 
 
@@ -96,6 +95,8 @@ class CaptionActor:
         self._in_model: dict[str, _Unit] = {}
         self._draining = False  # for good, once a turn has said so
         self._gave_at = 0.0  # when rows were given back last
+        self._idle_since: float | None = None  # since when no unit is in the model although some are asked for
+        self._activity = Activity()
         self._metrics = ActorMetrics(run_id)
         self._logs = ExitStack()  # open as long as this process
         context = ray.get_runtime_context()
@@ -111,6 +112,7 @@ class CaptionActor:
         threads = torch.get_num_threads()
         logs.event(_LOG, "actor started", model=job.model.name, load_s=load_s, pid=os.getpid(), threads=threads)
         threading.Thread(target=self._serve, name="model", daemon=True).start()
+        threading.Thread(target=self._report, args=(attempts,), name="report", daemon=True).start()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         units = batch.to_pylist()
@@ -126,13 +128,12 @@ class CaptionActor:
 
     def _serve(self) -> None:
         """Answer blocks as they come, for as long as this process lives."""
-        as_usual()
         while True:
             if not self._blocks:
                 self._blocks.append(self._arrived.get())
             try:
-                with _Watch(self._job.model.timeout_s) as watch, closing(self._given()) as given:
-                    for row in self._captioner.rows(given, watch.beat):
+                with _Watch(self._job.model.timeout_s, self._activity) as watch, closing(self._given()) as given:
+                    for row in self._captioner.rows(given, watch.beat, self._activity.wait):
                         self._ended(row)
             except torch.AcceleratorError:
                 # The device is lost to this process: a new one gets the units, as after any other death.
@@ -147,27 +148,43 @@ class CaptionActor:
                     block.result.set_result(block.rows)
             self._metrics.streams(asked=0, running=0)
 
-    def _given(self) -> Generator[Given | None]:
-        """Units as the captioner has room for them, the next ones' frames being decoded already.
+    def _report(self, attempts: ActorHandle) -> None:
+        """Tell `attempts` every few seconds what this actor waits for; its reply says whether the job drains."""
+        while True:
+            time.sleep(_REPORT_EVERY_S)
+            progress, waits = self._activity.look()
+            reason = None
+            if waits:
+                reason = "units" if not self._blocks else "frames" if self._streams.running else "cpu"
+            self._metrics.waiting(reason)
+            try:
+                self._draining |= ray.get(attempts.report.remote(self._id, progress, reason))
+            except ray.exceptions.RayError:  # the counter is about to be started again
+                _LOG.warning("the counter of attempts did not answer", exc_info=True)
 
-        Ends when there is none left, and after `_UNITS_PER_RUN`: then the captioner begins afresh, with pieces and
-        batches of full size where memory had run out.
+    def _given(self) -> Generator[Given | None]:
+        """Units whose first frames are ready, as the captioner has room; the frames of the next ones are asked for.
+
+        None says that no unit is ready yet. Ends when there is none left.
         """
         ahead: deque[_Unit] = deque()
-        left, most = _UNITS_PER_RUN, self._job.ray.actors.batch_units
+        most = self._job.ray.actors.batch_units
         try:
             while not self._draining:
-                left -= self._look_ahead(ahead, left)
+                self._look_ahead(ahead)
                 self._line_up(ahead)
-                if ahead and len(self._in_model) < most and (ahead[0].stream.ready or not self._in_model):
-                    given = self._taken(ahead.popleft(), ahead)
+                if ahead and ahead[0].stream.ready and len(self._in_model) < most:
+                    given = self._taken(ahead.popleft())
                     self._line_up(ahead)
                     yield given
-                elif self._in_model and (ahead or left):
+                elif ahead or self._in_model:
+                    if not self._in_model and self._idle_since is None:
+                        self._idle_since = time.perf_counter()
                     yield None
                 else:
                     return
         finally:
+            self._idle_since = None
             for late in ahead:
                 late.stream.close()
 
@@ -176,8 +193,7 @@ class CaptionActor:
 
         Not beside one that is alone, which may end the process once more.
         """
-        if not any(one.stream.ready for one in ahead):
-            self._streams.look([one.stream for one in ahead])
+        self._streams.look()
         ready = next((one for one in ahead if one.stream.ready), None)
         if ready is None or any(one.alone for one in (ahead[0], *self._in_model.values())):
             return
@@ -186,17 +202,14 @@ class CaptionActor:
         if ready.asked is None:
             ready.asked = self._turns.ask(ready.unit["id"])
 
-    def _look_ahead(self, ahead: deque[_Unit], most: int) -> int:
-        """Ask for the frames of the next units, of `most` at most; how many that were."""
+    def _look_ahead(self, ahead: deque[_Unit]) -> None:
+        """Ask for the frames of the next units."""
         while not self._arrived.empty():
             self._blocks.append(self._arrived.get())
-        asked = 0
         for block in self._together():
-            while block.units and asked < most and len(ahead) <= self._job.decode.prefetch_units:
+            while block.units and len(ahead) <= self._job.decode.prefetch_units:
                 unit = block.units.popleft()
-                ahead.append(_Unit(unit, block, self._streams.open(unit)))
-                asked += 1
-        return asked
+                ahead.append(_Unit(unit, block, self._streams.open(unit, self._captioner.refusal(unit))))
 
     def _together(self) -> list[_Block]:
         """The blocks whose units may be beside each other: one with suspects stays by itself.
@@ -206,11 +219,12 @@ class CaptionActor:
         innocent = list(takewhile(lambda block: not block.begun, self._blocks))
         return innocent or list(islice(self._blocks, 1))
 
-    def _taken(self, one: _Unit, ahead: Iterable[_Unit]) -> Given:
+    def _taken(self, one: _Unit) -> Given:
         self._in_model[one.unit["id"]] = one
-        running = [other.stream.running for other in (*ahead, *self._in_model.values())]
-        self._metrics.streams(asked=len(running), running=sum(running))
-        return Given(one.unit, self._frames(one), one.alone)
+        self._metrics.streams(asked=self._streams.asked, running=self._streams.running)
+        waited_s = 0.0 if self._idle_since is None else time.perf_counter() - self._idle_since
+        self._idle_since = None
+        return Given(one.unit, self._frames(one), one.alone, waited_s)
 
     def _frames(self, one: _Unit) -> Iterator[FrameBatch | None]:
         """A unit's frames, once it may enter the model."""
@@ -278,11 +292,43 @@ class CaptionActor:
         )
 
 
+class Activity:
+    """Whether the model works or waits, as the rounds of the engine show it; read from another thread."""
+
+    def __init__(self) -> None:
+        self._worked = self._seen = 0  # rounds that computed something; as of the last look
+        self._in_round = self._waited = False
+        self._round_at = 0.0
+
+    def round(self) -> None:
+        """A round of the engine begins."""
+        self.end()
+        self._in_round, self._waited, self._round_at = True, False, time.monotonic()
+
+    def wait(self, seconds: float) -> None:
+        """There is nothing to compute in this round."""
+        self._waited = True
+        time.sleep(seconds)
+
+    def end(self) -> None:
+        """The round is over."""
+        self._worked += self._in_round and not self._waited
+        self._in_round = False
+
+    def look(self) -> tuple[int, bool]:
+        """How many rounds have computed something; whether none has since the last look, nor is computing."""
+        worked, before = self._worked, self._seen
+        self._seen = worked
+        computes = self._in_round and not self._waited and time.monotonic() - self._round_at > _REPORT_EVERY_S / 2
+        return worked, worked == before and not computes
+
+
 class _Watch:
     """Ends this process when the model gives no sign for too long, even in native code."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, activity: Activity | None = None) -> None:
         self._timeout_s = timeout_s
+        self._activity = activity or Activity()
         self._beaten = 0.0
 
     def __enter__(self) -> "_Watch":
@@ -290,10 +336,12 @@ class _Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._activity.end()
         self.pause()
 
     def beat(self) -> None:
         """A sign of life. The clock is set anew a few times per timeout at most: it takes a thread each time."""
+        self._activity.round()
         now = time.monotonic()
         if now - self._beaten > self._timeout_s / 8:
             faulthandler.dump_traceback_later(self._timeout_s, exit=True)

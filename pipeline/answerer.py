@@ -31,6 +31,7 @@ from lightkv import (
 )
 from lightkv.report import Survivors
 from pipeline.config import Model
+from pipeline.context import ContextLimit
 from pipeline.encode import Encoded, FrameEncoder, encoder_for
 from pipeline.errors import UnitError
 from pipeline.models import ModelCard, describe, load_model, load_tokenizer
@@ -149,6 +150,7 @@ class Answerer:
         self.encoder: FrameEncoder = encoder_for(self.card.config, self.card.preprocessor)
         self.tokenizer = load_tokenizer(self.card)
         self.prompts = ChatPrompts(self.tokenizer, self.card)
+        self.context = ContextLimit(self.card.config, self.encoder, settings.max_new_tokens)
         self.model = load_model(self.card, settings)
 
     @torch.no_grad()
@@ -162,12 +164,13 @@ class Answerer:
         lightkv: LightKVConfig | None,
         memory: Memory,
         beat: Callable[[], None] | None = None,
+        wait: Callable[[float], None] = time.sleep,
         compiled: bool = False,
     ) -> Iterator[Reply]:
         """Replies as they are complete, in any order; asks are taken as there is room for them, None: none there yet.
 
-        A lost device context is raised; everything else that happens to a unit is in its reply. `beat` as in
-        `Engine.run`, `compiled` as in `Engine`.
+        A lost device context is raised; everything else that happens to a unit is in its reply. `beat` and
+        `wait` as in `Engine.run`, `compiled` as in `Engine`.
         """
         engine = Engine(self.model, lightkv, memory, compiled)
         replies: dict[str, Reply] = {}
@@ -180,7 +183,7 @@ class Answerer:
                 replies[ask.key] = reply = Reply(ask.key, self.encoder.modality(ask.kind), [], [])
                 yield self._request(ask, reply)
 
-        for result in engine.run(requests(), beat):
+        for result in engine.run(requests(), beat, wait):
             reply = replies.pop(str(result.key))
             reply.error, reply.waited_s = result.error, result.waited_s
             count = len(result.answers)
@@ -231,7 +234,7 @@ class Answerer:
                 reply.grids.append((steps, y, x))
             else:
                 reply.grids[-1] = (reply.grids[-1][0] + steps, y, x)
-            self._check_context(text, reply.grids)
+            self.context.check(text, reply.grids)
             interval_s = ask.interval_s() if ask.kind == "video" else None
             yield part if interval_s is None else replace(part, interval_s=interval_s * self.encoder.temporal_patch)
         if not reply.grids:
@@ -277,7 +280,7 @@ class Answerer:
         rows = []
         for question in questions:
             ids, spans = self.prompts.tokens(question.prompt, question.encoded)
-            self._check_context(ids.shape[1] - question.encoded.vision_tokens, question.encoded.grids)
+            self.context.check(ids.shape[1] - question.encoded.vision_tokens, question.encoded.grids)
             rows.append(_Row(question, ids[0], spans))
         return [answer for batch in self._batches(rows) for answer in self._batch(batch, lightkv)]
 
@@ -389,17 +392,6 @@ class Answerer:
                 )
             )
         return answers
-
-    def _check_context(self, text_tokens: int, grids: Sequence[tuple[int, int, int]]) -> None:
-        limit = self.card.config.get_text_config().max_position_embeddings
-        needed = text_tokens + self.encoder.positions(grids) + self.settings.max_new_tokens
-        if needed > limit:
-            raise UnitError(
-                "prepare",
-                "ContextTooLong",
-                f"expected at most {limit} positions (the model's context), got {needed}; lower frames.max_frames, "
-                "frames.max_px or model.max_new_tokens, or cut clips with clips.length_s",
-            )
 
     def _until_stop(self, new_ids: list[int]) -> tuple[list[int], bool]:
         """A row's tokens up to and including its first stop token, and whether it has one; padding comes after it."""

@@ -7,6 +7,7 @@ the reason when going on makes no sense.
 
 import json
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,13 @@ class End:
     tried: bool
 
 
+@dataclass(frozen=True)
+class _Report:
+    at: float
+    worked: int
+    waits_for: str | None
+
+
 class Attempts:
     """Counts starts and ends of units. Every method may be called by many model actors, one call at a time."""
 
@@ -45,10 +53,14 @@ class Attempts:
         self._run = run
         self._starts: dict[str, int] = self._read()  # of units that have not ended
         self._loads: dict[str, int] = {}  # of model processes that are not up yet
+        self._loading: dict[str, float] = {}  # since when they load
+        self._loaded = 0
+        self._reports: dict[str, _Report] = {}
         self._given_up = 0  # in a row
         self._units: dict[str, int] = {}
         self._draining = False
         self._fault: str | None = None
+        self._stalled: str | None = None
         self._changed = threading.Event()
         threading.Thread(target=self._keep, name="attempts", daemon=True).start()
 
@@ -87,6 +99,7 @@ class Attempts:
     def loading(self, process: str) -> None:
         """A model process begins to load."""
         self._loads[process] = self._loads.get(process, 0) + 1
+        self._loading[process] = time.monotonic()
         if self._loads[process] > _LOADS_IN_A_ROW:
             self._fault = f"the model's process ended {_LOADS_IN_A_ROW} times while it loaded; see the workers' logs"
             self._draining = True
@@ -94,18 +107,44 @@ class Attempts:
     def loaded(self, process: str) -> None:
         """A model process is up."""
         self._loads.pop(process, None)
+        self._loading.pop(process, None)
+        self._loaded += 1
+
+    def report(self, process: str, worked: int, waits_for: str | None) -> bool:
+        """What a model process has computed so far, and what it waits for; returns whether units are held back."""
+        self._reports[process] = _Report(time.monotonic(), worked, waits_for)
+        return self._draining
 
     def drain(self) -> None:
         """From now on no unit enters a model."""
         self._draining = True
 
-    def draining(self) -> bool:
-        """Whether units are held back, on request or because going on makes no sense."""
-        return self._draining
+    def stall(self, reason: str) -> None:
+        """Nothing moves any more: the job ends at once."""
+        self._stalled = self._fault = reason
+        self._draining = True
+
+    def orders(self) -> tuple[bool, str | None]:
+        """Whether units are held back, on request or because going on makes no sense; why to end at once, if so."""
+        return self._draining, self._stalled
 
     def state(self) -> dict[str, Any]:
-        """Units that ended since the start, by status; why the job should end, if it should."""
-        return {"units": dict(self._units), "fault": self._fault}
+        """Units that ended since the start, by status; what model processes do; why the job should end, if it should.
+
+        actors: of each process that reported, rounds of the engine that computed something, what it waits for, and how
+        long it has been silent · loading_s: how long models have been loading · loaded: models that were loaded
+        """
+        now = time.monotonic()
+        return {
+            "units": dict(self._units),
+            "fault": self._fault,
+            "loaded": self._loaded,
+            "loading_s": [now - since for since in self._loading.values()],
+            "actors": {
+                process: {"worked": one.worked, "waits_for": one.waits_for, "silent_s": now - one.at}
+                for process, one in self._reports.items()
+            },
+        }
 
     def _read(self) -> dict[str, int]:
         if not storage.exists(self._uri, self._config):

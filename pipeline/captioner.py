@@ -22,7 +22,7 @@ from pipeline.config import JobConfig
 from pipeline.decode import FrameBatch
 from pipeline.errors import ConfigError, SkippedError, UnitError
 from pipeline.frames import Sizing
-from pipeline.memory import bound_device, keep_freed_memory, memory_of
+from pipeline.memory import bound_device, memory_of
 from pipeline.models import describe
 from pipeline.samples import Sample, Sampling
 from pipeline.schema import ROW_SCHEMA
@@ -41,11 +41,16 @@ def lightkv_config(job: JobConfig, model_config: Any) -> LightKVConfig | None:
 
 @dataclass(frozen=True)
 class Given:
-    """A unit and its frame batches, None where the next one is not there yet; `alone`: with no other in the model."""
+    """A unit and its frame batches, None where the next one is not ready yet.
+
+    alone     with no other unit in the model
+    waited_s  for its first batch, while no unit was in the model
+    """
 
     unit: dict[str, Any]
     batches: Iterable[FrameBatch | None]
     alone: bool = False
+    waited_s: float = 0.0
 
 
 @dataclass
@@ -65,10 +70,10 @@ class Captioner:
         self.run_id = run_id
         self._sampling = sampling
         self.lightkv = lightkv_config(job, describe(job.model).config)  # refused before the weights are loaded
-        keep_freed_memory()
         self.answerer = Answerer(job.model)
         self._device: torch.device = self.answerer.model.device
         self.answerer.encoder.repeat_tolerance = job.frames.repeat_tolerance
+        self.answerer.encoder.images_together = job.frames.batch_frames
         room = bound_device(job.limits, self._device)
         self.memory = memory_of(job, self.answerer.card.config, self.answerer.model.dtype, room)
         self._config_hash = job.hash()
@@ -83,24 +88,33 @@ class Captioner:
         (row,) = self.rows([Given(unit, batches)])
         return row
 
-    def rows(self, units: Iterable[Given | None], beat: Callable[[], None] | None = None) -> Iterator[dict[str, Any]]:
+    def refusal(self, unit: dict[str, Any]) -> UnitError | None:
+        """Why a unit cannot be answered, as far as its plan shows; such a unit need not be decoded."""
+        return self.answerer.context.refusal(unit, self.job.frames)
+
+    def rows(
+        self,
+        units: Iterable[Given | None],
+        beat: Callable[[], None] | None = None,
+        wait: Callable[[float], None] = time.sleep,
+    ) -> Iterator[dict[str, Any]]:
         """Output rows (`ROW_SCHEMA`) as they are complete, in any order; failures of a unit are in its row.
 
-        A unit is taken when there is room for it; None says that there is none yet. `beat` is called while the model
-        is alive (`Engine.run`).
+        A unit is taken when there is room for it; None says that there is none yet. `beat` and `wait` as in
+        `Engine.run`.
         """
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         in_model: dict[str, _Open] = {}
         asks = (None if given is None else self._ask(given, in_model) for given in units)
-        for reply in self.answerer.serve(asks, self.lightkv, self.memory, beat, self.job.engine.compiled):
+        for reply in self.answerer.serve(asks, self.lightkv, self.memory, beat, wait, self.job.engine.compiled):
             yield self._finished(in_model.pop(reply.key), reply)
 
     def _ask(self, given: Given, in_model: dict[str, _Open]) -> Ask:
         unit = given.unit
         step = self.answerer.encoder.temporal_patch if unit["kind"] == "video" else 1
         sample = self._sampling.sample(unit["id"], step) if self._sampling is not None else None
-        meter = _Meter(unit["id"], given.batches, sample)
+        meter = _Meter(unit["id"], given.batches, sample, given.waited_s)
         in_model[unit["id"]] = _Open(unit, meter, sample)
         seeds = [_seed(self.job.model.seed, unit["id"], prompt["prompt_id"]) for prompt in unit["prompts"]]
         return Ask(
@@ -126,11 +140,11 @@ class Captioner:
         row |= {
             "frame_times_s": meter.times_s,
             "decode_s": meter.decode_s,
-            "wait_s": meter.wait_s + reply.waited_s,
+            "wait_s": meter.wait_s + meter.read_s + reply.waited_s,
             "peak_memory_bytes": self._peak_memory_bytes(),
         }
         if reply.error is None:
-            row["encode_s"] = max(0.0, reply.encode_s - meter.wait_s)
+            row["encode_s"] = max(0.0, reply.encode_s - meter.read_s)
         if sample is not None:
             sample.write(row["status"])
         return row
@@ -200,14 +214,17 @@ def error_fields(error: UnitError) -> dict[str, Any]:
 class _Meter:
     """Frame batches as the encoder takes them: checked to be the unit's own, their times and waiting noted."""
 
-    def __init__(self, unit_id: str, batches: Iterable[FrameBatch | None], sample: Sample | None) -> None:
+    def __init__(
+        self, unit_id: str, batches: Iterable[FrameBatch | None], sample: Sample | None, waited_s: float
+    ) -> None:
         self._unit_id = unit_id
         self._batches = batches
         self._sample = sample
         self._interval_s: float | None = None
         self.times_s: list[float] = []
         self.decode_s = 0.0
-        self.wait_s = 0.0  # in which the model could do nothing else
+        self.wait_s = waited_s  # before the first batch
+        self.read_s = 0.0
 
     def interval_s(self) -> float | None:
         """Between the unit's frames, as the decoder says; before the first batch None."""
@@ -220,7 +237,7 @@ class _Meter:
             try:
                 batch = next(batches, ...)
             finally:
-                self.wait_s += time.perf_counter() - started
+                self.read_s += time.perf_counter() - started
             if batch is ...:
                 return
             if batch is None:

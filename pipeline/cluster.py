@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,12 @@ from pipeline.attempts import Attempts
 from pipeline.config import JobConfig
 from pipeline.errors import RunError, StoppedError
 from pipeline.metrics import DriverMetrics
-from pipeline.priority import waking_nobody
 from pipeline.run import Work
 from pipeline.summary import clock
+from pipeline.waits import SHOWN_S, Wait, Waits
 
 _LOG = logging.getLogger(__name__)
-# Of a local cluster, which has the model's CPUs for its own work, too.
-_BESIDE_THE_MODEL = {
-    "task_events_report_interval_ms": 0,  # nobody lists the tasks of a cluster without a dashboard
-    "max_direct_call_object_size": 1 << 20,  # small frames come in the message, not by way of the object store
-    "worker_niceness": 0,  # not Ray's 15, with which the driver has 28 times the share of the model, a worker too
-}
+_POLL_S = 2.0
 
 
 def cluster_address(job: JobConfig) -> str | None:
@@ -56,21 +51,19 @@ def connect(job: JobConfig) -> Iterator[None]:
             "num_cpus": job.ray.num_cpus,
             "object_store_memory": job.ray.object_store_bytes,
             "include_dashboard": False,
-            "_system_config": _BESIDE_THE_MODEL,
         }
-    with nullcontext() if address else waking_nobody():  # what runs elsewhere is not ours to say
-        try:
-            ray.init(**options)
-        except SystemExit:  # Ray's answer to a SIGTERM while it starts
-            raise StoppedError("the job was asked to end") from None
-        except Exception as error:  # Ray raises plain ones, as when a node of a busy machine starts too slowly
-            reason = " ".join(str(error).split())[:300]
-            what = f"reached at {address}" if address else "started"
-            raise RunError(f"Ray cannot be {what}: {reason}; the same command tries again") from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    try:
+        ray.init(**options)
+    except SystemExit:  # Ray's answer to a SIGTERM while it starts
+        raise StoppedError("the job was asked to end") from None
+    except Exception as error:  # Ray raises plain ones, as when a node of a busy machine starts too slowly
+        reason = " ".join(str(error).split())[:300]
+        what = f"reached at {address}" if address else "started"
+        raise RunError(f"Ray cannot be {what}: {reason}; the same command tries again") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @contextmanager
@@ -86,23 +79,56 @@ def attempts_of(job: JobConfig, work: Work) -> Iterator[ActorHandle]:
         raise RunError(fault)
 
 
+def gpus_of_actor(job: JobConfig) -> float:
+    """GPUs of one model actor."""
+    if job.ray.actors.num_gpus is not None:
+        return job.ray.actors.num_gpus
+    if job.model.device != "auto":
+        return 0.0 if job.model.device == "cpu" else 1.0
+    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
+def actor_fits(job: JobConfig) -> bool:
+    """Whether some node of the cluster has the resources of a model actor, used or not."""
+    wanted = {"GPU": gpus_of_actor(job), "CPU": job.ray.actors.num_cpus}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return any(all(node.get(name, 0.0) >= count for name, count in wanted.items()) for node in nodes)
+
+
 @contextmanager
 def progress_display(job: JobConfig, work: Work, attempts: ActorHandle, total: int, done_before: int) -> Iterator[None]:
-    """A line that is kept up to date in a terminal, a line per interval in a log; and the open units as a metric."""
+    """A line that is kept up to date in a terminal, a line per interval in a log; metrics of what is open and waits.
+
+    Ends the job once it has stalled (`run.stall_s`).
+    """
     stop = threading.Event()
     display = _Display(total, done_before, job.run.log_format)
     interval_s = min(job.run.progress_interval_s, 1.0) if display.terminal else job.run.progress_interval_s
 
+    poll_s = min(interval_s, _POLL_S, job.run.stall_s / 4)
+    waits = Waits(time.monotonic(), total - done_before, job.model.timeout_s)
+
     def watch() -> None:
+        shown_at = time.monotonic()
         with DriverMetrics(work.run_id) as metrics:
             metrics.open_units(total - done_before)
-            while not stop.wait(interval_s):
+            while not stop.wait(poll_s):
+                now = time.monotonic()
                 try:
-                    units = ray.get(attempts.state.remote(), timeout=interval_s)["units"]
+                    state = ray.get(attempts.state.remote(), timeout=_POLL_S)
+                    wait = waits.see(now, state, actor_fits(job))
+                    if wait is not None and wait.all and wait.seconds > job.run.stall_s:
+                        attempts.stall.remote(
+                            f"the job stands still: {wait} (run.stall_s is {job.run.stall_s:g} s); "
+                            "the same command goes on"
+                        )
                 except ray.exceptions.RayError:  # a display never ends a job
                     continue
-                metrics.open_units(total - done_before - sum(units.values()))
-                display.show(units)
+                metrics.open_units(total - done_before - sum(state["units"].values()))
+                metrics.waiting(wait)
+                if now - shown_at >= interval_s:
+                    shown_at = now
+                    display.show(state["units"], wait if wait is not None and wait.seconds > SHOWN_S else None)
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
     thread.start()
@@ -122,21 +148,24 @@ class _Display:
         self._before = done_before
         self._started = time.monotonic()
 
-    def show(self, units: dict[str, int]) -> None:
+    def show(self, units: dict[str, int], wait: Wait | None = None) -> None:
         now = sum(units.values())
         elapsed_s = time.monotonic() - self._started
         per_hour = 3600 * now / elapsed_s
         left_s = (self._total - self._before - now) / now * elapsed_s if now else None
         if self._json:
-            logs.event(
-                _LOG, "progress", units=units, done=self._before + now, total=self._total, per_hour=round(per_hour)
-            )
+            told: dict[str, Any] = {}
+            if wait is not None:
+                told = {"waits_for": wait.reason, "waits_s": round(wait.seconds), "all_wait": wait.all}
+            done, per_hour = self._before + now, round(per_hour)
+            logs.event(_LOG, "progress", units=units, done=done, total=self._total, per_hour=per_hour, **told)
             return
         counts = " ".join(f"{status} {count}" for status, count in sorted(units.items()))
         done = self._before + now
         share = done / self._total if self._total else 1.0
         left = "?" if left_s is None else clock(left_s)
         line = f"{done:,}/{self._total:,} units ({share:.0%})  {counts or 'starting'}  {per_hour:,.0f}/h  left {left}"
+        line += "" if wait is None else f"  {wait}"
         if self.terminal:
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
         else:

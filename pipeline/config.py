@@ -148,9 +148,7 @@ class Decode(_Section):
         description="auto (decord; PyAV for what it cannot open or would decode twice) | decord | pyav | "
         "package.module:function",
     )
-    timeout_s: float = Field(
-        300.0, gt=0, description="longest wait for one batch of frames; twice that for a unit's only one"
-    )
+    timeout_s: float = Field(300.0, gt=0, description="longest wait for one batch of frames of a decoder that runs")
     max_retries: int = Field(2, ge=0, le=10, description="of a decoder that dies, per unit")
     prefetch_units: int = Field(
         8, ge=0, le=16, description="units decoded ahead of the next one to enter the model, per actor"
@@ -315,6 +313,12 @@ class Run(_Section):
     )
     max_given_up: int = Field(
         20, ge=1, description="such units in a row, none finished in between; then it is not the units: the job ends"
+    )
+    stall_s: float = Field(
+        600.0,
+        gt=0,
+        description="end the job with the reason, exit code 2, once nothing has moved for so long: no frame, no token, "
+        "no row, no model that loads",
     )
     grace_s: float = Field(25.0, ge=0, description="after SIGTERM: time for the units in the model to be finished")
     lock_timeout_s: float = Field(120.0, gt=0, description="a lock whose owner gave no sign for so long is dead")

@@ -1,78 +1,126 @@
-"""The decode tasks, which run in processes of their own.
+"""The decode tasks, which run in processes of their own, and the count of batches that tells them when to go on.
 
-Here is only what a process needs to take one. The rest comes in a thread that waits for all others: it takes a CPU for
-a quarter of a second, which decoders that are through with it, and models, would have to wait for.
+Only light imports here, because every decoding process and the counter load this module before their first task; the
+decoders are imported by the first unit that is decoded.
+
+Why no unit waits for ever for a CPU to be decoded on:
+
+    A decode task holds a CPU only while it decodes. It may be `AHEAD` batches ahead of its reader; before the next one
+    it waits in `ray.get` for the reader to have read far enough, and Ray gives the CPU of a task that waits there to
+    others. So every CPU is held by a decoder that will finish its batch in finite time (or die, or be ended by
+    `decode.timeout_s`) and then ends, or waits without a CPU. A unit that was asked for therefore gets a CPU, whatever
+    the reader does with the other units, and in whatever order Ray starts the tasks.
 """
 
+import asyncio
 import pickle
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.actor import ActorHandle
 
 from pipeline.errors import SkippedError, UnitError
-from pipeline.priority import behind_all
 
 if TYPE_CHECKING:
     from pipeline.config import Clips, Decode, Frames, Storage
     from pipeline.decode import FrameBatch
     from pipeline.frames import Sizing
 
+AHEAD = 4  # messages that a decoder may be ahead of its reader
+
+
+class ReadCounts:
+    """How many messages of each stream were read; decoders wait here. An asyncio actor, one per reader."""
+
+    def __init__(self) -> None:
+        self._read: dict[str, int] = {}
+        self._changed: dict[str, asyncio.Event] = {}
+
+    async def wait(self, stream: str, count: int, timeout_s: float = 60.0) -> bool:
+        """Whether `count` messages of a stream were read, or it was closed, within `timeout_s`.
+
+        The limit ends waits of decoders that are gone; those that are there ask again.
+        """
+        while self._read.get(stream, 0) < count:
+            changed = self._changed.setdefault(stream, asyncio.Event())
+            try:
+                await asyncio.wait_for(changed.wait(), timeout_s)
+            except TimeoutError:
+                return False
+            if stream not in self._read:
+                return True
+        return True
+
+    async def read(self, stream: str, count: int) -> None:
+        """Note that `count` messages were read, and wake the decoder."""
+        self._read[stream] = max(count, self._read.get(stream, 0))
+        self._wake(stream)
+
+    async def close(self, stream: str) -> None:
+        """Forget a stream that nobody reads any more, and wake its decoder."""
+        self._read.pop(stream, None)
+        self._wake(stream)
+
+    def _wake(self, stream: str) -> None:
+        changed = self._changed.pop(stream, None)
+        if changed is not None:
+            changed.set()
+
 
 @ray.remote
-def decode_stream(unit: dict[str, Any], settings: bytes) -> "Iterator[FrameBatch | UnitError | None]":
-    """One unit's frame batches as they come: None once the task runs, then batches, or the error that ended them."""
+def decode_stream(
+    unit: dict[str, Any], settings: bytes, stream: str, counts: ActorHandle
+) -> "Iterator[list[FrameBatch] | UnitError | None]":
+    """One unit's messages: None once the task runs, then lists of frame batches, or the error that ended them."""
     yield None
-    yield from _in_background(_decoded(unit, settings))
+    messages = decoded(unit, settings)
+    number = 0
+    while True:
+        if number >= AHEAD:
+            wait_until_read(counts, stream, number - AHEAD + 1)
+        message = next(messages, None)
+        if message is None:
+            return
+        yield message
+        del message  # only one batch is in memory while the next one is decoded
+        number += 1
 
 
-@ray.remote
-def decode_whole(unit: dict[str, Any], settings: bytes) -> "Whole":
-    """One unit's frame batches in one message: half a stream's CPU time, but no word of when the task begins."""
-    began = time.perf_counter()
-    items = list(_in_background(_decoded(unit, settings)))
-    return Whole(time.perf_counter() - began, items)
+def wait_until_read(counts: ActorHandle, stream: str, count: int) -> None:
+    """Wait without a CPU until the reader has read `count` messages. A counter that died holds nobody back."""
+    try:
+        while not ray.get(counts.wait.remote(stream, count)):
+            pass
+    except ray.exceptions.RayActorError:
+        return
 
 
-@dataclass(frozen=True)
-class Whole:
-    """All of a unit, and how long it took: batches, and the error that ended them if one did."""
-
-    took_s: float
-    items: "list[FrameBatch | UnitError]"
-
-
-def _decoded(unit: dict[str, Any], settings: bytes) -> "Iterator[FrameBatch | UnitError]":
+def decoded(unit: dict[str, Any], settings: bytes) -> "Iterator[list[FrameBatch] | UnitError]":
+    """A unit's frame batches in messages: a video's one by one, of an image set `frames.batch_frames` together."""
+    message: list[FrameBatch] = []
+    error: UnitError | None = None
     try:
         from pipeline.decode import decode_unit
 
         clips, frames, decode, storage, sizing = _settings(settings)
         check_length(unit, clips)
-        yield from decode_unit(unit, frames=frames, decode=decode, storage=storage, sizing=sizing)
-    except UnitError as error:
+        together = frames.batch_frames if unit["kind"] == "images" else 1
+        for batch in decode_unit(unit, frames=frames, decode=decode, storage=storage, sizing=sizing):
+            message.append(batch)
+            del batch  # only one batch is in memory while the next one is decoded
+            if len(message) == together:
+                yield message
+                message = []
+    except UnitError as raised:
+        error = raised
+    except Exception as raised:
+        error = UnitError("decode", type(raised).__name__, str(raised) or repr(raised))
+    if message:
+        yield message
+    if error is not None:
         yield error
-    except Exception as error:
-        yield UnitError("decode", type(error).__name__, str(error) or repr(error))
-
-
-def _in_background(items: "Iterator[FrameBatch | UnitError]") -> "Iterator[FrameBatch | UnitError]":
-    """The same items, made in a thread that leaves the CPUs to whoever else wants them.
-
-    Of a node's processes the models must not wait, and they do for every decoder that is put on their CPU. A process
-    could not go back to its priority and may be a model's next; a thread of it need not.
-    """
-    thread = _background()
-    while (item := thread.submit(next, items, None).result()) is not None:
-        yield item
-
-
-@cache
-def _background() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "decode", initializer=behind_all)
 
 
 @cache

@@ -43,6 +43,7 @@ class FrameEncoder:
         self.config = config
         self.preprocessor = preprocessor
         self.repeat_tolerance: float | None = None  # Frames.repeat_tolerance, for encoders that know of it
+        self.images_together = 16  # images of a set that go through the tower in one call
 
     def sizing(self, frames: Frames) -> Sizing:
         """The sizes frames may have."""
@@ -130,20 +131,27 @@ class QwenEncoder(FrameEncoder):
         return "image" if kind == "images" else "video"
 
     def parts(self, model: Any, kind: str, items: Iterable[tuple[int, np.ndarray] | None]) -> Iterator[Vision | None]:
+        if kind == "images":
+            yield from self._images(model, items)
+            return
         steps = 0
-        batches = items if kind == "images" else _rechunk(items, self.temporal_patch)
-        for batch in batches:
+        for batch in _rechunk(items, self.temporal_patch):
             if batch is None:
                 yield None
                 continue
-            if kind == "images":
-                features, grid = self._tower(model, np.repeat(batch[1], self.temporal_patch, axis=0))
-                yield Vision(features, grid)
-                continue
             frames, counts = self._without_repeats(batch[1])
-            features, grid = self._tower(model, frames)
+            (features,), (grid,) = self._tower(model, [frames])
             yield Vision(features, grid, steps, counts)
             steps += sum(counts) if counts is not None else grid[0]
+
+    def _images(self, model: Any, items: Iterable[tuple[int, np.ndarray] | None]) -> Iterator[Vision | None]:
+        for images in _grouped(items, self.images_together):
+            if images is None:
+                yield None
+                continue
+            repeated = [np.repeat(image, self.temporal_patch, axis=0) for image in images]
+            for features, grid in zip(*self._tower(model, repeated), strict=True):
+                yield Vision(features, grid)
 
     def _without_repeats(self, frames: np.ndarray) -> tuple[np.ndarray, tuple[int, ...] | None]:
         """Frames [T, H, W, 3] without the steps in time that repeat the last one left, and how many each stands for."""
@@ -163,12 +171,16 @@ class QwenEncoder(FrameEncoder):
                 counts.append(1)
         return steps[kept].reshape(-1, *frames.shape[1:]), tuple(counts)
 
-    def _tower(self, model: Any, frames: np.ndarray) -> tuple[Tensor, tuple[int, int, int]]:
-        """The vision tower over whole temporal patches; its attention never crosses them, so chunks are exact."""
-        patches, grid = self.patchify(self.pixels(frames, model.device))
-        grid_thw = torch.tensor([grid], device=model.device)
-        features = model.get_video_features(patches.to(model.dtype), grid_thw, return_dict=True).pooler_output[0]
-        return features, (grid[0], grid[1] // self.merge, grid[2] // self.merge)
+    def _tower(self, model: Any, items: list[np.ndarray]) -> tuple[list[Tensor], list[tuple[int, int, int]]]:
+        """Features and grids in tokens of items [T, H, W, 3], T a multiple of the temporal patch, in one call.
+
+        The tower's attention never crosses items nor temporal patches, so batches of a video are exact, too.
+        """
+        patches, grids = zip(*(self.patchify(self.pixels(frames, model.device)) for frames in items), strict=True)
+        grid_thw = torch.tensor(grids, device=model.device)
+        together = torch.cat(patches).to(model.dtype)
+        features = list(model.get_video_features(together, grid_thw, return_dict=True).pooler_output)
+        return features, [(t, h // self.merge, w // self.merge) for t, h, w in grids]
 
     def patchify(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """[T, 3, H, W] to patches [t·h·w, 3·pt·p·p] in the tower's order (merge windows together), and (t, h, w)."""
@@ -216,11 +228,11 @@ class LlavaEncoder(FrameEncoder):
         return "image"
 
     def parts(self, model: Any, kind: str, items: Iterable[tuple[int, np.ndarray] | None]) -> Iterator[Vision | None]:
-        for batch in items:
-            if batch is None:
+        for images in _grouped(items, self.images_together if kind == "images" else 1):
+            if images is None:
                 yield None
                 continue
-            pixels = self.pixels(batch[1], model.device).to(model.dtype)
+            pixels = self.pixels(np.concatenate(images), model.device).to(model.dtype)
             for features in model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output:
                 yield Vision(features, (1, self.cells, self.cells))
 
@@ -246,6 +258,24 @@ def encoder_for(config: Any, preprocessor: dict[str, Any]) -> FrameEncoder:
 def _pooled(rows: Sequence[Encoded]) -> BaseModelOutputWithPooling:
     """The items of all rows one after the other, as the model's own vision tower would give them."""
     return BaseModelOutputWithPooling(pooler_output=tuple(item for row in rows for item in row.features))
+
+
+def _grouped(items: Iterable[tuple[int, np.ndarray] | None], count: int) -> Iterator[list[np.ndarray] | None]:
+    """Images in groups of `count`, the last one of what is left; None where the next image is not there yet.
+
+    Groups do not depend on when images come, so neither do the tower's results.
+    """
+    group: list[np.ndarray] = []
+    for item in items:
+        if item is None:
+            yield None
+            continue
+        group.append(item[1])
+        if len(group) == count:
+            yield group
+            group = []
+    if group:
+        yield group
 
 
 def _rechunk(

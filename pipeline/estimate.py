@@ -18,6 +18,7 @@ from pipeline.frames import Sizing, target_times
 
 if TYPE_CHECKING:
     from pipeline.encode import FrameEncoder
+    from pipeline.errors import UnitError
 
 _TEMPLATE_TOKENS = 24  # of a chat template around the prompt
 _CHARACTERS_PER_TOKEN = 4.0
@@ -27,13 +28,14 @@ _CHARACTERS_PER_TOKEN = 4.0
 class Totals:
     """Sums over units. Token, KV and FLOP figures are zero without a model; KV is that of a unit's first prompt.
 
-    `hours` and everything after it cover the probed units only; `unprobed` counts the others.
+    `too_long` and everything after it cover the probed units only; `unprobed` counts the others.
     """
 
     units: int = 0
     unprobed: int = 0
     videos: int = 0  # distinct files, or images
     bytes: int = 0
+    too_long: int = 0  # for the model's context: refused without decoding
     hours: float = 0.0
     frames: int = 0
     vision_tokens: int = 0
@@ -61,6 +63,7 @@ class PlanSummary:
     repeated_rows: int = 0
     known_units: int = 0  # that earlier runs answered
     probe_errors: dict[str, str] = field(default_factory=dict)  # uri → why
+    refusals: dict[str, str] = field(default_factory=dict)  # id of a unit that the model's context cannot hold → why
 
 
 def estimate_plan(
@@ -70,8 +73,12 @@ def estimate_plan(
     model_config: Any = None,
     encoder: "FrameEncoder | None" = None,
     compression: LightKVConfig | None = None,
+    refusal: "Callable[[dict[str, Any], Frames], UnitError | None] | None" = None,
 ) -> PlanSummary:
-    """Add up `table` of UNIT_SCHEMA; tokens and costs need `model_config` (transformers') and its `encoder`."""
+    """Add up `table` of UNIT_SCHEMA; tokens and costs need `model_config` (transformers') and its `encoder`.
+
+    `refusal` (`ContextLimit.refusal`) says which units the model's context cannot hold.
+    """
     tokens = _token_counter(encoder, config.frames) if encoder is not None else None
     cost = _cost_counter(model_config, compression, config)
     summary = PlanSummary()
@@ -81,6 +88,10 @@ def estimate_plan(
     for batch in table.to_batches(max_chunksize=4096):
         for unit in batch.to_pylist():
             one = _unit_totals(unit, config.frames, tokens, cost)
+            refused = refusal(unit, config.frames) if refusal is not None else None
+            if refused is not None:
+                one.too_long = 1
+                summary.refusals[unit["id"]] = refused.message
             one.videos = sum(uri not in seen for uri in unit["uris"])
             one.bytes = (unit["size_bytes"] or 0) if unit["uris"][0] not in seen else 0
             seen.update(unit["uris"])

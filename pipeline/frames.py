@@ -57,13 +57,6 @@ def target_times(first_s: float, last_s: float, frames: Frames) -> np.ndarray:
     return _even(first_s, last_s, wanted)
 
 
-def most_frames(start_s: float | None, end_s: float | None, frames: Frames) -> int:
-    """So many frames `choose_frames` takes of this window at most, whatever the video."""
-    if end_s is None:
-        return frames.count if frames.strategy == "uniform" else frames.max_frames
-    return len(target_times(start_s or 0.0, end_s, frames))
-
-
 def _rate_count(span_s: float, frames: Frames) -> int:
     return math.floor((span_s + _ROUNDING_S) * frames.fps) + 1
 

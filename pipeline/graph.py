@@ -8,10 +8,10 @@ import ray.data
 from ray.actor import ActorHandle
 from ray.data import ActorPoolStrategy, ExecutionResources
 from ray.data.checkpoint import CheckpointConfig
-from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
 
 from pipeline.actor import BLOCKS_AT_ONCE, CaptionActor
+from pipeline.cluster import gpus_of_actor
 from pipeline.config import JobConfig
 from pipeline.errors import RunError
 from pipeline.ray_hooks import CleanOnly, Drain
@@ -41,7 +41,7 @@ def build(
             max_concurrent_calls_per_actor=BLOCKS_AT_ONCE,
             enable_true_multi_threading=True,
         ),
-        num_gpus=_gpus(job),
+        num_gpus=gpus_of_actor(job),
         num_cpus=actors.num_cpus,
     )
 
@@ -57,7 +57,7 @@ def execute(job: JobConfig, work: Work, attempts: ActorHandle, actor: type[Capti
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would tell how to enable them
     context.use_datasource_v2 = False  # it starts 32 processes to read the footer of one file
     context.max_consecutive_actor_init_deaths = 2
-    context.execution_no_progress_timeout_s = longest_block_s(job)
+    context.execution_no_progress_timeout_s = -1  # `waits` ends a job that is stuck, and knows the reason
     context.execution_options.preserve_order = False
     context.custom_execution_callback_classes = [functools.partial(Drain, attempts)]
     if job.ray.actors.num_cpus > 0:  # decode tasks are not Ray Data's: keep it from taking their CPUs
@@ -79,31 +79,13 @@ def execute(job: JobConfig, work: Work, attempts: ActorHandle, actor: type[Capti
             min_rows_per_file=job.sink.rows_per_file,
             compression=job.sink.compression,
         )
-    except (RayError, ExecutionTimeoutError, OSError) as error:
+    except (RayError, OSError) as error:
         raise RunError(f"the job cannot go on: {_cause(error)}; rows in {work.data} stay, fix it and repeat") from error
     finally:
         context.checkpoint_config = None
         context.custom_execution_callback_classes = []
 
 
-def longest_block_s(job: JobConfig) -> float:
-    """How long nothing may move: while an actor works on blocks and, should a unit end it, on the same blocks again.
-
-    Never less than Ray Data's own half an hour, in which models load and clusters grow.
-    """
-    units = BLOCKS_AT_ONCE * job.ray.actors.batch_units
-    return max(1800.0, units * job.run.max_attempts * job.model.timeout_s)
-
-
 def _cause(error: Exception) -> str:
-    """The line of what Ray tells in which the cause stands: the first of a stall, else the last, after a traceback."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0 if isinstance(error, ExecutionTimeoutError) else -1].strip()[:300]
-
-
-def _gpus(job: JobConfig) -> float:
-    if job.ray.actors.num_gpus is not None:
-        return job.ray.actors.num_gpus
-    if job.model.device != "auto":
-        return 0.0 if job.model.device == "cpu" else 1.0
-    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+    """The last line of what Ray tells, after the traceback: there stands the cause."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:300]

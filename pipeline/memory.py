@@ -1,6 +1,5 @@
-"""What the engine may hold: its caches as the job wants them, its pieces and batches as the memory there is allows."""
+"""Sizes the engine's caches, pieces and batches from the job's settings and the device's memory."""
 
-import ctypes
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ from pipeline.errors import ConfigError as JobError
 
 CACHES, PIECE = 0.6, 0.25  # shares of what the weights leave; the rest is the vision tower's and the allocator's
 LEAST_PIECE = 256  # tokens
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -26,19 +24,6 @@ class Room:
     @property
     def left(self) -> int:
         return self.total - self.weights
-
-
-def keep_freed_memory(most_bytes: int = 1 << 30, largest_bytes: int = 32 << 20) -> None:
-    """Let this process keep `most_bytes` of what it frees, in blocks up to `largest_bytes` (glibc's own upper bound).
-
-    By itself glibc returns the end of its heap to the system as the tensors of one prefill go, and the next prefill
-    faults it in again, page by page, which takes the longer the more other processes ask the system for memory.
-    Other allocators are left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, most_bytes)
-        mallopt(_M_MMAP_THRESHOLD, largest_bytes)
 
 
 def bound_device(limits: Limits, device: torch.device) -> Room | None:

@@ -7,11 +7,14 @@ stands in the rows. Labels are bounded: run, status, stage and error type, never
 """
 
 import threading
+import time
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, Self
 
 from ray.util.metrics import Counter, Gauge, Histogram
+
+from pipeline.waits import REASONS, Wait
 
 _BOUNDS_S = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0]
 _REPEAT_S = 5.0
@@ -48,6 +51,12 @@ DECODE_SECONDS = Spec("counter", "lightkv_decode_seconds", "Time decoders worked
 CRASHED_ATTEMPTS = Spec("counter", "lightkv_crashed_attempts", "Starts of units that ended with their model actor")
 UNIT_SECONDS = Spec("histogram", "lightkv_unit_seconds", "Time per unit; the sum is not exact", ("stage",))
 STREAMS = Spec("gauge", "lightkv_streams", "Decode streams of an actor: asked for, or running", ("state",))
+WAITING_SECONDS = Spec(
+    "gauge", "lightkv_waiting_seconds", "How long a model actor has waited by now, 0: not", ("reason",)
+)
+JOB_WAITING_SECONDS = Spec(
+    "gauge", "lightkv_job_waiting_seconds", "How long the whole job has waited by now", ("reason",)
+)
 OPEN_UNITS = Spec("gauge", "lightkv_open_units", "Units of the run that have no row yet")
 
 SPECS = (
@@ -63,9 +72,12 @@ SPECS = (
     CRASHED_ATTEMPTS,
     UNIT_SECONDS,
     STREAMS,
+    WAITING_SECONDS,
+    JOB_WAITING_SECONDS,
     OPEN_UNITS,
 )
-_ACTOR = tuple(spec for spec in SPECS if spec is not OPEN_UNITS)
+_DRIVER = (OPEN_UNITS, JOB_WAITING_SECONDS)
+_ACTOR = tuple(spec for spec in SPECS if spec not in _DRIVER)
 _METRICS = {
     "counter": Counter,
     "gauge": Gauge,
@@ -115,6 +127,7 @@ class ActorMetrics:
 
     def __init__(self, run_id: str) -> None:
         self._run = _Run(run_id, _ACTOR)
+        self._waits_since: float | None = None
         self._covered_to: datetime | None = None  # up to here units were in the model
         self._unnamed_s = 0.0  # time with units in the model that no stage has named; negative: named beforehand
 
@@ -154,12 +167,23 @@ class ActorMetrics:
         self._run.set(STREAMS, asked, state="asked")
         self._run.set(STREAMS, running, state="running")
 
+    def waiting(self, reason: str | None) -> None:
+        """What this actor waits for (of `waits.REASONS`), None: it computes."""
+        now = time.monotonic()
+        self._waits_since = None if reason is None else self._waits_since or now
+        _set_waiting(self._run, WAITING_SECONDS, reason, now - (self._waits_since or now))
+
+
+def _set_waiting(run: _Run, spec: Spec, reason: str | None, seconds: float) -> None:
+    for name in REASONS:
+        run.set(spec, seconds if name == reason else 0.0, reason=name)
+
 
 class DriverMetrics:
     """What the driver tells for a `with` block: how much there is left to do."""
 
     def __init__(self, run_id: str) -> None:
-        self._run = _Run(run_id, (OPEN_UNITS,))
+        self._run = _Run(run_id, _DRIVER)
 
     def __enter__(self) -> Self:
         return self
@@ -170,6 +194,13 @@ class DriverMetrics:
     def open_units(self, count: int) -> None:
         """How many units have no row yet."""
         self._run.set(OPEN_UNITS, count)
+
+    def waiting(self, wait: Wait | None) -> None:
+        """What the whole job waits for."""
+        if wait is not None and wait.all:
+            _set_waiting(self._run, JOB_WAITING_SECONDS, wait.reason, wait.seconds)
+        else:
+            _set_waiting(self._run, JOB_WAITING_SECONDS, None, 0.0)
 
 
 def actor_seconds(row: dict[str, Any]) -> dict[str, float]:

@@ -15,6 +15,8 @@ from ray.data._internal.execution.operators.actor_pool_map_operator import Actor
 from ray.data.checkpoint.checkpoint_filter import IdColumnCheckpointManager
 from ray.data.checkpoint.checkpoint_writer import PENDING_CHECKPOINT_SUFFIX
 
+from pipeline.errors import RunError
+
 _ASK_EVERY_S = 0.5
 _PENDING = f"{PENDING_CHECKPOINT_SUFFIX}.parquet"
 
@@ -46,6 +48,8 @@ class CleanOnly(IdColumnCheckpointManager):
 class Drain(ExecutionCallback):
     """Once the job drains, ends the graph behind the blocks that the actors have; queued units stay for later.
 
+    A job that stalls ends at once: `RunError` with the reason.
+
     Sent through the actors, which give no rows of them, hundreds of thousands of units would take minutes.
     """
 
@@ -58,7 +62,10 @@ class Drain(ExecutionCallback):
     def on_execution_step(self, executor: Any) -> None:
         """Called by Ray Data's scheduling loop, many times a second."""
         topology = executor._topology
-        if not self._draining and self._asked():
+        draining, stalled = self._orders()
+        if stalled is not None:
+            raise RunError(stalled)
+        if draining and not self._draining:
             self._draining = True
             actors = next(operator for operator in topology if isinstance(operator, ActorPoolMapOperator))
             actors.clear_internal_input_queue()
@@ -71,16 +78,16 @@ class Drain(ExecutionCallback):
                 operator.mark_execution_finished()
                 topology[operator].output_queue.clear()
 
-    def _asked(self) -> bool:
-        """Whether the job drains, as it was known a moment ago; never waits."""
+    def _orders(self) -> tuple[bool, str | None]:
+        """What `Attempts.orders` said a moment ago; never waits."""
         if self._reply is None:
             if time.monotonic() - self._asked_at < _ASK_EVERY_S:
-                return False
+                return self._draining, None
             self._asked_at = time.monotonic()
-            self._reply = self._attempts.draining.remote()
+            self._reply = self._attempts.orders.remote()
         ready, _ = ray.wait([self._reply], timeout=0)
         if not ready:
-            return False
-        draining: bool = ray.get(self._reply)
+            return self._draining, None
+        orders: tuple[bool, str | None] = ray.get(self._reply)
         self._reply = None
-        return draining
+        return orders

@@ -37,14 +37,6 @@ def dangerous(path, index, size):
     return source
 
 
-def policies(path, index, size):
-    """decord; into a file beside the video go the scheduling policies of the decoder's process, of the thread that
-    decodes in it, and of the one that takes the frames, and the niceness of that one.
-    """
-    source = DecordSource(path, index, size)
-    return _Trapped(source, _note, f"{path}.policies", os.sched_getscheduler(os.getpid()), os.sched_getscheduler(0))
-
-
 class _Trapped:
     def __init__(self, source, *trap):
         self._source, self._trap = source, trap
@@ -75,12 +67,6 @@ def _kill(frames, marker):
             return frames
         open(marker, "x").close()
     os.kill(os.getpid(), 9)
-
-
-def _note(frames, file, *policies):
-    with open(file, "w") as lines:
-        print(*policies, os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), file=lines)
-    return frames
 
 
 def _silence(frames):

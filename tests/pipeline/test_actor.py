@@ -61,6 +61,7 @@ class _Remote:
         self.started, self.ended = [], []
         self.begun = SimpleNamespace(remote=lambda ids: {})
         self.loading = self.loaded = SimpleNamespace(remote=lambda process: None)
+        self.report = SimpleNamespace(remote=lambda process, worked, waits_for: self.drain)
         self.start = SimpleNamespace(remote=self._start)
         self.end = SimpleNamespace(remote=self.ended.extend)
 
@@ -93,7 +94,10 @@ class _Captioner:
         self.together = []
         self.broken = None
 
-    def rows(self, units, beat):
+    def refusal(self, unit):
+        return None
+
+    def rows(self, units, beat, wait):
         units, inside = iter(units), []
         while True:
             given = next(units, ...) if len(inside) < self.room else None
@@ -101,6 +105,8 @@ class _Captioner:
                 return
             if given not in (None, ...):
                 inside.append(given)
+                continue
+            if not inside:
                 continue
             if self.broken:
                 raise self.broken
@@ -122,7 +128,9 @@ def served(monkeypatch, tmp_path):
     (tmp_path / "session" / "logs").mkdir(parents=True)
     monkeypatch.setattr(actor, "ray", SimpleNamespace(get=lambda value: value, get_runtime_context=lambda: context))
     monkeypatch.setattr(turns, "ray", SimpleNamespace(get=lambda value: value))
-    monkeypatch.setattr(actor, "ActorMetrics", lambda run_id: SimpleNamespace(streams=_ignore, observe=_ignore))
+    monkeypatch.setattr(
+        actor, "ActorMetrics", lambda run_id: SimpleNamespace(streams=_ignore, observe=_ignore, waiting=_ignore)
+    )
     monkeypatch.setattr(actor.CaptionActor, "_load", lambda self, run_id: _Captioner())
     monkeypatch.setattr(actor.CaptionActor, "_decoders", lambda self: _streams(lambda unit: _Stream()))
     attempts = _Remote()
@@ -137,7 +145,26 @@ def _ignore(*_, **__):
 
 
 def _streams(open_):
-    return SimpleNamespace(open=open_, look=_ignore)
+    return _Streams(open_)
+
+
+class _Streams:
+    """Frames of a unit that is late come once nothing else is ready for some looks."""
+
+    asked = running = 0
+
+    def __init__(self, open_):
+        self._open, self._late, self._looks = open_, [], 0
+
+    def open(self, unit, refusal):
+        stream = self._open(unit)
+        self._late += [] if stream.ready else [stream]
+        return stream
+
+    def look(self):
+        self._looks += 1
+        if self._late and self._looks % 50 == 0:
+            self._late.pop(0).ready = True
 
 
 def _block(*ids):
@@ -286,7 +313,24 @@ def test_what_breaks_the_captioner_is_told_to_every_block_and_the_next_one_is_se
     assert served(_block("c"))["id"].to_pylist() == ["c"]
 
 
-def test_the_captioner_begins_afresh_after_some_units(served, monkeypatch):
-    monkeypatch.setattr(actor, "_UNITS_PER_RUN", 2)
-    assert served(_block(*"abcde"))["id"].to_pylist() == list("abcde")
-    assert max(map(len, served._captioner.together)) == 2
+def test_whether_the_model_computes_or_waits_is_told(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(actor, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=lambda seconds: None))
+    activity = actor.Activity()
+    assert activity.look() == (0, True), "nothing has begun"
+    activity.round()
+    activity.round()
+    assert activity.look() == (1, False), "a round has computed something"
+    clock.now += 60.0
+    assert activity.look() == (1, False), "and another one still does"
+    for _ in range(3):
+        activity.round()
+        activity.wait(0.002)
+    assert activity.look() == (2, False)
+    for _ in range(3):
+        activity.round()
+        activity.wait(0.002)
+    activity.round()  # it has only begun
+    assert activity.look() == (2, True)
+    activity.end()
+    assert activity.look() == (3, False)

@@ -83,7 +83,31 @@ def test_units_by_status_are_counted(file):
     for unit, status in {"a": "ok", "b": "ok", "c": "error"}.items():
         counting.start(unit)
         counting.end([End(unit, status, tried=True)])
-    assert counting.state() == {"units": {"ok": 2, "error": 1}, "fault": None}
+    state = counting.state()
+    assert (state["units"], state["fault"]) == ({"ok": 2, "error": 1}, None)
+
+
+def test_what_processes_load_compute_and_wait_for_is_told(file):
+    counting = attempts(file)
+    counting.loading("a")
+    assert len(counting.state()["loading_s"]) == 1
+    counting.loaded("a")
+    assert counting.report("a", 7, "cpu") is False
+    state = counting.state()
+    assert (state["loading_s"], state["loaded"]) == ([], 1)
+    assert (state["actors"]["a"]["worked"], state["actors"]["a"]["waits_for"]) == (7, "cpu")
+    counting.drain()
+    assert counting.report("a", 8, None) is True
+
+
+def test_a_job_that_stands_still_ends_at_once_with_the_reason(file):
+    counting = attempts(file)
+    assert counting.orders() == (False, None)
+    counting.drain()
+    assert counting.orders() == (True, None)
+    counting.stall("waiting for a CPU")
+    assert counting.orders() == (True, "waiting for a CPU")
+    assert counting.state()["fault"] == "waiting for a CPU"
 
 
 def _give_up(counting, unit):

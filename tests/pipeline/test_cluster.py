@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import sys
 
 import pytest
@@ -12,6 +11,7 @@ from pipeline import logs
 from pipeline.cluster import _Display, connect
 from pipeline.config import load_config
 from pipeline.errors import RunError
+from pipeline.waits import Wait
 
 
 class _Terminal(io.StringIO):
@@ -64,15 +64,18 @@ def test_ray_that_does_not_come_up_is_told_in_a_line(monkeypatch, options, what)
         pass
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has these policies")
-@pytest.mark.parametrize("options", [[], ["ray.address=10.0.0.1:6379"]])
-def test_a_local_ray_begins_as_one_that_wakes_nobody(monkeypatch, options):
-    before, param = os.sched_getscheduler(0), os.sched_getparam(0)
-    seen = []
-    monkeypatch.setattr(ray, "init", lambda **_: seen.append(os.sched_getscheduler(0)))
-    monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with connect(load_config(None, ["source.uri=a", "sink.uri=b", *options])):
-        pass
-    assert seen == [before if options else os.SCHED_BATCH]
-    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == (before, param)
+@pytest.mark.parametrize(("all_", "begins"), [(True, "waiting 12 s for"), (False, "some actors wait 12 s for")])
+def test_what_is_waited_for_stands_in_the_line(monkeypatch, all_, begins):
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    _Display(total=10, done_before=3, log_format="text").show({"ok": 1}, Wait("cpu", 12.3, all_))
+    assert terminal.getvalue().endswith(f"  {begins} a CPU to decode on\n")
+
+
+def test_what_is_waited_for_stands_in_the_event(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with logs.to_terminal("json"):
+        _Display(total=10, done_before=3, log_format="json").show({"ok": 1}, Wait("frames", 12.3))
+    event = json.loads(terminal.getvalue())
+    assert {"waits_for": "frames", "waits_s": 12, "all_wait": True}.items() <= event.items()

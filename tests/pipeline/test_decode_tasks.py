@@ -1,14 +1,15 @@
-"""Which units are left out by their length, what decoding leaves to others, and how a unit's end is told."""
+"""Which units are left out by their length, what messages are made of, and how long a decoder waits for its reader."""
 
-import os
+import asyncio
 import pickle
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from pipeline.config import Clips, Decode, Frames, Storage
-from pipeline.decode_tasks import _decoded, _in_background, check_length
+from pipeline.decode_tasks import AHEAD, ReadCounts, check_length, decoded
 from pipeline.errors import SkippedError, UnitError
 from pipeline.frames import Sizing
 
@@ -38,25 +39,6 @@ def test_nothing_is_skipped_by_default():
     check_length(_unit(duration_s=1e9), Clips())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has this policy")
-def test_batches_are_made_behind_all_others_and_their_reader_stays_where_it_was():
-    before = os.sched_getscheduler(0)
-    made = (os.sched_getscheduler(0) for _ in range(3))
-    assert list(_in_background(made)) == [os.SCHED_IDLE] * 3
-    assert os.sched_getscheduler(0) == before != os.SCHED_IDLE
-
-
-def test_what_ends_the_batches_is_raised_after_those_before_it():
-    def batches():
-        yield "first"
-        raise OSError("the disk is full")
-
-    seen = _in_background(batches())
-    assert next(seen) == "first"
-    with pytest.raises(OSError, match="the disk is full"):
-        next(seen)
-
-
 @pytest.mark.parametrize(
     ("unit", "stage", "kind"),
     [
@@ -67,14 +49,60 @@ def test_what_ends_the_batches_is_raised_after_those_before_it():
 )
 def test_what_keeps_a_unit_from_being_decoded_is_its_last_item(unit, stage, kind):
     settings = pickle.dumps((_LIMITS, Frames(), Decode(), Storage(), Sizing(28, 28 * 28, 56 * 56)))
-    (error,) = _decoded(unit, settings)
+    (error,) = decoded(unit, settings)
     assert isinstance(error, UnitError)
     assert (error.stage, error.error_type) == (stage, kind)
 
 
-def test_a_process_takes_a_task_before_it_has_read_any_decoder():
-    """Reading them takes a quarter of a second of a CPU, and belongs behind all others."""
+def test_the_module_of_the_tasks_imports_no_decoder():
+    """The counter, which is a process of its own, loads it too."""
     heavy = {"av", "decord", "pyarrow.fs", "pipeline.config", "pipeline.decode"}
     code = f"import sys, pipeline.decode_tasks; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not done.stdout.strip()
+
+
+def _images(folder, count):
+    for number in range(count):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / f"{number}.png")
+    uris = [str(folder / f"{number}.png") for number in range(count)]
+    return {"id": "a", "kind": "images", "uris": uris, "start_s": None, "end_s": None, "duration_s": None}
+
+
+def test_images_of_a_set_come_in_messages_of_several(tmp_path):
+    settings = pickle.dumps((Clips(), Frames(batch_frames=3), Decode(), Storage(), Sizing(28, 28 * 28, 56 * 56)))
+    unit = _images(tmp_path, 7)
+    messages = list(decoded(unit, settings))
+    assert [[batch.item for batch in message] for message in messages] == [[0, 1, 2], [3, 4, 5], [6]]
+    (tmp_path / "4.png").unlink()
+    *messages, error = decoded(unit, settings)
+    assert [[batch.item for batch in message] for message in messages] == [[0, 1, 2], [3]]
+    assert error.error_type == "NotFound"
+
+
+def test_a_decoder_waits_until_its_reader_has_read_so_many_messages():
+    async def story():
+        counts = ReadCounts()
+        waits = asyncio.create_task(counts.wait("a", AHEAD))
+        for count in range(1, AHEAD):
+            await counts.read("a", count)
+            await asyncio.sleep(0)
+            assert not waits.done()
+        await counts.read("b", AHEAD)
+        await counts.read("a", AHEAD)
+        assert await waits is True
+        assert await counts.wait("a", AHEAD) is True
+
+    asyncio.run(story())
+
+
+def test_a_stream_that_is_closed_wakes_its_decoder_and_no_wait_lasts_for_ever():
+    async def story():
+        counts = ReadCounts()
+        waits = asyncio.create_task(counts.wait("a", 1))
+        await asyncio.sleep(0)
+        await counts.close("a")
+        assert await waits is True
+        assert await counts.wait("a", 1, timeout_s=0.01) is False
+
+    asyncio.run(story())

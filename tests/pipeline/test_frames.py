@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import Frames
-from pipeline.frames import Sizing, choose_frames, most_frames, target_times
+from pipeline.frames import Sizing, choose_frames, target_times
 
 gaps_ms = st.lists(st.integers(1, 5_000), min_size=1, max_size=200)
 
@@ -42,12 +42,6 @@ def test_frames_are_ascending_and_inside_the_window(times, bounds, frames):
     assert np.all(np.diff(picks) > 0)
     assert set(times[picks]) <= set(inside)
     assert (len(picks) == 0) == (not inside)
-
-
-@settings(deadline=None)
-@given(videos(), window, rules())
-def test_no_video_has_more_frames_in_a_window_than_its_length_allows(times, bounds, frames):
-    assert len(choose_frames(times, *bounds, frames)) <= most_frames(*bounds, frames)
 
 
 @settings(deadline=None)

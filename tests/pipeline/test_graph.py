@@ -1,18 +1,14 @@
-"""What Ray Data makes of the graph's numbers, how long it may stand still, and what is told when it stands longer."""
+"""What Ray Data makes of the graph's numbers, and what is told when the graph ends early."""
 
 import pytest
 from ray.data import ExecutionResources
-from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import RayError
 
 from pipeline import graph
 from pipeline.actor import BLOCKS_AT_ONCE
 from pipeline.config import load_config
 from pipeline.errors import RunError
 from pipeline.run import RunDirectory
-
-
-def job(*overrides):
-    return load_config(None, ["source.uri=/videos", *overrides])
 
 
 @pytest.mark.parametrize("gpus", [0.25, 0.5, 1.0, 2.0])
@@ -23,27 +19,27 @@ def test_the_blocks_of_two_actors_need_the_gpus_of_two(gpus):
     assert of_two.floordiv(one).gpu == 2
 
 
-def test_the_blocks_of_an_actor_may_take_all_starts_of_all_their_units():
-    settings = ["sink.uri=/out", "ray.actors.batch_units=4", "run.max_attempts=3"]
-    assert graph.longest_block_s(job(*settings, "model.timeout_s=600")) == 4 * 4 * 3 * 600
+class _Stopped:
+    """A graph that ends with an error of one of its parts."""
 
+    def __init__(self, error):
+        self.error = error
 
-def test_small_limits_of_the_model_leave_time_to_load_it():
-    settings = ["sink.uri=/out", "ray.actors.batch_units=1", "run.max_attempts=2"]
-    assert graph.longest_block_s(job(*settings, "model.timeout_s=5")) == 1800
-
-
-class _Stalled:
     def write_parquet(self, *_, **__):
-        raise ExecutionTimeoutError(
-            "Dataset execution made no progress for 1800s.\nOperators still running:\n  - Write"
-        )
+        raise self.error
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's about its own settings
-def test_a_graph_that_stands_still_ends_the_job_in_a_line(tmp_path, monkeypatch):
-    stalled = job(f"sink.uri={tmp_path}", "ray.actors.num_gpus=0")
-    monkeypatch.setattr(graph, "build", lambda *_: _Stalled())
-    with pytest.raises(RunError, match="made no progress for 1800s") as raised:
-        graph.execute(stalled, RunDirectory(stalled).open(), None)
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RunError("the job stands still: waiting 600 s for frames"), "^the job stands still"),
+        (RayError("Traceback\n  in a worker\nOSError: the disk is full"), "cannot go on: OSError: the disk is full;"),
+    ],
+)
+def test_what_ends_the_graph_is_told_in_a_line(tmp_path, monkeypatch, error, told):
+    one = load_config(None, ["source.uri=/videos", f"sink.uri={tmp_path}", "ray.actors.num_gpus=0"])
+    monkeypatch.setattr(graph, "build", lambda *_: _Stopped(error))
+    with pytest.raises(RunError, match=told) as raised:
+        graph.execute(one, RunDirectory(one).open(), None)
     assert "\n" not in str(raised.value)

@@ -1,9 +1,5 @@
 """What the engine may hold, from the job, the model's shape and the memory there is."""
 
-import platform
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -14,27 +10,6 @@ from pipeline.memory import Room, bound_device, memory_of, piece_bytes_per_token
 from pipeline.models import describe
 
 GIB = 1 << 30
-_FAULTS = """
-import ctypes
-import resource
-from pipeline.memory import keep_freed_memory
-
-libc = ctypes.CDLL(None)
-libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
-
-def faults(size=24 << 20):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [libc.malloc(size) for _ in range(3)]
-    for block in blocks:
-        libc.memset(block, 1, size)
-    for block in blocks:
-        libc.free(block)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-keep_freed_memory()
-print(*(faults() for _ in range(4)))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +61,3 @@ def test_a_budget_in_bytes_is_a_number_of_tokens_by_layers_and_bits(mini):
 
 def test_a_cpu_is_not_bounded():
     assert bound_device(_job("limits.gpu_memory_bytes=2000000000").limits, torch.device("cpu")) is None
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
-def test_memory_that_is_kept_is_not_faulted_in_again():
-    found = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
-    first, *again = map(int, found.stdout.split())
-    assert max(again) < first / 10  # of 18,432 pages, or 36 large ones

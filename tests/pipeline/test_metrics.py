@@ -131,7 +131,7 @@ def test_names_and_labels_are_ones_that_ray_takes():
 
 def test_no_label_can_hold_a_unit():
     labels = {label for spec in metrics.SPECS for label in spec.labels}
-    assert labels == {"status", "stage", "type", "state"}
+    assert labels == {"status", "stage", "type", "state", "reason"}
 
 
 def test_stages_of_units_that_overlap_add_up_to_the_time_in_the_model(recorded):

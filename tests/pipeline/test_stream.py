@@ -1,172 +1,166 @@
-"""When frames are there, and what is told when they are not."""
+"""When frames are ready, how far decoders are ahead, and what is raised when frames do not come."""
 
-import os
-import sys
-from functools import partial
-from queue import SimpleQueue
+from random import Random
 from types import SimpleNamespace
 
 import pytest
 import ray
 
 from pipeline import stream
-from pipeline.config import Frames, JobConfig
-from pipeline.decode_tasks import Whole
+from pipeline.config import JobConfig
+from pipeline.decode_tasks import AHEAD
 from pipeline.errors import UnitError
-from pipeline.stream import FrameStreams, is_one_batch
+from pipeline.stream import FrameStreams
+from tests.pipeline.simulated import SimulatedRay, on_ray
 
-
-def _unit(start_s=None, end_s=None):
-    return {"kind": "video", "uris": ["a.mp4"], "start_s": start_s, "end_s": end_s}
-
-
-@pytest.mark.parametrize(
-    ("unit", "frames", "expected"),
-    [
-        (_unit(), Frames(max_frames=16, batch_frames=16), True),
-        (_unit(), Frames(max_frames=17, batch_frames=16), False),
-        (_unit(10.0, 20.0), Frames(fps=1.5, max_frames=17, batch_frames=16), True),
-        (_unit(10.0, 20.1), Frames(fps=1.6, max_frames=17, batch_frames=16), False),
-        (_unit(10.0, None), Frames(fps=0.1, max_frames=17, batch_frames=16), False),
-        (_unit(), Frames(strategy="uniform", count=8, batch_frames=8), True),
-        (_unit(), Frames(strategy="uniform", count=9, batch_frames=8), False),
-        ({"kind": "images", "uris": ["a"]}, Frames(batch_frames=1), True),
-        ({"kind": "images", "uris": ["a", "b"]}, Frames(batch_frames=16), False),
-    ],
-)
-def test_a_unit_comes_whole_where_it_cannot_have_a_second_batch(unit, frames, expected):
-    assert is_one_batch(unit, frames) is expected
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has this policy")
-def test_frames_are_asked_for_by_threads_that_wake_nobody(monkeypatch):
-    policies = SimpleQueue()
-    monkeypatch.setattr(stream.FrameStream, "_fetch", lambda _: policies.put(os.sched_getscheduler(0)))
-    job = JobConfig.model_validate({"source": {"uri": "videos"}, "sink": {"uri": "rows"}})
-    FrameStreams(job, sizing=None).open(_unit())
-    assert policies.get(timeout=10) == os.SCHED_BATCH
-
-
-class _Ref:
-    """The message of a task that runs until `comes` is called."""
-
-    def __init__(self):
-        self.there, self.cancelled, self.value = False, False, None
-
-    def comes(self, value):
-        self.there, self.value = True, value
-
-
-def _get(ref):
-    if isinstance(ref.value, Exception):
-        raise ref.value
-    return ref.value
+_UNIT = {"kind": "video", "uris": ["a.mp4"]}
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time that streams see; moved by adding to `now`."""
+    """The time that streams see; a look takes a second."""
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr(stream, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def tick():
+        clock.now += 1.0
+        return clock.now
+
+    monkeypatch.setattr(stream, "time", SimpleNamespace(perf_counter=tick))
     return clock
 
 
-@pytest.fixture
-def whole(monkeypatch):
-    """Opens a unit that comes whole: its stream, its message, and what the pool of threads was asked to do."""
-    fake = SimpleNamespace(
-        exceptions=ray.exceptions,
-        wait=lambda refs, timeout, num_returns=1: ([ref for ref in refs if ref.there], []),
-        get=_get,
-        cancel=lambda ref, force: setattr(ref, "cancelled", force),
-    )
-    monkeypatch.setattr(stream, "ray", fake)
-
-    def open_():
-        ref, calls = _Ref(), []
-        streams = SimpleNamespace(whole=lambda unit: ref, background=calls.append, timeout_s=60.0, tries=3)
-        streams.look = partial(FrameStreams.look, streams)
-        return stream.FrameStream(streams, _unit()), ref, calls
-
-    return open_
+def _opened(monkeypatch, messages, cpus=1, **simulation):
+    """A stream of these messages on a simulated Ray."""
+    simulated = SimulatedRay(cpus, Random(0), **simulation)
+    on_ray(monkeypatch, simulated, lambda unit: iter(messages))
+    job = JobConfig.model_validate({"source": {"uri": "v"}, "sink": {"uri": "r"}, "decode": {"timeout_s": 60.0}})
+    streams = FrameStreams(job, sizing=None)
+    return streams.open(_UNIT), streams, simulated
 
 
-def test_a_whole_unit_is_not_there_until_it_is(whole, clock):
-    one, ref, calls = whole()
+def _settle(simulated):
+    while simulated.move():
+        pass
+
+
+def test_batches_come_in_order_and_none_stands_for_what_is_not_ready(monkeypatch, clock):
+    one, _, simulated = _opened(monkeypatch, [["a", "b"], ["c"]])
     read = iter(one)
     assert next(read) is None
-    assert next(read) is None
-    clock.now += 5.0
-    ref.comes(Whole(2.0, ["batch"]))
-    assert list(read) == ["batch"]
-    assert one.queue_s == 3.0
-    assert one.running
-    assert not calls
-    one.close()
-    assert not ref.cancelled, "it is through"
-
-
-def test_a_whole_unit_that_was_there_before_it_was_looked_for_has_not_queued(whole):
-    one, ref, _ = whole()
-    ref.comes(Whole(0.01, ["batch"]))
-    assert list(one) == ["batch"]
-    assert one.queue_s == 0
-
-
-def test_a_whole_unit_is_ready_once_somebody_has_looked_and_it_was_there(whole):
-    one, ref, _ = whole()
-    one._streams.look([one])
     assert not one.ready
-    ref.comes(Whole(0.01, ["batch"]))
-    one._streams.look([one])
-    assert one.ready
-    assert list(one) == ["batch"]
+    _settle(simulated)
+    assert [batch for batch in read if batch is not None] == ["a", "b", "c"]
 
 
-def test_a_whole_unit_that_is_late_is_asked_for_as_a_stream_while_nobody_reads_it(whole, clock):
-    one, ref, calls = whole()
-    clock.now += 61.0
-    one._streams.look([one])
-    assert ref.cancelled
-    assert calls == [one._fetch]
-    assert not one.ready
-    one._there.put(UnitError("decode", "Timeout", "nothing came"))
-    assert one.ready
-    with pytest.raises(UnitError, match="nothing came"):
-        list(one)
+def test_a_decoder_is_a_few_messages_ahead_of_its_reader_and_then_waits_without_a_cpu(monkeypatch, clock):
+    count = 3 * AHEAD
+    _, streams, simulated = _opened(monkeypatch, [[number] for number in range(count)])
+    other = streams.open(_UNIT)
+    _settle(simulated)
+    assert simulated.most_ahead == AHEAD
+    read, found = iter(other), []
+    while len(found) < count:  # the other unit comes whole while nobody reads the first one
+        batch = next(read)
+        found += [] if batch is None else [batch]
+        _settle(simulated)
+    assert found == list(range(count))
+    assert simulated.most_ahead == AHEAD
 
 
-def test_the_error_of_a_whole_unit_is_raised_after_its_batch(whole):
-    one, ref, _ = whole()
-    ref.comes(Whole(0.01, ["batch", UnitError("decode", "Corrupt", "cut off")]))
+def test_waiting_for_a_cpu_is_told_apart_from_waiting_for_frames(monkeypatch, clock):
+    one, streams, simulated = _opened(monkeypatch, [["a"]])
     read = iter(one)
-    assert next(read) == "batch"
+    assert next(read) is None
+    assert (streams.asked, streams.running) == (1, 0)
+    clock.now += 1000.0
+    assert next(read) is None, "waiting for a CPU has no limit"
+    _settle(simulated)
+    assert [batch for batch in read if batch is not None] == ["a"]
+    assert one.queue_s > 1000.0
+    assert streams.running == 1
+
+
+def test_a_stream_that_was_ready_before_anybody_read_it_has_not_queued(monkeypatch, clock):
+    one, streams, simulated = _opened(monkeypatch, [["a"]])
+    _settle(simulated)
+    streams.look()
+    streams.look()
+    assert one.ready
+    assert [batch for batch in one if batch is not None] == ["a"]
+    assert one.queue_s == 0.0
+
+
+def test_the_error_that_ended_the_batches_is_raised_after_them(monkeypatch, clock):
+    one, _, simulated = _opened(monkeypatch, [["a"], UnitError("decode", "Corrupt", "cut off")])
+    _settle(simulated)
+    read = iter(one)
+    assert next(batch for batch in read if batch is not None) == "a"
     with pytest.raises(UnitError, match="cut off"):
-        next(read)
+        list(read)
 
 
-def test_a_decoder_that_died_is_told_by_the_unit(whole):
-    one, ref, _ = whole()
-    ref.comes(ray.exceptions.WorkerCrashedError())
-    with pytest.raises(UnitError) as error:
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ray.exceptions.WorkerCrashedError(), "DecoderCrashed"),
+        (ray.exceptions.OutOfMemoryError("killed"), "OutOfMemory"),
+        (ray.exceptions.RaySystemError("lost"), "RaySystemError"),
+    ],
+)
+def test_a_decoder_that_dies_is_an_error_of_its_unit(monkeypatch, clock, error, kind):
+    one, _, simulated = _opened(monkeypatch, [error, ["a"]])
+    _settle(simulated)
+    with pytest.raises(UnitError) as raised:
         list(one)
-    assert (error.value.stage, error.value.error_type) == ("decode", "DecoderCrashed")
+    assert (raised.value.stage, raised.value.error_type) == ("decode", kind)
 
 
-def test_a_whole_unit_that_takes_too_long_is_asked_for_as_a_stream(whole, clock):
-    one, ref, calls = whole()
+def test_a_decoder_that_dies_too_often_is_an_error_of_its_unit(monkeypatch, clock):
+    one, _, simulated = _opened(monkeypatch, [["a"]], deaths=1.0)
+    _settle(simulated)
+    with pytest.raises(UnitError, match="died, 3 tries"):
+        list(one)
+
+
+def test_a_decoder_that_takes_too_long_for_a_batch_is_ended(monkeypatch, clock):
+    one, _, simulated = _opened(monkeypatch, [["a"], ["b"]])
+    simulated.move()  # it starts
+    simulated.move()  # and says so
     read = iter(one)
-    clock.now += 59.0
     assert next(read) is None
-    assert not ref.cancelled
-    assert not calls
-    clock.now += 2.0
+    clock.now += 55.0
     assert next(read) is None
-    assert ref.cancelled
-    assert calls == [one._fetch]
+    clock.now += 10.0
+    with pytest.raises(UnitError, match=r"decode\.timeout_s = 60 s"):
+        list(read)
+    assert not simulated.tasks
 
 
-def test_a_whole_unit_that_nobody_reads_any_more_is_ended(whole):
-    one, ref, _ = whole()
+def test_a_decoder_that_waits_for_its_reader_has_all_the_time(monkeypatch, clock):
+    one, streams, simulated = _opened(monkeypatch, [[number] for number in range(2 * AHEAD)])
+    _settle(simulated)
+    for _ in range(AHEAD + 2):
+        streams.look()
+    clock.now += 1000.0
+    streams.look()
+    read, found = iter(one), []
+    while len(found) < 2 * AHEAD:
+        found += [batch for batch in [next(read)] if batch is not None]
+        _settle(simulated)
+    assert found == list(range(2 * AHEAD))
+
+
+def test_a_stream_that_is_not_read_any_more_ends_its_task(monkeypatch, clock):
+    one, streams, simulated = _opened(monkeypatch, [["a"]])
     one.close()
-    assert ref.cancelled
+    assert not simulated.tasks
+    assert streams.asked == 0
+
+
+def test_a_unit_that_is_refused_is_not_decoded(monkeypatch, clock):
+    _, streams, simulated = _opened(monkeypatch, [["a"]])
+    refused = streams.open(_UNIT, UnitError("prepare", "ContextTooLong", "too long"))
+    assert len(simulated.tasks) == 1
+    assert refused.ready
+    with pytest.raises(UnitError, match="too long"):
+        list(refused)

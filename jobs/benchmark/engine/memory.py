@@ -6,6 +6,7 @@ loaded and has answered once. On a GPU it is what torch has allocated on top of 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import time
@@ -20,10 +21,10 @@ from jobs.benchmark.engine.scale import PLAIN, STREAMED, VARIANTS, EngineScale
 from jobs.benchmark.engine.subject import Said, Subject, Video, request
 from jobs.benchmark.timer import Timer
 from lightkv import Engine
-from pipeline.memory import keep_freed_memory
 
 WARM = 60  # frames
-KEPT_BYTES = 1 << 17  # of what is freed: by itself glibc may keep more
+_KEPT_BYTES = 1 << 17  # of freed memory; glibc raises its own limit as it goes
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def cells(scale: EngineScale) -> list[Cell]:
@@ -63,7 +64,7 @@ def alone(scale: EngineScale, name: str, minutes: int) -> Values:
 
 def _in_process(result: Connection, scale: EngineScale, name: str, minutes: int) -> None:
     try:
-        keep_freed_memory(KEPT_BYTES, KEPT_BYTES)
+        _return_freed_memory()
         with torch.inference_mode():
             subject = scale.subject()
             answer(scale, subject, name, Video(1, WARM, scale.side_px))
@@ -75,6 +76,14 @@ def _in_process(result: Connection, scale: EngineScale, name: str, minutes: int)
         result.send(_values(_resident("VmHWM") - before, said, spent_s))
     except Exception as error:
         result.send(error)
+
+
+def _return_freed_memory() -> None:
+    """Freed memory goes back to the system at once, so that the resident size is what is in use."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
 
 
 def on_device(scale: EngineScale, name: str, minutes: int) -> Values:
