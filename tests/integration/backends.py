@@ -1,6 +1,6 @@
 """Decoder backends that take their time, or misbehave by file name.
 
-`crash…` and `hang…` do so in the decoder, `poison…` and `silent…` in the model. `policies` tells who gives way.
+`crash…` and `hang…` do so in the decoder, `poison…` and `silent…` in the model.
 """
 
 import ctypes
