@@ -163,7 +163,7 @@ def test_units_of_many_batches_share_few_cpus(tmp_path, cpus, batch, compressed)
 
 def test_a_job_that_stands_still_ends_with_the_reason(videos, tmp_path):
     (tmp_path / "hang.mp4").write_bytes((videos / "clip-000.mp4").read_bytes())
-    overrides = ["decode.backend=tests.integration.backends:dangerous", "run.stall_s=20", "decode.timeout_s=600"]
+    overrides = ["decode.backend=tests.integration.backends:dangerous", "run.stall_s=45", "decode.timeout_s=600"]
     done = run("caption", f"source.uri={tmp_path}", f"sink.uri={tmp_path / 'out'}", *overrides, check=False)
     assert done.returncode == 2
     assert "the job stands still: waiting" in done.stderr
