@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ SETTINGS = [
     "frames.fps=2",
     "frames.max_frames=8",
     "frames.max_px=9216",
+    "frames.batch_frames=1",  # a whole video is eight batches
     "model.max_new_tokens=24",
     "sink.rows_per_file=4",
     "ray.actors.batch_units=4",
@@ -38,13 +40,21 @@ SETTINGS = [
 ]
 DRIVER, ASKED = "driver", "driver asked to end"
 # Below the driver, by what stands in the command or in the title that Ray gives a process at work.
-TITLES = {"model": "CaptionActor", "decoder": "ray::decode_", "counter": "ray::Attempts", "raylet": "raylet/raylet "}
-# How often each is hit in every thirteen.
-VICTIMS = {"model": 4, "decoder": 4, "counter": 1, "raylet": 1, DRIVER: 2, ASKED: 1}
+TITLES = {
+    "model": "CaptionActor",
+    "decoder": "ray::decode_",
+    "counter": "ray::Attempts",
+    "read counter": "ray::ReadCounts",
+    "raylet": "raylet/raylet ",
+}
+# How often each is hit in every fourteen.
+VICTIMS = {"model": 4, "decoder": 4, "counter": 1, "read counter": 1, "raylet": 1, DRIVER: 2, ASKED: 1}
 _PAUSE_S = (1.0, 15.0)
 _WAIT_S = 60.0  # for a victim to come up: a decoder is at work for moments only, a model after its start
 _STARTS_PER_ROUND = 200  # a job that never gets on is a failure of its own
 _PROMPTS = ("describe the video .", "how many objects are there ?")
+_ENDS_S = (None, 1.0)  # whole videos, and their first seconds: short units among those of many batches
+Asked = tuple[str, str, float | None]  # video, prompt, end
 
 
 class Chance:
@@ -129,8 +139,8 @@ def soak(folder: Path, seconds: float, units: int, seed: int) -> Tally:
     return tally
 
 
-def undisturbed(videos: Path) -> dict[tuple[str, str], str]:
-    """(file, prompt) → the answer of a captioner in this process."""
+def undisturbed(videos: Path) -> dict[Asked, str]:
+    """What is asked → the answer of a captioner in this process."""
     from pipeline.captioner import Captioner
     from pipeline.config import load_config
     from pipeline.decode import decode_unit
@@ -142,23 +152,25 @@ def undisturbed(videos: Path) -> dict[tuple[str, str], str]:
     captioner = Captioner(job, "soak")
     prompts = [{"prompt_id": str(number), "prompt": prompt} for number, prompt in enumerate(_PROMPTS)]
     answers = {}
-    for path in sorted(videos.glob("*.mp4")):
-        unit: dict[str, Any] = dict.fromkeys(("etag", "size_bytes", "start_s", "end_s"))
+    for path, end_s in product(sorted(videos.glob("*.mp4")), _ENDS_S):
+        unit: dict[str, Any] = dict.fromkeys(("etag", "size_bytes", "start_s"))
         unit |= {"id": path.name, "kind": "video", "uris": [str(path)], "attempts": 0, "prompts": prompts}
+        unit |= {"end_s": end_s}
         frames = decode_unit(unit, frames=job.frames, decode=job.decode, storage=job.storage, sizing=captioner.sizing)
         for answer in captioner.row(unit, frames)["answers"]:
-            answers[str(path), answer["prompt"]] = answer["text"]
+            answers[str(path), answer["prompt"], end_s] = answer["text"]
     return answers
 
 
-def write_manifest(path: Path, answers: dict[tuple[str, str], str], units: int) -> dict[str, str]:
+def write_manifest(path: Path, answers: dict[Asked, str], units: int) -> dict[str, str]:
     """A manifest of `units` units over the videos and prompts; returns the right answer of each by id."""
     asked, expected = list(answers), {}
     with path.open("w") as lines:
         for number in range(units):
-            uri, prompt = asked[number % len(asked)]
-            expected[f"unit-{number:05d}"] = answers[uri, prompt]
-            lines.write(json.dumps({"id": f"unit-{number:05d}", "uri": uri, "prompt": prompt}) + "\n")
+            uri, prompt, end_s = asked[number % len(asked)]
+            expected[f"unit-{number:05d}"] = answers[uri, prompt, end_s]
+            unit = {"id": f"unit-{number:05d}", "uri": uri, "prompt": prompt, "end_s": end_s}
+            lines.write(json.dumps(unit) + "\n")
     return expected
 
 

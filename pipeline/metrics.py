@@ -90,6 +90,7 @@ class _Run:
 
     def __init__(self, run_id: str, specs: tuple[Spec, ...]) -> None:
         self._gauges: dict[tuple[Spec, tuple[tuple[str, str], ...]], float] = {}
+        self._lock = threading.Lock()  # gauges are set by several threads
         self._stop = threading.Event()
         self._metrics: dict[Spec, Any] = {
             spec: _METRICS[spec.kind](spec.name, spec.description, ("run", *spec.labels)).set_default_tags(
@@ -111,7 +112,8 @@ class _Run:
         key = (spec, tuple(labels.items()))
         if key not in self._gauges:
             self._metrics[spec].set(value, labels)
-        self._gauges = {**self._gauges, key: value}
+        with self._lock:
+            self._gauges = {**self._gauges, key: value}
 
     def close(self) -> None:
         self._stop.set()

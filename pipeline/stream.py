@@ -71,7 +71,7 @@ class FrameStreams:
     @property
     def running(self) -> int:
         """Open streams whose decoders have, or had, a CPU and a process."""
-        return sum(stream.running for stream in self._open.values())
+        return sum(stream.running for stream in list(self._open.values()))  # other threads ask, too
 
 
 class FrameStream:

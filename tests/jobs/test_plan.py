@@ -67,6 +67,17 @@ def test_the_table_says_what_a_person_wants_to_know(folder, run):
     assert "likely to fail: decode: NotAVideo" in out
 
 
+def test_units_that_the_context_of_the_model_cannot_hold_are_named(folder, run):
+    options = ("--set", f"model.path={folder}/model", "--set", "frames.fps=10")
+    _, out, _ = run(*options)
+    assert re.search(r"^too long for the model +1$", out, re.MULTILINE)
+    assert re.search(
+        r"^will be refused: unit \S+: expected at most 512 positions .*, it needs 704 or more", out, re.MULTILINE
+    )
+    plan = json.loads(run("--json", *options)[1])
+    assert plan["total"]["too_long"] == len(plan["refusals"]) == 1
+
+
 def test_image_sets_and_videos_have_a_column_each(folder, run):
     (folder / "m.jsonl").write_text(
         '{"uri": "videos/a.mp4"}\n{"uris": ["i.png"], "id": "x"}\n{"uri": "videos/a.mp4"}\n'

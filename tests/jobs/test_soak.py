@@ -9,7 +9,7 @@ import pytest
 
 from jobs.soak import ASKED, DRIVER, TITLES, VICTIMS, Chance, Tally, judge, report, strike, write_manifest
 
-ANSWERS = {("a.mp4", "what ?"): "A", ("b.mp4", "what ?"): "B"}
+ANSWERS = {("a.mp4", "what ?", None): "A", ("b.mp4", "what ?", 1.0): "B"}
 
 
 def _judged(tmp_path, change):
@@ -29,7 +29,7 @@ def test_rows_of_their_own_are_clean(tmp_path):
 def test_manifest_asks_about_every_video_with_ids_of_their_own(tmp_path):
     expected = write_manifest(tmp_path / "units.jsonl", ANSWERS, 4)
     lines = [json.loads(line) for line in (tmp_path / "units.jsonl").read_text().splitlines()]
-    assert [line["uri"] for line in lines] == ["a.mp4", "b.mp4", "a.mp4", "b.mp4"]
+    assert [(line["uri"], line["end_s"]) for line in lines] == [("a.mp4", None), ("b.mp4", 1.0)] * 2
     assert [expected[line["id"]] for line in lines] == ["A", "B", "A", "B"]
 
 

@@ -4,7 +4,7 @@ import copy
 import shutil
 from dataclasses import replace
 from functools import cache
-from itertools import count
+from itertools import count, pairwise
 from random import Random
 
 import pytest
@@ -321,6 +321,74 @@ def in_flight(model, requests, memory):
         most, done = max(most, len(begun) - done), done + 1
     assert done == len(requests)
     return most
+
+
+def parts_of(image, number, seen, key, late=0):
+    """A video of so many pieces, each noted when it is asked for; the first `late` looks find nothing."""
+    yield from [None] * late
+    for step in range(number):
+        seen.append(key)
+        yield Vision(image.features, (1, 8, 8), first=step)
+
+
+def entering(seen, *pieces, new=2, late=()):
+    """Results of requests of so many pieces each, asked in this order."""
+    model = tiny_model("llava")
+    (_, image, _), question = apart(model, tiny_sample("llava", 0))
+    requests = [
+        Request(number, parts_of(image, count, seen, number, 20 * (number in late)), [question], new)
+        for number, count in enumerate(pieces)
+    ]
+    return model, requests
+
+
+def test_short_requests_pass_a_long_one_which_goes_on_meanwhile():
+    seen = []
+    model, requests = entering(seen, 24, 1, 1, 1, 1)
+    ended = []
+    for result in Engine(model, None, Memory(chunk_tokens=64)).run(requests):
+        assert result.error is None
+        ended.append((result.key, seen.count(0)))
+    assert [key for key, _ in ended] == [1, 2, 3, 4, 0]
+    assert ended[0][1] <= 6, "the first short one is through after some pieces of the long one"
+    assert ended[3][1] >= 2, "which are not put off meanwhile"
+
+
+def test_requests_whose_pieces_are_ready_take_turns():
+    seen = []
+    model, requests = entering(seen, 6, 6, 6)
+    assert not any(result.error for result in Engine(model, None, Memory(chunk_tokens=64)).run(requests))
+    places = {key: [place for place, one in enumerate(seen) if one == key] for key in range(3)}
+    assert all(later - earlier <= 4 for of in places.values() for earlier, later in pairwise(of))
+
+
+def test_a_request_whose_segments_are_late_holds_up_no_other():
+    seen = []
+    model, requests = entering(seen, 2, 2, 2, late={0})
+    ended = [result.key for result in Engine(model, None, Memory(chunk_tokens=64)).run(requests)]
+    assert ended == [1, 2, 0]
+
+
+def test_while_the_caches_are_full_the_request_that_came_first_goes_on():
+    seen = []
+    model, requests = entering(seen, 5, 5, 5)
+    memory = Memory(chunk_tokens=64, cache_bytes=1)
+    ended = [result.key for result in Engine(model, None, memory).run(requests)]
+    assert ended == [0, 1, 2]
+    assert seen == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_smaller_pieces_grow_again_once_memory_suffices(monkeypatch):
+    monkeypatch.setattr(Stream, "take", full_above(100))
+    monkeypatch.setattr("lightkv.engine.REGROW_PIECES", 4)
+    seen = []
+    model, requests = entering(seen, 12, 4)
+    engine = Engine(model, None, Memory(chunk_tokens=192))
+    assert not any(result.error for result in engine.run(requests))
+    monkeypatch.setattr(Stream, "take", full_above(10_000))
+    model, requests = entering(seen, 24)
+    assert not any(result.error for result in engine.run(requests))
+    assert engine.chunk_tokens == 192
 
 
 def test_memory_bounds_how_many_requests_are_in_the_engine():

@@ -72,6 +72,35 @@ def test_image_set_keeps_its_order_and_sizes(qwen):
     torch.testing.assert_close(both.features[1], swapped.features[0])
 
 
+@pytest.mark.parametrize("family", ["qwen", "llava"])
+def test_images_of_a_set_go_through_the_tower_together(family, request, monkeypatch):
+    encoder, model, _ = request.getfixturevalue(family)
+    name = "get_video_features" if family == "qwen" else "get_image_features"
+    tower, calls = getattr(model, name), []
+
+    def counted(*args, **kwargs):
+        calls.append(None)
+        return tower(*args, **kwargs)
+
+    monkeypatch.setattr(model, name, counted)
+    sides = (
+        [(32, 32)] * 7 if family == "llava" else [(96, 96), (64, 160), (96, 96), (64, 64), (96, 64), (64, 64), (96, 96)]
+    )
+    images = [(number, _frames(1, *side, number)) for number, side in enumerate(sides)]
+    late = [one for image in images for one in (None, image)]
+    found = {}
+    with torch.no_grad():
+        for together in (1, 3, 16):
+            monkeypatch.setattr(encoder, "images_together", together)
+            calls.clear()
+            found[together] = [part for part in encoder.parts(model, "images", late) if part is not None]
+            assert len(calls) == -(-len(images) // together)
+    for together in (3, 16):
+        assert [part.grid for part in found[together]] == [part.grid for part in found[1]]
+        for part, alone in zip(found[together], found[1], strict=True):
+            torch.testing.assert_close(part.features, alone.features, atol=1e-4, rtol=1e-4)
+
+
 def test_llava_takes_every_frame_as_an_image(llava):
     encoder, model, _ = llava
     with torch.no_grad():
