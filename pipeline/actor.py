@@ -112,7 +112,7 @@ class CaptionActor:
         threads = torch.get_num_threads()
         logs.event(_LOG, "actor started", model=job.model.name, load_s=load_s, pid=os.getpid(), threads=threads)
         threading.Thread(target=self._serve, name="model", daemon=True).start()
-        threading.Thread(target=self._report, args=(attempts,), name="report", daemon=True).start()
+        threading.Thread(target=self._report, args=(attempts, _REPORT_EVERY_S), name="report", daemon=True).start()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         units = batch.to_pylist()
@@ -148,10 +148,10 @@ class CaptionActor:
                     block.result.set_result(block.rows)
             self._metrics.streams(asked=0, running=0)
 
-    def _report(self, attempts: ActorHandle) -> None:
-        """Tell `attempts` every few seconds what this actor waits for; its reply says whether the job drains."""
+    def _report(self, attempts: ActorHandle, every_s: float) -> None:
+        """Tell `attempts` every so many seconds what this actor waits for; its reply says whether the job drains."""
         while True:
-            time.sleep(_REPORT_EVERY_S)
+            time.sleep(every_s)
             progress, waits = self._activity.look()
             reason = None
             if waits:
