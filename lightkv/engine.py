@@ -103,7 +103,7 @@ class Engine:
         """Results as they are complete, in any order; one per request, also where it failed.
 
         Requests are taken as there is room; None says that there is none yet. Several are prefilled at once: those
-        whose next piece is ready take turns, piece by piece, and after each piece every answer in progress gets a
+        whose next piece is ready take turns, piece by piece, and after each turn every answer in progress gets a
         token. So no request waits for the segments of another, and a long one neither blocks short ones nor starves.
 
         `beat` is called at every piece, every token and while waiting: silence means that the engine hangs. `wait`

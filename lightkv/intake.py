@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lightkv.engine import Engine, Memory
     from lightkv.flow import Flow
 
+TURN_S = 0.25  # of preparing a piece (its vision tower), before others have their turn
 POLL_S = 0.002  # between two looks for the next segment, when there is nothing to compute
 
 
@@ -43,9 +44,12 @@ class Intake:
             self._fail(error)
 
     def step(self) -> bool:
-        """Prefill the next piece; False where its segments are not all ready yet."""
+        """Prefill the next piece, or prepare it for TURN_S; False where its next segment is not ready yet."""
+        turn_began = time.perf_counter()
         try:
             while not self.done:
+                if time.perf_counter() - turn_began > TURN_S:
+                    return True
                 part = self._next()
                 if part is None:
                     return False
