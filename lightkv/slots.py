@@ -42,12 +42,17 @@ def slots(layers: int, bits: Bits) -> Slots:
 
 
 class _Padded:
-    """Keys and values [B, Hkv, room, d] of one layer, rows filled from the left; bias [B, room], ABSENT where empty."""
+    """Keys and values [B, Hkv, room, d] of one layer, rows filled from the left; bias [B, room], ABSENT where empty.
+
+    The rows' lengths are kept twice: `lengths` on the host, `ends` int64 [B] on the device. A decode step then uploads
+    nothing; an upload would wait until the layers before it are finished.
+    """
 
     def __init__(self) -> None:
         self.k = self.v = torch.empty(0)
         self.bias = torch.empty(0)
         self.lengths: list[int] = []
+        self.rows = self.ends = torch.empty(0, dtype=torch.int64)
 
     def add(self, rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         """k, v [Hkv, n, d] and bias [n] of further rows, which may be on any layer's own lengths."""
@@ -57,31 +62,39 @@ class _Padded:
         # Zeros, not what lay there: weights of nothing times what is no number would be no number.
         k, v = (rows[0][part].new_zeros(before + len(rows), heads, room, dims) for part in (0, 1))
         bias = rows[0][2].new_full((before + len(rows), room), ABSENT)
+        ends = torch.zeros(before + len(rows), dtype=torch.int64, device=k.device)
         if before:
             held = self.bias.shape[1]
             k[:before, :, :held], v[:before, :, :held], bias[:before, :held] = self.k, self.v, self.bias
+            ends[:before] = self.ends
         for number, (row_k, row_v, row_bias) in enumerate(rows, before):
             length = len(row_bias)
             k[number, :, :length], v[number, :, :length], bias[number, :length] = row_k, row_v, row_bias
-        self.k, self.v, self.bias = k, v, bias
+            ends[number] = length
+        places = torch.arange(len(ends), device=k.device)
+        self.k, self.v, self.bias, self.rows, self.ends = k, v, bias, places, ends
         self.lengths += lengths
 
-    def keep(self, rows: Sequence[int]) -> None:
+    @property
+    def device(self) -> torch.device:
+        return self.bias.device
+
+    def keep(self, rows: Sequence[int], index: Tensor) -> None:
+        """`index`: the rows again, int64 on the device."""
         self.lengths = [self.lengths[row] for row in rows]
         room = min(self.bias.shape[1], max(self.lengths, default=0) + ROOM)
-        index = torch.tensor(rows, dtype=torch.int64, device=self.bias.device)
         self.k, self.v, self.bias = self.k[index, :, :room], self.v[index, :, :room], self.bias[index, :room]
+        self.rows, self.ends = self.rows[: len(rows)], self.ends[index]
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """A token per row, k, v [B, Hkv, 1, d]."""
         if max(self.lengths) == self.bias.shape[1]:
             self._widen(self.bias.shape[1] + ROOM)
-        rows = torch.arange(len(self.lengths), device=k.device)
-        at = torch.tensor(self.lengths, device=k.device)
-        self.k[rows, :, at] = k[:, :, 0]
-        self.v[rows, :, at] = v[:, :, 0]
-        self.bias[rows, at] = 0.0
+        self.k[self.rows, :, self.ends] = k[:, :, 0]
+        self.v[self.rows, :, self.ends] = v[:, :, 0]
+        self.bias[self.rows, self.ends] = 0.0
         self.lengths = [length + 1 for length in self.lengths]
+        self.ends += 1
 
     def view(self) -> tuple[Tensor, Tensor, Tensor]:
         """k, v and bias up to the longest row."""
@@ -127,8 +140,9 @@ class PlainSlots:
                 _let_go(prompts, index)
 
     def keep(self, rows: Sequence[int]) -> None:
+        index = _uploaded(rows, self._layers)
         for layer in self._layers:
-            layer.keep(rows)
+            layer.keep(rows, index)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         held = self._layers[layer]
@@ -164,9 +178,10 @@ class PackedSlots:
         self._join()
 
     def keep(self, rows: Sequence[int]) -> None:
+        stays = _uploaded(rows, self._tails)
         for index, tail in enumerate(self._tails):
             self._rows[index] = [self._rows[index][row] for row in rows]
-            tail.keep(rows)
+            tail.keep(rows, stays)
         self._join()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -177,13 +192,18 @@ class PackedSlots:
 
     def _join(self) -> None:
         """Lay the rows of every layer end to end, as the kernel reads them; the rows are views of that from then on."""
-        self._joined = []
+        self._joined, uploaded = [], dict[tuple[int, ...], Tensor]()  # layers between two stages have the same starts
         for index, rows in enumerate(self._rows if len(self) else ()):
             packed, bias = concatenated([part for part, _ in rows]), torch.cat([bias for _, bias in rows])
-            ends = list(accumulate((len(part) for part, _ in rows), initial=0))
+            ends = tuple(accumulate((len(part) for part, _ in rows), initial=0))
             self._rows[index] = [(packed.between(*cut), bias[slice(*cut)]) for cut in pairwise(ends)]
-            starts = torch.tensor(ends, device=bias.device)
-            self._joined.append((packed, bias, starts, max(len(part) for part, _ in rows)))
+            if ends not in uploaded:
+                uploaded[ends] = torch.tensor(ends, device=bias.device)
+            self._joined.append((packed, bias, uploaded[ends], max(len(part) for part, _ in rows)))
+
+
+def _uploaded(rows: Sequence[int], layers: Sequence[_Padded]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device=layers[0].device)
 
 
 def _let_go(prompts: Sequence[Prefilled], index: int) -> None:

@@ -84,6 +84,34 @@ def test_answers_may_outgrow_their_room(bits):
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
+def test_a_step_uploads_nothing(bits, monkeypatch):
+    """Whatever a layer uploads, a GPU finishes all earlier layers first."""
+    held = slots(LAYERS, Bits(bits))
+    held.admit([prompt(bits, [5, 0, 16], tail, tail) for tail in (1, 4)])
+    made = watched(monkeypatch)
+    for _ in range(ROOM + 2):  # the room for answers grows once
+        for index in range(LAYERS):
+            held.attend(index, random(2, 4, 1, DIMS, seed=1), *random(2, 2, HEADS, 1, DIMS, seed=2), SCALE)
+    assert made == []
+
+
+def test_rows_come_without_an_upload_and_go_with_one(monkeypatch):
+    held, made = slots(LAYERS, Bits()), watched(monkeypatch)
+    held.admit([prompt(16, [5, 0, 16], tail, tail) for tail in (1, 4)])
+    held.admit([prompt(16, [7, 7, 7], 2, 9)])
+    assert made == []
+    held.keep([2, 0])
+    assert made == [[2, 0]]
+
+
+def watched(monkeypatch):
+    """The numbers that become a tensor, as they do on their way to a GPU."""
+    made, tensor = [], torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda data, **options: made.append(data) or tensor(data, **options))
+    return made
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
 def test_no_row_is_a_number_of_rows_like_any_other(bits):
     held = slots(LAYERS, Bits(bits))
     assert (len(held), held.nbytes) == (0, 0)
