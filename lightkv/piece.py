@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -31,6 +32,11 @@ class Piece:
     def parts(self) -> list[slice]:
         """Of the n tokens, sequence by sequence."""
         return [slice(*ends) for ends in pairwise(accumulate(self.lengths, initial=0))]
+
+    @cached_property
+    def vision_tokens(self) -> int:
+        """How many of the n tokens are vision; asked of the device once."""
+        return int(self.layout.is_vision.sum())
 
     @classmethod
     def packed(cls, pieces: Sequence["Piece"]) -> "Piece":

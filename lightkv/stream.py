@@ -286,7 +286,7 @@ class Stream:
         for branch, way in zip(self._branches, passages, strict=True):
             if self._traced and way.targets:
                 branch.merges.append(self._traced_targets(way))
-        self._given += int(passage.states[0].layout.is_vision.sum())
+        self._given += passage.states[0].vision_tokens
 
     def _branch(self, piece: Piece, passage: Passage, heard: list[Heard], branches: list[Branch]) -> list[Passage]:
         """The groups that each question has to itself: the piece, and beside it the question as a temporary suffix."""
@@ -453,7 +453,7 @@ class Stream:
             layer.truncate(mark)
             layer.push(k, v, self._log_size(final.size))
             here = final
-        return int(here.layout.is_vision.sum())
+        return here.vision_tokens
 
     def _note_cached(self, branch: Branch, way: Passage) -> None:
         """The tokens of the piece that are now in a branch's layers."""
