@@ -47,7 +47,7 @@ class _Side:
     def of(cls, chosen: Tensor, packing: Packing) -> "_Side":
         token = torch.nonzero(chosen).flatten()
         row, index = packing.row.to(token.device)[token], packing.index.to(token.device)[token]
-        counts = torch.bincount(row, minlength=len(packing.lengths))
+        counts = row.new_zeros(len(packing.lengths)).index_add(0, row, torch.ones_like(row))  # unlike bincount, no wait
         return cls(token, index, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), int(counts.max()))
 
 

@@ -31,12 +31,9 @@ from lightkv.tokens import Compressed, Tokens, removal, removals
 if TYPE_CHECKING:
     from lightkv.config import LightKVConfig, Stage
 
-PATTERNS = (
-    (1, 1, 1),
-    (1, 0, 0),
-    (1, 1, 0),
-    (1, 0, 1),
-)  # of (t, y, x); all count t, so that what stands still meets itself
+# Axes counted, of (t, y, x): all three, t, t and y, t and x. Each counts t, so that what stands still meets itself.
+# Slices, because a list of axes would be uploaded.
+PATTERNS = slice(0, 3), slice(0, 1), slice(0, 2), slice(0, 3, 2)
 FLOOR = 0.1  # price of a token that the question does not attend to, beside 1 + FLOOR for the one it attends to most
 BLOCK_TOKENS = 1024  # among which an a looks for its b
 
@@ -83,7 +80,7 @@ def _unit(hidden: Tensor, layout: VisionLayout) -> Tensor:
     item, squares = layout.item[index], hidden.new_zeros(len(layout.grid), dtype=torch.float64)
     for part in index.split(max(1, FEATURES_AT_ONCE // hidden.shape[1])):
         squares.index_add_(0, layout.item[part], hidden[part].float().square().sum(dim=-1).double())
-    mean = squares / torch.bincount(item, minlength=len(layout.grid))
+    mean = squares / _counted(item, len(layout.grid))
     unit = torch.ones(len(layout), device=hidden.device)
     return unit.index_copy(0, index, torch.where(mean > 0, mean, 1.0).rsqrt()[item].float())
 
@@ -133,8 +130,9 @@ class Field:
         index = index[torch.argsort(layout.item[index], stable=True)]
         tokens = layout.take(index)
         item, sizes = torch.unique_consecutive(tokens.item, return_inverse=True, return_counts=True)[1:]
-        place = torch.stack([tokens.t, tokens.y, tokens.x])
-        row = mixed_radix(item, place[[1, 0, 0]], place[[2, 2, 1]])
+        t, y, x = tokens.t, tokens.y, tokens.x
+        place = torch.stack([t, y, x])
+        row = mixed_radix(item, torch.stack([y, t, t]), torch.stack([x, x, y]))
         rows = torch.argsort(mixed_radix(row, place), dim=1, stable=True)
         number = torch.arange(len(index), device=index.device)
         row = row.gather(1, rows)
@@ -152,10 +150,9 @@ class Field:
         """
         now = torch.nonzero(busy).flatten()
         if self.long:
-            block = blocks(self.layout.take(now))
+            block, count = blocks(self.layout.take(now))
             by_block = torch.argsort(block, stable=True)
             now, block = now[by_block], block[by_block]
-            count = int(block[-1]) + 1 if len(block) else 0
         else:  # an item each, empty for those that take no part
             block, count = self.item[now], len(self.sizes)
         sizes = _counted(block, count)
@@ -170,9 +167,8 @@ class Field:
         starts = torch.cat([ends.new_zeros(1), ends])
         return now[torch.argsort(2 * block + odd, stable=True)], starts, ends - odds
 
-    def _turns(self, alive: Tensor, pattern: tuple[int, int, int]) -> Tensor:
-        """int64 [N]: the sum over the axes counted of a token's turn, its number in its row of those alive."""
-        axes = [axis for axis, counted in enumerate(pattern) if counted]
+    def _turns(self, alive: Tensor, axes: slice) -> Tensor:
+        """int64 [N]: the sum over the axes of a token's turn, its number in its row of those alive."""
         here = alive[self.rows[axes]].long()
         before = here.cumsum(1) - here
         turn = before - before.gather(1, self.first[axes])
@@ -198,38 +194,37 @@ class Field:
         return chosen, into[chosen]
 
 
-def blocks(tokens: VisionLayout, limit: int | None = None) -> Tensor:
-    """Number of the block of each token, int64 [N]: an item, or where it has more than `limit` tokens a part of it.
+def blocks(tokens: VisionLayout, limit: int | None = None) -> tuple[Tensor, int]:
+    """Number of the block of each token, int64 [N], and how many blocks there are: an item is one, or where it has more
+    than `limit` tokens a part of it is.
 
-    A block that is too large is halved, by count, along the axis on which it is longest (a frame is half a step).
+    A block that is too large is halved, by count, along the axis on which it is longest (a frame is half a step). A
+    halving waits for a GPU once: for the number of blocks that are still too large.
     """
     limit = BLOCK_TOKENS if limit is None else limit
     place = torch.stack([tokens.t, 2 * tokens.y, 2 * tokens.x], dim=-1)
-    block = torch.unique(tokens.item, return_inverse=True)[1]
-    while bool(((sizes := torch.bincount(block)) > limit).any()):
+    items, block = torch.unique(tokens.item, return_inverse=True)
+    count = len(items)
+    while more := int((large := (sizes := _counted(block, count)) > limit).sum()):
         rows = block[:, None].expand(-1, 3)
-        low, high = (place.new_zeros(len(sizes), 3).scatter_reduce(0, rows, place, how, include_self=False)
+        low, high = (place.new_zeros(count, 3).scatter_reduce(0, rows, place, how, include_self=False)
                      for how in ("amin", "amax"))  # fmt: skip
         axis = (high - low).argmax(dim=-1)
         along = place.gather(1, axis[block, None]).flatten()
         order = torch.argsort(along, stable=True)
         order = order[torch.argsort(block[order], stable=True)]
+        by_block = block[order]
+        rank = torch.arange(len(block), device=block.device) - (sizes.cumsum(0) - sizes)[by_block]
         later = torch.empty_like(block)
-        later[order] = (_rank(block[order]) >= (sizes // 2)[block[order]]).long()
-        later[sizes[block] <= limit] = 0
-        block = torch.unique(2 * block + later, return_inverse=True)[1]
-    return block
+        later[order] = (large[by_block] & (rank >= (sizes // 2)[by_block])).long()
+        before = large.cumsum(0) - large.long()  # blocks ahead of each that are halved, too
+        block, count = block + before[block] + later, count + more
+    return block, count
 
 
 def _counted(group: Tensor, count: int) -> Tensor:
     """How many of each of 0 … count - 1, int64; unlike torch.bincount, without waiting for a GPU."""
     return group.new_zeros(count).index_add(0, group, torch.ones_like(group))
-
-
-def _rank(group: Tensor) -> Tensor:
-    """Place of each element within its run of equal values in a sorted tensor."""
-    _, run, length = torch.unique_consecutive(group, return_inverse=True, return_counts=True)
-    return torch.arange(len(group), device=group.device) - (length.cumsum(0) - length)[run]
 
 
 def spacetime_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:

@@ -133,7 +133,7 @@ def test_the_fewer_tokens_are_left_the_more_time_a_block_spans():
     spans = []
     for left in (4096, 2048, 1024):
         layout = VisionLayout.from_coordinates(*place[torch.randperm(4096)[:left].sort().values].unbind(1))
-        block = blocks(layout)
+        block, _ = blocks(layout)
         spans.append(max(int(layout.t[block == number].max() - layout.t[block == number].min()) for number in block))
     assert spans[0] < 32 <= spans[1] < 63 == spans[2]
 

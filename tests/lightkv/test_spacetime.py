@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightkv import LightKVConfig, Stage, Tokens, VisionLayout
 from lightkv import spacetime as module
-from lightkv.spacetime import blocks, spacetime
+from lightkv.spacetime import Field, blocks, spacetime
 from tests.lightkv import reference
 from tests.lightkv.strategies import generator, layouts
 
@@ -117,14 +118,49 @@ def test_the_rate_goes_where_the_redundancy_is():
 def test_long_items_are_searched_in_blocks_of_one_item_each(shape):
     tokens = shape[0] * shape[1] * shape[2]
     layout = VisionLayout.grids([(0, *shape), (tokens, 1, 2, 2)], tokens + 4)
-    block = blocks(layout, 100)
+    block, count = blocks(layout, 100)
     sizes = torch.bincount(block)
-    assert sizes.max() <= 100
+    assert len(sizes) == count
+    assert 1 <= sizes.min() <= sizes.max() <= 100
     assert sizes[block[:tokens].unique()].min() >= 50
     assert sizes[block[tokens]] == 4
     place = torch.stack([layout.t / 2, layout.y, layout.x])
     spans = [int((place[:, block == number].amax(1) - place[:, block == number].amin(1)).max()) for number in range(2)]
     assert max(spans) <= 60  # compact: no block spans what it could halve
+
+
+class Waits(TorchDispatchMode):
+    """The operations in its scope for whose result a GPU's host waits."""
+
+    OPERATIONS = ("_local_scalar_dense", "_unique2", "unique_consecutive", "nonzero", "bincount", "lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        masked = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if masked or name in self.OPERATIONS:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_searching_a_long_item_in_blocks_waits_once_per_halving():
+    layout = VisionLayout.grids([(0, 16, 16, 16)], 4096)
+    with Waits() as waits:
+        _, count = blocks(layout, 1000)
+    assert count == 8
+    assert waits.found == ["_unique2", *["_local_scalar_dense"] * 4]  # after each of three halvings, and before
+
+
+def test_the_sets_of_a_round_wait_for_who_takes_part_alone():
+    field = Field.of(VisionLayout.grids([(0, 4, 6, 6)], 144))
+    alive = torch.ones(144, dtype=torch.bool)
+    for turn in range(4):
+        with Waits() as waits:
+            field.sets(alive, alive, turn)
+        assert waits.found == ["nonzero"]
 
 
 def test_a_long_video_is_merged_to_its_budget_and_to_one_token_if_asked():
