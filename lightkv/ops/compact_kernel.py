@@ -10,7 +10,7 @@ from torch import Tensor
 from lightkv.ops.merge_kernel import BLOCK_D, mean_of_run
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_c", "count", "survivors"])
 def compact_kernel(
     hidden,
     weight,

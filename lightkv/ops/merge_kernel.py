@@ -14,7 +14,7 @@ BLOCK_R = 128  # pairs for a program of weigh_kernel: a lane each
 BLOCK_D = 512  # columns for a program of mean_kernel: 16 bytes of bf16 for each thread of two warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def weigh_kernel(weight, source, target, stop, stride, pairs, BLOCK_R: tl.constexpr):
     """weight[b] ← w_b + Σ w_a, one lane for a run."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)

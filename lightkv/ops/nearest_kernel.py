@@ -11,7 +11,7 @@ from torch import Tensor
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def nearest_kernel(
     hidden,
     scale,

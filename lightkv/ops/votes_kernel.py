@@ -130,7 +130,7 @@ def _short_tile(
     return tl.load(at, mask=(column < end)[:, None] & (d < D)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "chunks", "short_tiles"])
 def peaks_kernel(
     long, short, long_rows, long_starts, short_rows, short_starts, peaks, totals,
     long_stride_head, long_stride, short_stride_head, short_stride, scale, width, chunks, short_tiles,
@@ -165,7 +165,7 @@ def peaks_kernel(
         tl.store(totals + at, total, mask=column < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width", "length", "long_tiles"])
 def votes_kernel(
     long, short, long_rows, long_starts, short_rows, short_starts, peak, share, votes,
     long_stride_head, long_stride, short_stride_head, short_stride, scale, width, length, long_tiles,
