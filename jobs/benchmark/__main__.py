@@ -1,6 +1,7 @@
 """The price of compression: operations, stages, prefill and decode, timed and written to one JSON file.
 
     python -m jobs.benchmark --device cuda --json jobs/results/benchmark-h200.json     # 8 minutes at most
+    python -m jobs.benchmark --device cuda --minutes 3 --models qwen2.5-vl-7b --json FILE     # one model
     python -m jobs.benchmark --device cpu --json FILE     # a small copy of it in seconds: a test, no statement on speed
     python -m jobs.benchmark --device cpu --suite engine --json FILE     # long videos, many answers at once
     python -m jobs.readme --results jobs/results --readme README.md                    # its tables into the page
@@ -16,6 +17,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +42,15 @@ def scale_of(kind: torch.device) -> Scale:
     return on_cpu(kind)
 
 
-def cells(scale: Scale, suites: Sequence[str]) -> list[Cell]:
-    """All cells of the suites, in the order in which they are measured."""
+def cells(scale: Scale, suites: Sequence[str], models: Sequence[str] = ()) -> list[Cell]:
+    """All cells of the suites, in the order in which they are measured; `models`: prefill and decode of these alone."""
     resident = Resident(scale.device, scale.dtype)
+    some = replace(scale, decoders=tuple(d for d in scale.decoders if not models or d.name in models))
     of_suite = {
         "ops": lambda: ops.cells(scale),
         "stage": lambda: stage.cells(scale),
-        "prefill": lambda: prefill.cells(scale, resident),
-        "decode": lambda: decode.cells(scale, resident),
+        "prefill": lambda: prefill.cells(some, resident),
+        "decode": lambda: decode.cells(some, resident),
     }
     return [cell for suite in suites for cell in of_suite[suite]()]
 
@@ -84,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, metavar="N", help=f"after these no cell is begun ({MINUTES})"
     )
+    parser.add_argument(
+        "--models", nargs="+", default=[], metavar="NAME", help="prefill and decode of these models alone; default: all"
+    )
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: expected a GPU that torch can use, found none; --device cpu runs a small copy")
@@ -91,18 +97,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--minutes: expected more than 0, got {args.minutes}")
     if ENGINE in args.suite and len(args.suite) > 1:
         parser.error(f"--suite {ENGINE}: expected it by itself, got {' '.join(args.suite)}")
+    if args.models and ENGINE in args.suite:
+        parser.error(f"--models: --suite {ENGINE} has a model of its own")
     suites = [suite for suite in (*SHARES, ENGINE) if suite in args.suite]
     on = torch.device(args.device)
     which = "" if suites == list(SHARES) else f" --suite {' '.join(suites)}"
+    some = f" --models {' '.join(args.models)}" if args.models else ""
     limit = "" if args.minutes == MINUTES else f" --minutes {args.minutes:g}"
-    command = f"python -m jobs.benchmark --device {args.device} --json {args.json.name}{which}{limit}"
+    command = f"python -m jobs.benchmark --device {args.device} --json {args.json.name}{which}{some}{limit}"
     limit_s = 60 * args.minutes
     if suites == [ENGINE]:
         found, shares, header = engine(on, command, limit_s)
         timer = Timer(on, 0.0)
     else:
         scale = scale_of(on)
-        found, shares = cells(scale, suites), {suite: SHARES[suite] for suite in suites}
+        names = [decoder.name for decoder in scale.decoders]
+        if unknown := sorted(set(args.models) - set(names)):
+            parser.error(f"--models: expected some of {names}, got {unknown}")
+        found, shares = cells(scale, suites, args.models), {suite: SHARES[suite] for suite in suites}
         header = head(on, scale.dtype, command, limit_s, shape=vars(scale.shape))  # of operations and stages
         timer = Timer(on, scale.budget_s)
     result = ResultFile(args.json, header, found)

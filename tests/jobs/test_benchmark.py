@@ -171,7 +171,7 @@ def test_it_needs_neither_the_pipeline_nor_what_that_needs():
 
 def test_a_failure_is_the_exit_code(tmp_path, monkeypatch):
     for error, code in ((ZeroDivisionError(), 1), (torch.OutOfMemoryError(), 0)):
-        monkeypatch.setattr(benchmark, "cells", lambda scale, suites, error=error: cells_of(fail(error)))
+        monkeypatch.setattr(benchmark, "cells", lambda *_, error=error: cells_of(fail(error)))
         assert benchmark.main(["--device", "cpu", "--json", str(tmp_path / "r.json"), "--suite", "stage"]) == code
 
 
@@ -246,6 +246,24 @@ def test_a_gpu_gets_every_size_once_and_the_longest_last():
     assert tokens == {n * 1024 for n in (1, 4, 8, 32, 64, 256)}
     long = [cell.estimate_s > 20 for cell in found if cell.suite == "prefill"]
     assert long == sorted(long)
+
+
+def test_models_that_are_not_named_are_left_out_of_prefill_and_decode_alone():
+    every, some = (benchmark.cells(TINY, list(SHARES), models) for models in ((), ["tiny qwen2.5-vl"]))
+    assert {cell.at["model"] for cell in some if "model" in cell.at} == {"tiny qwen2.5-vl"}
+    rest = [[cell.key for cell in cells if "model" not in cell.at] for cells in (every, some)]
+    assert rest[0] == rest[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--models", "bert"], r"expected some of \['tiny llama', .*got \['bert'\]"),
+     (["--models", "tiny llama", "--suite", "engine"], "has a model of its own")],
+)  # fmt: skip
+def test_models_that_are_not_there_are_refused(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        benchmark.main(["--device", "cpu", "--json", str(tmp_path / "x.json"), *arguments])
+    assert re.search(message, capsys.readouterr().err)
 
 
 # --- what is timed ---
