@@ -17,7 +17,7 @@ from pipeline.config import load_config
 from pipeline.job import caption
 from pipeline.mini.data import VIDEO_FAMILIES
 from pipeline.mini.world import render_demo
-from pipeline.summary import format_bytes
+from pipeline.run.summary import format_bytes
 from pipeline.version import code_version
 
 CONFIG = Path(__file__).parent.parent / "configs" / "demo.yaml"

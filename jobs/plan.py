@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from jobs.cli import load, main_guard, parser
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError
-from pipeline.summary import format_bytes
+from pipeline.run.summary import format_bytes
 
 if TYPE_CHECKING:
-    from pipeline.estimate import PlanSummary, Totals
+    from pipeline.planning.estimate import PlanSummary, Totals
 
 _SHOWN_ERRORS = 10
 _PLAIN = "  uncompressed"
@@ -41,12 +41,14 @@ def main() -> int:
 
 def summarise(config: JobConfig) -> "tuple[PlanSummary, str | None]":
     """The plan's estimate, and why it lacks tokens where it does."""
-    from pipeline.captioner import lightkv_config  # torch takes seconds to import: help and refusals must not
-    from pipeline.context import ContextLimit
-    from pipeline.encode import encoder_for
-    from pipeline.estimate import estimate_plan
-    from pipeline.models import describe
-    from pipeline.plan import plan_units
+    from pipeline.captioning.captioner import (
+        lightkv_config,  # torch takes seconds to import: help and refusals must not
+    )
+    from pipeline.captioning.context import ContextLimit
+    from pipeline.captioning.encode import encoder_for
+    from pipeline.captioning.models import describe
+    from pipeline.planning.estimate import estimate_plan
+    from pipeline.planning.plan import plan_units
 
     table = plan_units(config)
     try:

@@ -6,10 +6,10 @@ A run writes its page at its end; this makes it again, or makes one of a run tha
 from pathlib import Path
 
 from jobs.cli import load, main_guard, parser
-from pipeline import storage
 from pipeline.config import JobConfig, load_config
 from pipeline.errors import ConfigError
-from pipeline.report import build_report
+from pipeline.run.report import build_report
+from pipeline.storage import files as storage
 
 
 def main() -> int:

@@ -4,21 +4,21 @@ with lightkv.compress(model, LightKVConfig.for_model(model.config, retention=0.5
     model.generate(**inputs)
 """
 
-from lightkv.attach import compress
-from lightkv.baselines import baseline
-from lightkv.config import LightKVConfig, Stage
 from lightkv.cost import Cost, estimate
-from lightkv.engine import Engine, Memory
+from lightkv.engine.engine import Engine, Memory
+from lightkv.engine.layerkv import Bits
+from lightkv.engine.request import Generated, Request, Result
+from lightkv.engine.segments import Segment, Text, Vision
 from lightkv.errors import ConfigError, LightKVError, UnsupportedCallError, UnsupportedModelError
-from lightkv.families import family_of
-from lightkv.guidance import prompt_guidance
-from lightkv.layerkv import Bits
-from lightkv.layout import VisionLayout
-from lightkv.report import Report, Survivors
-from lightkv.request import Generated, Request, Result
-from lightkv.segments import Segment, Text, Vision
-from lightkv.stage import compress_tokens
-from lightkv.tokens import Compressed, Tokens
+from lightkv.hooks.compress import compress
+from lightkv.hooks.report import Report, Survivors
+from lightkv.methods.baselines import baseline
+from lightkv.methods.config import LightKVConfig, Stage
+from lightkv.methods.guidance import prompt_guidance
+from lightkv.methods.published import compress_tokens
+from lightkv.vision.families import family_of
+from lightkv.vision.layout import VisionLayout
+from lightkv.vision.tokens import Compressed, Tokens
 
 __all__ = [
     "Bits",

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightkv.attention import EXTRA_DIMS
-from lightkv.config import LightKVConfig
 from lightkv.errors import ConfigError
-from lightkv.families import EMBEDDINGS
-from lightkv.methods import METHODS
+from lightkv.hooks.attention import EXTRA_DIMS
+from lightkv.methods.config import LightKVConfig
+from lightkv.methods.table import METHODS
+from lightkv.vision.families import EMBEDDINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -47,7 +47,7 @@ class Shape:
     def layer_flops(self, tokens: int, extra_dims: int = 0) -> int:
         """Projections, MLP and attention (all query–key pairs, as kernels are usually counted) of one layer.
 
-        `extra_dims` of the heads carry the sizes of merged tokens (attention.py).
+        `extra_dims` of the heads carry the sizes of merged tokens (hooks/attention.py).
         """
         projections = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
         products = self.heads * (self.head_dim + extra_dims)

@@ -52,11 +52,11 @@ from lmms_eval.api.model import lmms  # type: ignore
 from lmms_eval.utils import simple_parse_args_string  # type: ignore
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from lightkv.attach import compress
-from lightkv.config import DEFAULT_METHOD, LightKVConfig
 from lightkv.errors import ConfigError, UnsupportedModelError
-from lightkv.methods import METHODS
-from lightkv.report import Report
+from lightkv.hooks.compress import compress
+from lightkv.hooks.report import Report
+from lightkv.methods.config import DEFAULT_METHOD, LightKVConfig
+from lightkv.methods.table import METHODS
 
 LMMS_EVAL_MODELS: dict[str, str] = {
     "internvl": "internvl_hf",

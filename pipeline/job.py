@@ -5,19 +5,19 @@ import logging
 import time
 
 from pipeline import logs
-from pipeline.captioner import lightkv_config
-from pipeline.cluster import attempts_of, cluster_address, connect, progress_display
+from pipeline.captioning.captioner import lightkv_config
+from pipeline.captioning.encode import encoder_for
+from pipeline.captioning.models import describe, pick_device
+from pipeline.cluster.connect import attempts_of, cluster_address, connect, progress_display
+from pipeline.cluster.graph import execute
 from pipeline.config import JobConfig
-from pipeline.encode import encoder_for
 from pipeline.errors import RunError, StoppedError
-from pipeline.graph import execute
-from pipeline.models import describe, pick_device
-from pipeline.plan import plan_units
-from pipeline.report import write_report
-from pipeline.retry import merge_rows, open_retry
-from pipeline.run import RunDirectory, Work, read_table
-from pipeline.summary import UNIT_COLUMNS, columns, summarise, table
-from pipeline.termination import Termination
+from pipeline.planning.plan import plan_units
+from pipeline.run.directory import RunDirectory, Work, read_table
+from pipeline.run.report import write_report
+from pipeline.run.retry import merge_rows, open_retry
+from pipeline.run.summary import UNIT_COLUMNS, columns, summarise, table
+from pipeline.run.termination import Termination
 
 _LOG = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from jobs.readme import filled
+from jobs.measure.readme import filled
 from tests.models import save_tiny_llava
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

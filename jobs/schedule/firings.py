@@ -9,8 +9,8 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Self
 
-from pipeline import storage as st
 from pipeline.config import Storage
+from pipeline.storage import files as st
 
 State = Literal["claimed", "submitted", "ended"]
 

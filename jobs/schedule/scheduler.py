@@ -20,7 +20,7 @@ from jobs.schedule.submission import Submission
 from pipeline import logs
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigError, RunError
-from pipeline.run import RunDirectory
+from pipeline.run.directory import RunDirectory
 
 LOG = logging.getLogger("jobs.schedule")
 _POLL_S, _IDLE_S = 15.0, 60.0  # between looks at a run, and at a schedule that has nothing to do

@@ -4,8 +4,8 @@
 
 RoPE positions go along as `columns`; their tables of cos and sin are gathered beside it, by an index operation each:
 nothing else in the pass is made of them, so that it would read and write the same. Gathered they are much cheaper than
-computed anew, which takes ten operations ("angles" in jobs/benchmark). Where every token went is of all tokens, not of
-survivors alone, and is kept by the stage itself.
+computed anew, which takes ten operations ("angles" in jobs/measure/benchmark). Where every token went is of all tokens,
+not of survivors alone, and is kept by the stage itself.
 """
 
 import torch

@@ -11,7 +11,7 @@ from grafana_foundation_sdk.cog import plugins
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from pipeline.metrics import SPECS
+from pipeline.cluster.metrics import SPECS
 
 _INFRA = Path(__file__).parents[2] / "infra"
 _DASHBOARD = json.loads((_INFRA / "grafana" / "lightkv.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from pipeline.frame_sources import DecordSource
+from pipeline.decoding.backends import DecordSource
 
 
 def slow(path, index, size):

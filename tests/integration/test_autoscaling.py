@@ -5,7 +5,7 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.soak import Tally, judge, undisturbed, write_manifest
+from jobs.measure.soak import Tally, judge, undisturbed, write_manifest
 from tests.integration import clusters
 from tests.integration.jobs import started
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.captioner import Captioner
+from pipeline.captioning.captioner import Captioner
 from pipeline.config import load_config
-from pipeline.decode import decode_unit
+from pipeline.decoding.decode import decode_unit
 from pipeline.mini.world import render_demo
 from pipeline.schema import ROW_SCHEMA
 from tests.integration.jobs import SMALL, rows_by_name, run

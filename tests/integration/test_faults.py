@@ -7,7 +7,7 @@ import subprocess
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.soak import processes
+from jobs.measure.soak import processes
 from pipeline.mini.world import render_demo
 from tests.integration.jobs import committed, rows_by_name, run, started, wait_for
 

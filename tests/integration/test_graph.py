@@ -5,11 +5,11 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from pipeline.cluster import connect
+from pipeline.cluster.connect import connect
+from pipeline.cluster.graph import build
 from pipeline.config import load_config
-from pipeline.graph import build
-from pipeline.plan import plan_units
-from pipeline.run import RunDirectory
+from pipeline.planning.plan import plan_units
+from pipeline.run.directory import RunDirectory
 
 pytestmark = pytest.mark.integration
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.metrics import SPECS
+from pipeline.cluster.metrics import SPECS
 from pipeline.mini.world import render_demo
 from tests.integration.head import running_head
 

@@ -3,7 +3,7 @@
 import pyarrow.parquet as pq
 import pytest
 
-from jobs.soak import Tally, judge, undisturbed, write_manifest
+from jobs.measure.soak import Tally, judge, undisturbed, write_manifest
 from tests.integration import clusters
 from tests.integration.jobs import committed, started, wait_for
 

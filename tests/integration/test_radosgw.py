@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import storage as st
 from pipeline.config import Storage
+from pipeline.decoding.media import Media
 from pipeline.errors import UnitError
-from pipeline.media import Media
 from pipeline.mini.world import render_demo
+from pipeline.storage import files as st
 from tests import radosgw
 from tests.integration.jobs import ROOT, command, environment, run, run_and_kill
 

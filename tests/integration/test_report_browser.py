@@ -12,16 +12,16 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from pipeline.captioner import Captioner
+from pipeline.captioning.captioner import Captioner
 from pipeline.config import load_config
-from pipeline.decode import FrameBatch
+from pipeline.decoding.decode import FrameBatch
 from pipeline.errors import UnitError
 from pipeline.mini.render import render
 from pipeline.mini.scene import sample_scene
 from pipeline.mini.world import scene_seed
-from pipeline.report import build_report
-from pipeline.run import RunDirectory
-from pipeline.samples import Sampling, folder_of
+from pipeline.run.directory import RunDirectory
+from pipeline.run.report import build_report
+from pipeline.run.samples import Sampling, folder_of
 from pipeline.schema import rows_table
 from tests.pipeline.rows import row, units
 

@@ -6,8 +6,8 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import storage as st
 from pipeline.mini.world import render_demo
+from pipeline.storage import files as st
 from tests.faults import Rule, proxy
 from tests.integration.jobs import ROOT, command, environment, run
 from tests.s3 import CREDENTIALS, server

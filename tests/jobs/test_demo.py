@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from jobs import demo
-from pipeline.captioner import Captioner
+from pipeline.captioning.captioner import Captioner
 from pipeline.config import load_config
-from pipeline.decode import decode_unit
-from pipeline.plan import plan_units
+from pipeline.decoding.decode import decode_unit
+from pipeline.planning.plan import plan_units
 from pipeline.schema import rows_table
 
 TRUTH = {"a.mp4": {"caption": "a red circle. a blue star.", "count": "two"}, "b.mp4": {"caption": "a white ring."}}

@@ -11,9 +11,9 @@ import pytest
 from jobs.cli import main_guard
 from jobs.plan import main
 from pipeline.config import load_config
-from pipeline.plan import plan_units
+from pipeline.planning.plan import plan_units
 from tests.models import save_tiny_llava
-from tests.pipeline.test_known import record
+from tests.pipeline.planning.test_known import record
 from tests.videos import render
 
 

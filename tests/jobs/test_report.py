@@ -8,7 +8,7 @@ import pytest
 from jobs import report
 from pipeline.config import load_config
 from pipeline.errors import ConfigError, RunError
-from pipeline.run import RunDirectory
+from pipeline.run.directory import RunDirectory
 from tests.pipeline.rows import row, rows, units
 
 

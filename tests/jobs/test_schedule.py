@@ -17,7 +17,7 @@ from jobs.schedule.scheduler import LOG, Clock, Schedule, Scheduler
 from jobs.schedule.submission import Submission, command
 from pipeline.config import Storage, load_config
 from pipeline.errors import ConfigError, RunError
-from pipeline.run import RunDirectory
+from pipeline.run.directory import RunDirectory
 
 UTC = zoneinfo.ZoneInfo("UTC")
 BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightkv import Tokens, prompt_guidance
-from lightkv.guidance import GUIDANCES
-from lightkv.methods import METHODS
+from lightkv.methods.guidance import GUIDANCES
+from lightkv.methods.table import METHODS
 
 
 @dataclass

@@ -5,8 +5,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from lightkv import ConfigError, LightKVConfig, Stage, VisionLayout, compress, estimate, published
-from lightkv.published import PUBLISHED_MODELS
+from lightkv import ConfigError, LightKVConfig, Stage, VisionLayout, compress, estimate
+from lightkv import paper as published
+from lightkv.paper import PUBLISHED_MODELS
 from tests.lightkv.tiny import TINY, tiny_model, tiny_sample
 
 SCHEDULES = {

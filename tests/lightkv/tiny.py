@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from lightkv.packing import Packing
+from lightkv.vision.packing import Packing
 
 LAYERS = 5
 IMAGE, VIDEO = 90, 91

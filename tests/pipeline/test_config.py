@@ -205,7 +205,7 @@ def test_every_key_has_a_unit_or_needs_none():
 
 def test_shipped_configurations_are_valid():
     folder = Path(__file__).parents[2] / "configs"
-    files = [file for file in folder.rglob("*.yaml") if file.name != "evaluate.yaml"]  # of jobs.evaluate, not a job
+    files = [file for file in folder.rglob("*.yaml") if file.name != "evaluate.yaml"]  # not a job
     assert files
     for file in files:
         given = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightkv.errors import ConfigError
-from lightkv.guidance import QuestionGuidance
+from lightkv.methods.guidance import QuestionGuidance
 from lightkv.ops import votes, votes_kernel
 from lightkv.ops.votes import softmax_votes, softmax_votes_torch
 from lightkv.ops.votes_kernel import softmax_votes_triton

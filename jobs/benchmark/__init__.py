@@ -1,1 +1,0 @@
-"""`python -m jobs.benchmark`: what compression costs and saves in time; `readme` writes the tables."""

@@ -1,0 +1,1 @@
+"""`python -m jobs.measure.benchmark`: what compression costs and saves in time; `readme` writes the tables."""

@@ -1,0 +1,29 @@
+"""The suite: its parts, and what of the time each may take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from jobs.measure.benchmark.cell import Cell
+from jobs.measure.benchmark.engine import hours, memory, prompts, streamed, throughput
+from jobs.measure.benchmark.engine.scale import EngineScale, on_cpu, on_gpu
+
+SHARES = {"hours": 0.01, "streamed": 0.09, "prompts": 0.17, "throughput": 0.33, "memory": 0.4}
+
+
+def scale_of(device: torch.device) -> EngineScale:
+    return on_gpu(device) if device.type == "cuda" else on_cpu()
+
+
+def cells(scale: EngineScale) -> list[Cell]:
+    """Of all parts, in the order in which they are measured."""
+    parts: dict[str, Callable[[], list[Cell]]] = {
+        "hours": hours.cells,
+        "streamed": lambda: streamed.cells(scale),
+        "prompts": lambda: prompts.cells(scale),
+        "throughput": lambda: throughput.cells(scale),
+        "memory": lambda: memory.cells(scale),
+    }
+    return [cell for name in SHARES for cell in parts[name]()]

@@ -1,0 +1,136 @@
+"""The README's figures, written from the jobs' result files between a pair of markers each.
+
+python -m jobs.measure.readme --results jobs/results --readme README.md
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.cli import main_guard
+from jobs.measure.benchmark.readme import engine, speed
+from jobs.measure.evaluate.readme import fidelity
+from jobs.measure.markers import between
+
+Result = dict[str, Any]
+
+
+def filled(page: str, folder: Path) -> str:
+    """The page with the text of every section. Raises ConfigError unless it has exactly one pair of markers of each."""
+    for name, (files, text) in SECTIONS.items():
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(files))]
+        page = between(page, f"<!-- {name} -->", f"<!-- /{name} -->", text(results))
+    return page
+
+
+def _one(text: Callable[[Result], str], command: str) -> Callable[[Sequence[Result]], str]:
+    """A section made of a single result, or that there is none."""
+    return lambda results: text(results[0]) if results else f"No figure yet (`python -m {command}`)."
+
+
+def manifest(result: Result) -> str:
+    """What a run's bookkeeping takes, a line per size."""
+    rows = [
+        (
+            f"{size['units']:,}",
+            *(_seconds(size[f"{name}_s"]) for name in ("plan", "resume", "summary", "retry")),
+            f"{size['memory_mib']:.0f} MiB",
+        )
+        for size in result["sizes"]
+    ]
+    return _table(
+        f"`{result['command']}` ({result['machine']}, pyarrow {result['pyarrow']}; median of {result['repeats']} runs, "
+        "spread in `jobs/results/manifest.json`):",
+        ("units in the manifest", "planning", "open half found", "its summary", "its errors repeated", "memory"),
+        rows,
+    )
+
+
+def scale(result: Result) -> str:
+    """What one run of very many units took."""
+    (size,) = result["sizes"]
+    stopped, resumed = size["stopped"], size["resumed"]
+    memory = [max(stopped["peak_bytes"][k], resumed["peak_bytes"][k]) for k in ("driver", "object_store", "attempts")]
+    rows = [
+        ("planning; the manifest on disk", f"{_seconds(size['plan_s'])}; {_bytes(size['manifest_bytes'])}"),
+        ("graph and files", f"{resumed['units_per_s']:,.0f} units per second"),
+        (
+            f"asked to end with {size['units'] - stopped['done']:,} units open, until everything finished is committed",
+            _seconds(stopped["drain_s"]),
+        ),
+        ("the same command again, finding the open ones", _seconds(resumed["prepare_s"])),
+        ("summary of all rows", _seconds(size["summary_s"])),
+        ("peak memory: driver, object store, count of attempts", ", ".join(map(_bytes, memory))),
+        ("data files, checkpoint files", f"{size['data_files']:,}, {size['checkpoint_files']:,}"),
+    ]
+    return _table(
+        f"`{result['command']}` ({result['machine']}, ray {result['versions']['ray']}; one run):",
+        (f"{size['units']:,} units", ""),
+        rows,
+    )
+
+
+def soak(result: Result) -> str:
+    """Whom the soak killed, and what was wrong afterwards."""
+    kills = ", ".join(f"{victim} {count:,}" for victim, count in result["kills"].items())
+    wrong = ", ".join(f"{result[name]['units']:,} {name}" for name in ("lost", "doubled", "foreign"))
+    return (
+        f"`{result['command']}` ({result['machine']}, ray {result['versions']['ray']}): hit at random {kills}; "
+        f"{result['driver_starts']:,} starts of the driver; of {result['units']:,} units {wrong}."
+    )
+
+
+def pipeline(result: Result) -> str:
+    """What the pipeline costs on top of its model."""
+    return (
+        f"{_percent(result['overhead'])} more, median of {result['repeats']} runs over {result['clips']:,} clips, "
+        f"least to most: {result['added_ms_per_clip']['median']:.1f} ms on top of "
+        f"{result['engine_ms_per_clip']['median']:.1f} a clip (`{result['command']}`; {result['machine']}, torch "
+        f"{result['versions']['torch']}, ray {result['versions']['ray']})."
+    )
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Sequence[Result]], str]]] = {
+    "fidelity": ("fidelity/summary.json", _one(fidelity, "jobs.measure.evaluate")),
+    "benchmark": ("benchmark-*.json", speed),
+    "engine": ("engine-*.json", engine),
+    "manifest": ("manifest.json", _one(manifest, "jobs.measure.manifest")),
+    "scale": ("scale.json", _one(scale, "jobs.measure.scale")),
+    "pipeline": ("pipeline.json", _one(pipeline, "jobs.measure.pipeline")),
+    "soak": ("soak.json", _one(soak, "jobs.measure.soak")),
+}  # the markers' name, the result files, what they say
+
+
+def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = (f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+    return "\n".join([title, "", *lines])
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s" if value >= 10 else f"{value:.2g} s"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 1e9:.1f} GB" if value >= 1e9 else f"{value / 1e6:.3g} MB"
+
+
+def _percent(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.1%} ({spread['min']:.1%} to {spread['max']:.1%})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Fill in the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--readme", type=Path, required=True, metavar="FILE")
+    args = parser.parse_args(arguments)
+    if not args.results.is_dir():
+        parser.error(f"--results: expected a folder, got {args.results}")
+    args.readme.write_text(filled(args.readme.read_text(encoding="utf-8"), args.results), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    main_guard(main)

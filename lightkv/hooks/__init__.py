@@ -1,0 +1,1 @@
+"""Compression inside stock `generate`: layer hooks, attention to merged tokens, the short cache, the report."""

@@ -1,0 +1,1 @@
+"""The compression methods, their table and their configuration: which tokens a stage merges or drops."""

@@ -1,0 +1,111 @@
+"""Stages that drop tokens instead of merging them: asked's later ones, random, stride, fastv and evs.
+
+Each gives every vision token a value and keeps those of largest value: M - floor(drop · M) of an item's M tokens, or of
+a prompt's for `asked`. Survivors are what they were, and stand for what they stood for.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightkv.errors import UnsupportedCallError
+from lightkv.ops.nearest import FEATURES_AT_ONCE
+from lightkv.vision.layout import VisionLayout
+from lightkv.vision.tokens import Compressed, Tokens, removals
+
+if TYPE_CHECKING:
+    from lightkv.methods.config import LightKVConfig, Stage
+
+
+def random(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """A draw of an item's tokens, all alike; the same for the same config.seed, layer and layout."""
+    seed = config.seed * 1_000_003 + stage.layer + 1
+    lengths = tokens.lengths or (len(tokens.layout),)
+    draws = [torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for count in lengths]
+    return prune(tokens, torch.cat(draws).to(tokens.hidden.device), stage.drop)
+
+
+def stride(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """Every k-th token of an item in raster order, k = M / kept; where that is no whole number, evenly spread."""
+    layout = tokens.layout
+    order = torch.argsort(_key(layout, layout.t), stable=True)
+    order = order[layout.mergeable[order]]
+    item = layout.item[order]
+    sizes = torch.bincount(item, minlength=len(layout.grid))
+    kept, size = (sizes - removals(sizes, stage.drop))[item], sizes[item]
+    rank = torch.arange(len(item), device=item.device) - (sizes.cumsum(0) - sizes)[item]
+    value = torch.zeros(len(layout), device=item.device)
+    value[order] = (((rank + 1) * kept + size // 2) // size - (rank * kept + size // 2) // size).float()
+    return prune(tokens, value, stage.drop)
+
+
+def fastv(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """FastV: the tokens that the last prompt token attends to most, in the layer before."""
+    assert tokens.score is not None
+    return prune(tokens, tokens.score, stage.drop)
+
+
+def asked(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """What the question attends to most, over all images and videos together; each keeps one as far as that goes."""
+    assert tokens.score is not None
+    layout, value = tokens.layout, tokens.score
+    order, stays = ranked(layout.item, value, 1.0 - 1e-9)
+    value = value.index_fill(0, order[stays], torch.inf)
+    return prune(tokens, value, stage.drop, torch.where(layout.mergeable, tokens.row, layout.item))
+
+
+def evs(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """Efficient video sampling: the tokens that differ most, 1 - cos, from the one at their place a frame earlier.
+
+    Tokens without one (the first frame's) are dropped when nothing else is left. Raises UnsupportedCallError for an
+    item of one frame, about which the method says nothing.
+    """
+    layout = tokens.layout
+    index = torch.nonzero(layout.mergeable).flatten()
+    still = layout.item[index[layout.grid[layout.item[index], 0] == 1]]
+    if len(still):
+        raise UnsupportedCallError(
+            f"evs drops what repeats the frame before, but item {int(still[0])} has one frame: "
+            "give it videos, or compress images by another method"
+        )
+    key, before = _key(layout, layout.t + 1)[index], _key(layout, layout.t)[index]
+    known, order = torch.sort(key)  # key: where a token's successor lies
+    at = torch.searchsorted(known, before).clamp(max=max(0, len(known) - 1))
+    has = known[at] == before
+    value = torch.full((len(layout),), torch.inf, device=index.device)
+    for part in torch.nonzero(has).flatten().split(max(1, FEATURES_AT_ONCE // tokens.hidden.shape[1])):
+        here, there = tokens.hidden[index[part]].float(), tokens.hidden[index[order[at[part]]]].float()
+        value[index[part]] = 1 - F.cosine_similarity(here, there, dim=-1)
+    return prune(tokens, value, stage.drop)
+
+
+def prune(tokens: Tokens, value: Tensor, drop: float, group: Tensor | None = None) -> Compressed:
+    """Keep of every item what is left by floor(drop · M) removals: the largest of value [S]; ties keep the lower index.
+
+    Text and row ends stay. group int64 [S]: what is taken for an item instead, below 0 for what is none.
+    """
+    order, stays = ranked(tokens.layout.item if group is None else group, value, drop)
+    target = torch.arange(len(value), device=order.device).index_fill(0, order[~stays], -1)
+    kept = torch.nonzero(target >= 0).flatten()
+    return tokens.left(tokens.hidden, tokens.size, target[:0], target[:0], target, kept)
+
+
+def ranked(group: Tensor, value: Tensor, drop: float) -> tuple[Tensor, Tensor]:
+    """Positions int64 [N] of the tokens in groups, by group and from the largest value; which stay, bool [N]."""
+    order = torch.nonzero(group >= 0).flatten()
+    order = order[torch.argsort(value[order], descending=True, stable=True)]
+    order = order[torch.argsort(group[order], stable=True)]
+    group = group[order]
+    sizes = torch.bincount(group)
+    rank = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group]
+    return order, rank < (sizes - removals(sizes, drop))[group]
+
+
+def _key(layout: VisionLayout, t: Tensor) -> Tensor:
+    """One int64 per position that sorts by (item, t, y, x); comparable between any `t` up to the grid's extent."""
+    if not len(layout.grid):
+        return torch.zeros_like(t)
+    frames, height, width = (int(extent) + 1 for extent in layout.grid.amax(dim=0))
+    return (((layout.item + 2) * (frames + 1) + t) * height + layout.y) * width + layout.x

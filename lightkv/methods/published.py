@@ -1,0 +1,126 @@
+"""The published method's stage on one sequence: windows, matching and merging put together."""
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from lightkv.errors import ConfigError
+from lightkv.methods.windows import Windows, match
+from lightkv.ops.merge import merge
+from lightkv.vision.layout import VisionLayout
+from lightkv.vision.tokens import Compressed, Tokens, removal, removals
+
+if TYPE_CHECKING:
+    from lightkv.methods.config import LightKVConfig, Stage
+
+Budget = Literal["window", "item"]
+
+
+def published(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """The method "published": one stage of the paper, its guidance being the merge weight (equal weights without)."""
+    weight = torch.ones_like(tokens.size) if tokens.score is None else tokens.score
+    return in_windows(tokens, weight, stage.windows, stage.drop, config.frames_per_window, config.budget)
+
+
+def compress_tokens(
+    hidden: Tensor,
+    guidance: Tensor,
+    layout: VisionLayout,
+    *,
+    windows: int,
+    drop: float,
+    frames: int | None = 1,
+    budget: Budget = "window",
+) -> Compressed:
+    """Merge floor(drop · m) of the m vision tokens in each of `windows` × `windows` windows per frame.
+
+    One matching removes at most half of a window; what is beyond that is met by matching again what is left, each
+    token then weighing what has merged into it. `frames` consecutive frames share a window (None: the whole video).
+    With budget="item" it is floor(drop · M) of an item's M tokens, spread over its windows (`spread_removals`).
+
+    hidden [S, D], guidance fp32 [S] of weights ≥ 0 (only vision entries count), layout of the same S positions.
+    The sizes count this call's tokens.
+    Raises ConfigError when shapes disagree or windows < 1 or drop is outside [0, 1).
+    """
+    length = len(layout)
+    if hidden.shape[:1] != (length,) or guidance.shape != (length,):
+        raise ConfigError(
+            f"hidden {list(hidden.shape)} and guidance {list(guidance.shape)} must cover the layout's {length} tokens"
+        )
+    check_stage(windows, drop)
+    tokens = Tokens(hidden, layout.to(hidden.device), torch.ones(length, device=hidden.device))
+    return in_windows(tokens, guidance, windows, drop, frames, budget)
+
+
+def in_windows(
+    tokens: Tokens, weight: Tensor, windows: int, drop: float, frames: int | None, budget: Budget
+) -> Compressed:
+    """`compress_tokens` of tokens that stand for several, whose sizes add up; weight [S] is its guidance."""
+    hidden, weight = tokens.hidden, weight.float()
+    target = torch.arange(len(hidden), device=hidden.device)
+    removed = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    source = into = target[:0]
+    cut = Windows.cut(tokens.layout, windows, frames)
+    quota = removals(cut.sizes, drop) if budget == "window" else spread_removals(cut, drop)
+    more = bool(quota.any())
+    while more:
+        source, into = match(hidden, cut, quota)
+        target = target.index_copy(0, source, into)[target]
+        removed = removed.index_fill(0, source, True)
+        quota = quota - torch.minimum(quota, cut.sizes // 2)
+        more = bool(quota.any())
+        if more:  # else these are the last merges, which go with the survivors
+            if hidden is tokens.hidden:
+                hidden, weight = hidden.clone(), weight.clone()
+            merge(hidden, weight, source, into)
+            cut = cut.without(removed)
+    kept = torch.nonzero(~removed).flatten()
+    size = torch.zeros_like(tokens.size).index_add(0, target, tokens.size)[kept]
+    return replace(tokens.left(hidden, weight, source, into, target, kept), size=size)
+
+
+def check_stage(windows: int, drop: float) -> None:
+    """Raises ConfigError unless windows ≥ 1 and 0 ≤ drop < 1."""
+    if windows < 1:
+        raise ConfigError(f"windows per side must be at least 1, got {windows}")
+    if not 0.0 <= drop < 1.0:
+        raise ConfigError(f"drop must be at least 0 and below 1, got {drop}")
+
+
+def spread_removals(windows: Windows, drop: float) -> Tensor:
+    """floor(drop · M) removals per item, spread over its windows like the tokens these can give, m - 1 each; int64.
+
+    Rounding down in each window instead would miss the budget where windows are small: a quarter of 2 tokens is 0.
+    """
+    count = int(windows.item.max()) + 1 if len(windows.item) else 0
+    spare = windows.sizes - 1
+    tokens, room = (spare.new_zeros(count).index_add(0, windows.item, part) for part in (windows.sizes, spare))
+    wanted = torch.minimum(removals(tokens, drop), room)
+    until = spare.cumsum(0) - (room.cumsum(0) - room)[windows.item]  # spare tokens of the item up to this window
+    share, room = wanted[windows.item], room[windows.item].clamp(min=1)
+    return share * until // room - share * (until - spare) // room
+
+
+def published_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
+    """Of `vision` tokens in `frames` equal grids: how many are left, and FLOPs of the similarities.
+
+    Windows are taken as equal as the count allows. The release takes a whole video for one image.
+    """
+    span = config.frames_per_window if config.windows != "released" else None
+    count = (math.ceil(frames / span) if span else 1) * stage.windows**2
+    room = max(0, vision - count)  # every window keeps a token
+    budget = min(int(vision * stage.drop + 1e-9), room)
+    left, flops = 0, 0
+    for size, windows in ((vision // count + 1, vision % count), (vision // count, count - vision % count)):
+        quota, now = removal(size, stage.drop), size
+        if config.budget == "item":
+            quota = math.ceil(budget * max(0, size - 1) / max(1, room))
+        while quota > 0:
+            flops += windows * 2 * ((now + 1) // 2) * (now // 2) * width
+            step = min(quota, now // 2)
+            quota, now = quota - step, now - step
+        left += windows * now
+    return (vision - budget if config.budget == "item" else left), flops

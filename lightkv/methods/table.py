@@ -1,0 +1,101 @@
+"""The table of methods: what each does in a stage, what it needs for that, and the schedule it is used with.
+
+A method is one row of METHODS. Hooks, positions, masks, sizes and the accounting are the same for all of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lightkv.methods.guidance import GUIDANCES, LastQuery, QuestionAttention, Scorer, UniformGuidance, Votes
+from lightkv.methods.pruning import asked, evs, fastv, random, stride
+from lightkv.methods.published import published, published_cost
+from lightkv.methods.schedule import Plan, derive, derive_early, derive_single
+from lightkv.methods.spacetime import spacetime, spacetime_cost
+from lightkv.methods.tome import tome, tome_cost
+from lightkv.vision.families import EMBEDDINGS
+from lightkv.vision.tokens import Compressed, Tokens, removal
+
+if TYPE_CHECKING:
+    from lightkv.methods.config import LightKVConfig, Stage
+
+USUAL_STAGES = 3
+MERGING = frozenset({"rounds", "distance"})
+SHALLOW = 16  # decoders of fewer layers are pruned by fastv after layer 1, others after layer 2
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to compress.
+
+    compress      what a stage does to one sequence
+    plan          (depth, first layer allowed, stages or None for its own number, retention) → its usual schedule
+    cost          (vision tokens of one item, stage, config, frames, width) → tokens left, FLOPs of the stage
+    scorer        what it asks of the layer before stage number 0, 1, …; such a stage cannot run on the embeddings
+    proportional  later layers attend to a token by its size
+    reads         fields of LightKVConfig that matter to it; the others must be left alone
+    """
+
+    compress: Callable[[Tokens, "Stage", "LightKVConfig"], Compressed]
+    plan: Callable[[int, int, int | None, float], Plan]
+    cost: Callable[[int, "Stage", "LightKVConfig", int, int], tuple[int, int]]
+    scorer: Callable[["LightKVConfig", int], Scorer | None] = lambda config, number: None
+    proportional: bool = False
+    reads: frozenset[str] = frozenset()
+
+
+def merged_then_asked(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+    """The first stage merges what repeats itself in space and time; later ones drop what the question passes over."""
+    return spacetime(tokens, stage, config) if tokens.score is None else asked(tokens, stage, config)
+
+
+def _question(config: "LightKVConfig", number: int) -> Scorer | None:
+    return QuestionAttention() if number else None
+
+
+def _asked_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
+    cost = spacetime_cost if stage == config.stages[0] else _pruning_cost
+    return cost(vision, stage, config, frames, width)
+
+
+def _votes(config: "LightKVConfig", number: int) -> Scorer | None:
+    rule = GUIDANCES[config.guidance]
+    return None if isinstance(rule, UniformGuidance) else Votes(rule)
+
+
+def _late(depth: int, first: int, stages: int | None, target: float) -> Plan:
+    return derive(depth, max(first, 0), stages or USUAL_STAGES, target)
+
+
+def _early(depth: int, first: int, stages: int | None, target: float) -> Plan:
+    return derive_early(depth, first, stages, target)
+
+
+def _fastv_plan(depth: int, first: int, stages: int | None, target: float) -> Plan:
+    return derive_single(1 if depth < SHALLOW else 2, depth, first, stages, target)
+
+
+def _pruning_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
+    return vision - removal(vision, stage.drop), 0
+
+
+_at_once = partial(derive_single, EMBEDDINGS)
+
+METHODS: dict[str, Method] = {
+    "published": Method(
+        published,
+        _late,
+        published_cost,
+        scorer=_votes,
+        reads=frozenset({"windows", "window_frames", "guidance", "budget"}),
+    ),
+    "lightkv": Method(spacetime, _early, spacetime_cost, scorer=_question, proportional=True, reads=MERGING),
+    "spacetime": Method(spacetime, _early, spacetime_cost, proportional=True, reads=MERGING),
+    "asked": Method(merged_then_asked, _early, _asked_cost, scorer=_question, proportional=True, reads=MERGING),
+    "random": Method(random, _at_once, _pruning_cost, reads=frozenset({"seed"})),
+    "stride": Method(stride, _at_once, _pruning_cost),
+    "tome": Method(tome, _at_once, tome_cost, proportional=True),
+    "fastv": Method(fastv, _fastv_plan, _pruning_cost, scorer=lambda config, number: LastQuery()),
+    "evs": Method(evs, _at_once, _pruning_cost),
+}

@@ -1,0 +1,1 @@
+"""What a vision token is and where it lies in the prompt, for every model family."""

@@ -1,0 +1,56 @@
+"""Which units fit the model's context: checked exactly as their frames come in, and beforehand as far as a plan shows.
+
+Compression does not change this: a merged token keeps its position, so positions count all vision tokens that came in.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.captioning.encode import FrameEncoder
+from pipeline.config import Frames
+from pipeline.errors import UnitError
+from pipeline.planning.estimate import expected_frames
+
+_SURE = (
+    0.9  # of the expected frames: a header's length and rate are not exact, and a unit that fits must not be refused
+)
+
+
+class ContextLimit:
+    """The model's positions, of which a unit needs some for its text, its vision and its answer."""
+
+    def __init__(self, model_config: Any, encoder: FrameEncoder, max_new_tokens: int) -> None:
+        self._limit: int = model_config.get_text_config().max_position_embeddings
+        self._encoder, self._new = encoder, max_new_tokens
+
+    def check(self, text_tokens: int, grids: Sequence[tuple[int, int, int]]) -> None:
+        """Raise `UnitError` (prepare, ContextTooLong) where text, items of these grids and the answer do not fit."""
+        needed = text_tokens + self._encoder.positions(grids) + self._new
+        if needed > self._limit:
+            raise self._error(f"got {needed}")
+
+    def refusal(self, unit: dict[str, Any], frames: Frames) -> UnitError | None:
+        """The same error for a row of UNIT_SCHEMA that cannot fit, whatever its prompts; None where that is open."""
+        sizing = self._encoder.sizing(frames)
+        if unit["kind"] == "images":
+            smallest = sizing.of(1, 1)
+            grids = [self._encoder.grid(1, smallest.crop_h, smallest.crop_w)] * len(unit["uris"])
+        elif unit["duration_s"] is None or unit["width"] is None:
+            return None
+        else:
+            end_s = min(unit["end_s"] or math.inf, unit["duration_s"])
+            window_s = max(0.0, end_s - (unit["start_s"] or 0.0))
+            count = math.floor(_SURE * expected_frames(window_s, unit["fps"] or 25.0, frames))
+            size = sizing.of(unit["height"], unit["width"])
+            grids = [self._encoder.grid(max(1, count), size.crop_h, size.crop_w)]
+        needed = self._encoder.positions(grids) + self._new
+        return self._error(f"it needs {needed} or more") if needed > self._limit else None
+
+    def _error(self, got: str) -> UnitError:
+        return UnitError(
+            "prepare",
+            "ContextTooLong",
+            f"expected at most {self._limit} positions (the model's context), {got}; lower frames.max_frames, "
+            "frames.max_px or model.max_new_tokens, or cut clips with clips.length_s",
+        )

@@ -1,0 +1,100 @@
+"""Chat prompts with vision: the model's own template, and one placeholder token per vision token."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.captioning.encode import Encoded
+from pipeline.captioning.models import ModelCard
+from pipeline.errors import ConfigError, UnitError
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The text around a unit's items, as token ids int64: before the first, between two, and after the last."""
+
+    before: Tensor
+    between: Tensor
+    after: Tensor
+
+
+class ChatPrompts:
+    """Builds the token ids of a question about a unit's frames."""
+
+    def __init__(self, tokenizer: Any, card: ModelCard) -> None:
+        self._tokenizer = tokenizer
+        self._card = card
+
+    def tokens(self, prompt: str, encoded: Encoded) -> tuple[Tensor, list[tuple[int, int, int, int]]]:
+        """Token ids int64 [1, S] and the span (start, t, y, x) of every item in them.
+
+        Raises `UnitError` (prepare) when the template does not give every item its placeholder.
+        """
+        ids = self._ids(prompt, encoded.modality, len(encoded.grids))
+        placeholder = self.placeholder(encoded.modality)
+        expanded: list[int] = []
+        spans = []
+        grids = iter(encoded.grids)
+        for token in ids:
+            if token == placeholder:
+                t, y, x = next(grids)
+                spans.append((len(expanded), t, y, x))
+                expanded.extend([placeholder] * (t * y * x))
+            else:
+                expanded.append(token)
+        return torch.tensor([expanded]), spans
+
+    def frame(self, prompt: str, modality: str) -> Frame:
+        """The text around items that are not known yet, however many there will be.
+
+        Read off the template's prompts for one and for two items. Raises `UnitError` (prepare) as `tokens` does, and
+        where the template writes something else around a second item than around the first.
+        """
+        placeholder = self.placeholder(modality)
+        one, two = (_parts(self._ids(prompt, modality, count), placeholder) for count in (1, 2))
+        if one[0] != two[0] or one[1] != two[2]:
+            raise UnitError(
+                "prepare",
+                "PromptTemplate",
+                "expected a chat template that treats every item alike, this one numbers or counts them",
+            )
+        return Frame(*(torch.tensor(ids, dtype=torch.int64) for ids in two))
+
+    def _ids(self, prompt: str, modality: str, count: int) -> list[int]:
+        """Token ids with one placeholder per item."""
+        content = [{"type": modality}] * count + [{"type": "text", "text": prompt}]
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        # Some templates write the first token themselves, some leave it to the tokenizer.
+        begins = bool(self._tokenizer.bos_token) and text.startswith(self._tokenizer.bos_token)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=not begins)["input_ids"]
+        found = ids.count(self.placeholder(modality))
+        if found != count:
+            raise UnitError(
+                "prepare",
+                "PromptTemplate",
+                f"expected {count} {modality} placeholder(s) in the chat prompt, got {found}; "
+                "a prompt must not hold special tokens",
+            )
+        return ids
+
+    def placeholder(self, modality: str) -> int:
+        """The id of the token that stands for vision of this modality (image | video)."""
+        for name in (f"{modality}_token_id", f"{modality}_token_index"):
+            if getattr(self._card.config, name, None) is not None:
+                return int(getattr(self._card.config, name))
+        raise ConfigError(f"model.name {self._card.name}: its configuration names no {modality} token")
+
+
+def _parts(ids: list[int], placeholder: int) -> list[list[int]]:
+    """The runs of ids around the placeholders."""
+    parts: list[list[int]] = [[]]
+    for token in ids:
+        if token == placeholder:
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return parts

@@ -1,0 +1,1 @@
+"""The output folder of a run: its files, lock, summary, samples, retries and report page."""

@@ -1,0 +1,241 @@
+"""Units that a run shows with their frames and with what compression left of them: recorded by the model actors.
+
+Whether a unit is taken follows from a hash of its id, so actors agree without asking each other and a repeated unit
+replaces its own record. Recording never raises: what cannot be recorded is logged and left out.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import io
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from pipeline import logs
+from pipeline.config import JobConfig, Storage
+from pipeline.run.directory import Work
+from pipeline.storage import files as storage
+
+if TYPE_CHECKING:  # torch takes seconds to import, and the page is made without it
+    from lightkv import LightKVConfig
+    from pipeline.captioning.answerer import Answer, Reply
+    from pipeline.decoding.decode import FrameBatch
+
+VERSION = 1
+_WIDTH_PX, _QUALITY = 320, 85
+_LOG = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which units are recorded (`share` of them all), how many `frames` of each, and the `folder` of the records."""
+
+    folder: str
+    share: float
+    frames: int
+    storage: Storage
+
+    @classmethod
+    def of(cls, job: JobConfig, work: Work) -> Sampling | None:
+        """About `report.samples` units of this pass, the same ones at every start; None when the job wants none."""
+        if not job.report.enabled or job.report.samples == 0:
+            return None
+        filesystem, path = work.arrow_path(work.manifest)
+        with storage.faults(work.manifest):
+            units = pq.read_metadata(path, filesystem=filesystem).num_rows
+        share = min(1.0, job.report.samples / max(units, 1))
+        return cls(folder_of(job.sink.uri), share, job.report.frames, job.storage)
+
+    def sample(self, unit_id: str, step: int = 1) -> Sample | None:
+        """The record to fill for a unit, or None for most; `step` frames share their patches."""
+        place = int.from_bytes(hashlib.sha256(unit_id.encode()).digest()[:8]) / 2**64
+        return Sample(self, unit_id, step) if place < self.share else None
+
+
+def _harmless(method: Callable[Concatenate[Sample, _P], None]) -> Callable[Concatenate[Sample, _P], None]:
+    """A method of `Sample` that logs instead of raising."""
+
+    @functools.wraps(method)
+    def guarded(sample: Sample, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        if sample.failed:
+            return
+        try:
+            method(sample, *args, **kwargs)
+        except Exception as error:
+            sample.failed = True
+            told = f"{type(error).__name__}: {error}"
+            logs.event(_LOG, "sample not recorded", level=logging.WARNING, unit=sample.unit_id, error=told)
+
+    return guarded
+
+
+class Sample:
+    """One unit's record: fed with its frames, then with its answers, and written at the end, whatever came of it.
+
+    After a first failure nothing more is recorded: half a record would say wrong things of the other half.
+    """
+
+    def __init__(self, sampling: Sampling, unit_id: str, step: int) -> None:
+        self._sampling = sampling
+        self.unit_id = unit_id
+        self._frames = _Spread(sampling.frames, step)
+        self._step = step
+        self._answered: dict[str, Any] = {}
+        self.failed = False
+
+    @_harmless
+    def see(self, batch: FrameBatch) -> None:
+        """Keep some of a batch's frames, small."""
+        self._frames.add(batch)
+
+    @_harmless
+    def answered(
+        self,
+        reply: Reply,
+        prompts: Sequence[dict[str, str]],
+        answers: Sequence[Answer],
+        config: LightKVConfig | None,
+    ) -> None:
+        """Read off, for the frames kept, into which survivor of which size every patch went, per prompt and stage."""
+        places = {frame.index: _first_patch(reply, frame.index, self._step) for frame in self._frames.chosen()}
+        self._answered = {
+            "step": self._step,
+            "grids": reply.grids,  # items as (steps in time, rows, columns)
+            "places": places,
+            "stages": [{"layer": stage.layer} for stage in config.stages] if config is not None else [],
+            "prompts": [
+                {"prompt_id": prompt["prompt_id"], "stages": [_stage(*pair, places) for pair in answer.merges]}
+                for prompt, answer in zip(prompts, answers, strict=True)
+                if answer.merges is not None
+            ],
+        }
+
+    @_harmless
+    def write(self, status: str) -> None:
+        """Put the record beside the run's other files."""
+        places = self._answered.pop("places", {})
+        document = {
+            "version": VERSION,
+            "id": self.unit_id,
+            "status": status,
+            "frames": [frame.document(places.get(frame.index)) for frame in self._frames.chosen()],
+            **self._answered,
+        }
+        name = hashlib.sha256(self.unit_id.encode()).hexdigest()[:32]
+        content = json.dumps(document, separators=(",", ":")).encode()
+        storage.write_bytes_atomic(f"{self._sampling.folder}/{name}.json", content, self._sampling.storage)
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A frame kept: the `index`-th of the unit (of an image set: the image), as a JPEG."""
+
+    index: int
+    time_s: float
+    width: int
+    height: int
+    jpeg: bytes
+
+    @classmethod
+    def of(cls, index: int, time_s: float, pixels: np.ndarray) -> _Frame:
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+        if image.width > _WIDTH_PX:
+            image = image.resize((_WIDTH_PX, max(1, round(image.height * _WIDTH_PX / image.width))))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=_QUALITY)
+        return cls(index, time_s, image.width, image.height, buffer.getvalue())
+
+    def document(self, place: tuple[int, int, int] | None) -> dict[str, Any]:
+        """For the record; `place` as `_first_patch` gives it, None where the unit got no answer."""
+        return {
+            "index": self.index,
+            "time_s": self.time_s,
+            "width": self.width,
+            "height": self.height,
+            "jpeg": base64.b64encode(self.jpeg).decode(),
+            "place": place,
+        }
+
+
+class _Spread:
+    """At most `limit` frames, evenly spread over a stream of unknown length: of `step` frames in a row the first."""
+
+    def __init__(self, limit: int, step: int) -> None:
+        self._limit, self._stride = limit, step
+        self._seen = 0
+        self._kept: list[_Frame] = []
+
+    def add(self, batch: FrameBatch) -> None:
+        for pixels, time_s in zip(batch.frames, batch.times_s.tolist(), strict=True):
+            index, self._seen = self._seen, self._seen + 1
+            if index % self._stride == 0 and len(self._kept) == 2 * self._limit:
+                self._kept, self._stride = self._kept[::2], 2 * self._stride
+            if index % self._stride == 0:
+                self._kept.append(_Frame.of(index, time_s, pixels))
+
+    def chosen(self) -> list[_Frame]:
+        picks = np.linspace(0, len(self._kept) - 1, min(self._limit, len(self._kept))).round().astype(int)
+        return [self._kept[pick] for pick in picks]
+
+
+def folder_of(run_uri: str) -> str:
+    """Where a run's samples lie."""
+    return f"{run_uri.rstrip('/')}/_run/samples"
+
+
+def read_samples(run_uri: str, config: Storage, max_bytes: int) -> tuple[dict[str, dict[str, Any]], int]:
+    """The records by unit id, at most `max_bytes` together, and how many files were left out."""
+    found: dict[str, dict[str, Any]] = {}
+    left_out = 0
+    for entry in storage.list_files(folder_of(run_uri), config, missing_ok=True):
+        max_bytes -= entry.size_bytes
+        document = _document(storage.read_bytes(entry.uri, config)) if max_bytes >= 0 else None
+        if document is None:
+            left_out += 1
+        else:
+            found[document["id"]] = document
+    return found, left_out
+
+
+def _document(content: bytes) -> dict[str, Any] | None:
+    """A record; None if it is none, or of another version."""
+    try:
+        document = json.loads(content)
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) and document.get("version") == VERSION else None
+
+
+def _first_patch(reply: Reply, frame: int, step: int) -> tuple[int, int, int]:
+    """A frame's patches among all of the unit's: the number of its first one, then rows and columns."""
+    item, t = (0, frame // step) if reply.modality == "video" else (frame, 0)
+    before = sum(t * y * x for t, y, x in reply.grids[:item])
+    _, y, x = reply.grids[item]
+    return before + t * y * x, y, x
+
+
+def _stage(target: np.ndarray, size: np.ndarray, places: dict[int, tuple[int, int, int]]) -> dict[str, int | list[str]]:
+    """What a stage left, of the unit and in the frames shown; see `Answer.merges` for target and size [V].
+
+    Per frame, patches row by row: `target` as base64 of little-endian int32, `size` of uint16 (65,535: that or more).
+    """
+    cuts = [slice(first, first + y * x) for first, y, x in places.values()]
+    return {
+        "left": int((target == np.arange(len(target))).sum()),
+        "target": [_base64(target[cut], "<i4") for cut in cuts],
+        "size": [_base64(size[cut].clip(max=65535), "<u2") for cut in cuts],
+    }
+
+
+def _base64(values: np.ndarray, dtype: str) -> str:
+    return base64.b64encode(values.astype(dtype).tobytes()).decode()
