@@ -4,15 +4,12 @@ Both kinds of scores that a stage asks for are this: prompt guidance (method ste
 text's keys the short one, summed) and the question's attention (vision keys and the question's queries, the maximum).
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from lightkv.errors import ConfigError
 from lightkv.ops.dispatch import use_triton
-
-Reduce = Literal["sum", "max"]
+from lightkv.ops.heads import Reduce, short_heads
 
 REDUCES = ("sum", "max")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -87,11 +84,6 @@ def softmax_votes_torch(
                 elif len(block):
                     torch.maximum(best, attention.amax(dim=0), out=best)
     return votes
-
-
-def short_heads(long: int, short: int) -> tuple[int, int]:
-    """(group, shared) for that many heads: head x of long meets `group` heads of short from x · group // shared on."""
-    return max(1, short // long), max(1, long // short)
 
 
 def _tokens(x: Tensor, index: Tensor, heads: slice) -> Tensor:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from lightkv.ops.votes import Reduce, short_heads
+from lightkv.ops.heads import Reduce, short_heads
 
 CHUNK = (
     512  # long tokens per program of pass 1: enough programs for a GPU at a few thousand tokens, few partial results

@@ -21,9 +21,10 @@ from jobs.measure.benchmark.scale import Scale
 from lightkv.methods.spacetime import BLOCK_TOKENS, Field, places
 from lightkv.methods.windows import Windows
 from lightkv.ops.compact import compact, compact_torch
+from lightkv.ops.heads import Reduce
 from lightkv.ops.merge import merge, merge_torch
 from lightkv.ops.nearest import nearest, nearest_torch
-from lightkv.ops.votes import Reduce, softmax_votes, softmax_votes_torch
+from lightkv.ops.votes import softmax_votes, softmax_votes_torch
 
 DISTANCE = 0.02  # the default of LightKVConfig
 COLUMNS = 8  # that go along with a token: item, t, y, x, three positions, its place in the prompt
