@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightkv.errors import ConfigError
-from lightkv.ops.quantised import ABSENT, LEAST_GROUP, Quantised, concatenated, dequantise, quantise, usual_value_group
+from lightkv.ops.codes import ABSENT, LEAST_GROUP, Quantised, concatenated, dequantise, quantise, usual_value_group
 
 GROWTH = 1.25  # of the room, when it runs out
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from lightkv.engine.layerkv import Bits, LayerKV
 from lightkv.engine.prefill import Prefilled
 from lightkv.ops.attend import attend
-from lightkv.ops.quantised import ABSENT, Quantised, attend_quantised, concatenated
+from lightkv.ops.codes import ABSENT, Quantised, concatenated
+from lightkv.ops.quantised import attend_quantised
 
 ROOM = 64  # tokens by which a row's room for its answer grows
 

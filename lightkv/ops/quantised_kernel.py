@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightkv.ops import quantised
+from lightkv.ops import codes as packed_codes
 from lightkv.ops.attend_kernel import (
     CHUNKS_AT_ONCE,
     DECODE_ROWS,
@@ -26,9 +26,9 @@ from lightkv.ops.attend_kernel import (
     _dot,
     combined,
 )
-from lightkv.ops.quantised import Quantised
+from lightkv.ops.codes import Quantised
 
-ABSENT = tl.constexpr(quantised.ABSENT)
+ABSENT = tl.constexpr(packed_codes.ABSENT)
 CHUNK_KEYS = 256  # per program, a multiple of any tile
 
 

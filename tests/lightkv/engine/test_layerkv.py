@@ -5,7 +5,8 @@ from lightkv import Bits, ConfigError
 from lightkv.engine import layerkv
 from lightkv.engine.layerkv import LayerKV
 from lightkv.ops.attend import attend
-from lightkv.ops.quantised import ABSENT, attend_quantised, dequantise, quantise
+from lightkv.ops.codes import ABSENT, dequantise, quantise
+from lightkv.ops.quantised import attend_quantised
 from tests.lightkv.tiny import random
 
 HEADS, DIMS = 2, 8

@@ -11,7 +11,7 @@ from lightkv.engine.layers import Layers
 from lightkv.engine.positions import Positions
 from lightkv.engine.prefill import Stream
 from lightkv.methods.table import METHODS as TABLE
-from lightkv.ops.quantised import quantise
+from lightkv.ops.codes import quantise
 from tests.lightkv.engine.prompts import apart, ask, spoken
 from tests.lightkv.hooks.test_generation import GREEDY, METHODS, VARIANTS
 from tests.lightkv.tiny import LAYERS, random, tiny_model, tiny_sample

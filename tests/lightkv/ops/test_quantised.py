@@ -9,14 +9,8 @@ from torch import Tensor
 
 from lightkv.errors import ConfigError
 from lightkv.ops import quantised_kernel
-from lightkv.ops.quantised import (
-    Quantised,
-    attend_quantised,
-    attend_quantised_torch,
-    concatenated,
-    dequantise,
-    quantise,
-)
+from lightkv.ops.codes import Quantised, concatenated, dequantise, quantise
+from lightkv.ops.quantised import attend_quantised, attend_quantised_torch
 from lightkv.ops.quantised_kernel import attend_quantised_triton, quantised_tiles
 from tests.lightkv.ops.offline import compile_kernel
 
