@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from jobs.measure.evaluate.answers import device_name
-from jobs.measure.survivors_figure import draw
+from jobs.measure.survivors_figure import Seen, draw
 from lightkv import LightKVConfig, compress, prompt_guidance
 from lightkv.hooks.attention import HOOKS, NO_HOOK
 from pipeline.mini import weights_path
@@ -44,22 +44,6 @@ SIDE_PX, IMAGES = 192, 50
 METHODS, RETENTIONS, DRAWN = ("lightkv", "published"), (0.55, 0.25), 0.25
 ASKED = ("color", "digits")
 OUT = Path(__file__).parents[1] / "results"
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One question about one image of N vision tokens (rows × columns).
-
-    alive     bool [stages, N], the patches left after each stage; the rest has merged
-    weight    fp32 [N], the share each patch has of the merge weights at the first stage; None where no question weighs
-    retention of vision KV entries, averaged over layers
-    """
-
-    question: str
-    answer: str
-    alive: Tensor
-    weight: Tensor | None
-    retention: float
 
 
 def look(

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from jobs.measure.survivors import Seen
-
 PANEL_PX, GAP_PX, TITLE_PX, LINE_PX = 336, 20, 52, 20
 WHITE, INK, GREY, OUTLINE, DIFFERENT = (255, 255, 255), (25, 25, 30), (110, 110, 118), (255, 255, 255), (255, 120, 0)
 SAMPLE = np.array([150, 170, 190], np.float32)  # the legend's patch
 MERGED_LIGHT = 0.5  # brightness of patches that are part of a survivor
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One question about one image of N vision tokens (rows × columns).
+
+    alive     bool [stages, N], the patches left after each stage; the rest has merged
+    weight    fp32 [N], the share each patch has of the merge weights at the first stage; None where no question weighs
+    retention of vision KV entries, averaged over layers
+    """
+
+    question: str
+    answer: str
+    alive: Tensor
+    weight: Tensor | None
+    retention: float
 
 
 def draw(image: np.ndarray, token_px: int, rows: Mapping[str, Sequence[Seen]], footer: Sequence[str]) -> Image.Image:

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from jobs.measure import survivors
-from jobs.measure.survivors import Overlap, Seen, look, pairs
+from jobs.measure.survivors import Overlap, look, pairs
+from jobs.measure.survivors_figure import Seen
 from lightkv import LightKVConfig, Stage, compress
 from lightkv.hooks.attention import HOOKS
 from pipeline.mini.answer import answer, image_inputs
