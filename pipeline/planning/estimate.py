@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 
@@ -17,11 +17,20 @@ from pipeline.config import Frames, JobConfig
 from pipeline.decoding.frames import Sizing, target_times
 
 if TYPE_CHECKING:
-    from pipeline.captioning.encode import FrameEncoder
     from pipeline.errors import UnitError
 
 _TEMPLATE_TOKENS = 24  # of a chat template around the prompt
 _CHARACTERS_PER_TOKEN = 4.0
+
+
+class FrameSizes(Protocol):
+    """What a model family makes of frames, as far as sizes go; every `FrameEncoder` is one."""
+
+    def sizing(self, frames: Frames) -> Sizing:
+        """The sizes frames may have."""
+
+    def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Tokens (t, y, x) of `frames` frames of `height` × `width` pixels."""
 
 
 @dataclass
@@ -71,7 +80,7 @@ def estimate_plan(
     config: JobConfig,
     *,
     model_config: Any = None,
-    encoder: "FrameEncoder | None" = None,
+    encoder: FrameSizes | None = None,
     compression: LightKVConfig | None = None,
     refusal: "Callable[[dict[str, Any], Frames], UnitError | None] | None" = None,
 ) -> PlanSummary:
@@ -141,8 +150,8 @@ def _unit_totals(
     return one
 
 
-def _token_counter(encoder: "FrameEncoder", frames: Frames) -> Callable[[str, int, int, int], int]:
-    sizing: Sizing = encoder.sizing(frames)
+def _token_counter(encoder: FrameSizes, frames: Frames) -> Callable[[str, int, int, int], int]:
+    sizing = encoder.sizing(frames)
 
     @functools.lru_cache(maxsize=4096)
     def count(kind: str, number: int, height: int, width: int) -> int:
