@@ -134,7 +134,8 @@ class Captioner:
         if reply.error is None:
             row |= self._answered(unit, reply)
             if sample is not None:
-                sample.answered(reply, unit["prompts"], reply.answers, self.lightkv)
+                merges = [answer.merges for answer in reply.answers]
+                sample.answered(reply.modality, reply.grids, unit["prompts"], merges, self.lightkv)
         else:
             row |= error_fields(self._told(reply.error))
         row |= {

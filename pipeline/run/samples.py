@@ -27,7 +27,6 @@ from pipeline.storage import files as storage
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the page is made without it
     from lightkv import LightKVConfig
-    from pipeline.captioning.answerer import Answer, Reply
     from pipeline.decoding.decode import FrameBatch
 
 VERSION = 1
@@ -101,22 +100,28 @@ class Sample:
     @_harmless
     def answered(
         self,
-        reply: Reply,
+        modality: str,
+        grids: Sequence[tuple[int, int, int]],
         prompts: Sequence[dict[str, str]],
-        answers: Sequence[Answer],
+        merges: Sequence[Sequence[tuple[np.ndarray, np.ndarray]] | None],
         config: LightKVConfig | None,
     ) -> None:
-        """Read off, for the frames kept, into which survivor of which size every patch went, per prompt and stage."""
-        places = {frame.index: _first_patch(reply, frame.index, self._step) for frame in self._frames.chosen()}
+        """Read off, for the frames kept, into which survivor of which size every patch went, per prompt and stage.
+
+        merges   of each prompt, (target, size) per stage as in `Answer.merges`; None: it was not compressed
+        """
+        places = {
+            frame.index: _first_patch(modality, grids, frame.index, self._step) for frame in self._frames.chosen()
+        }
         self._answered = {
             "step": self._step,
-            "grids": reply.grids,  # items as (steps in time, rows, columns)
+            "grids": grids,  # items as (steps in time, rows, columns)
             "places": places,
             "stages": [{"layer": stage.layer} for stage in config.stages] if config is not None else [],
             "prompts": [
-                {"prompt_id": prompt["prompt_id"], "stages": [_stage(*pair, places) for pair in answer.merges]}
-                for prompt, answer in zip(prompts, answers, strict=True)
-                if answer.merges is not None
+                {"prompt_id": prompt["prompt_id"], "stages": [_stage(*pair, places) for pair in stages]}
+                for prompt, stages in zip(prompts, merges, strict=True)
+                if stages is not None
             ],
         }
 
@@ -216,11 +221,11 @@ def _document(content: bytes) -> dict[str, Any] | None:
     return document if isinstance(document, dict) and document.get("version") == VERSION else None
 
 
-def _first_patch(reply: Reply, frame: int, step: int) -> tuple[int, int, int]:
+def _first_patch(modality: str, grids: Sequence[tuple[int, int, int]], frame: int, step: int) -> tuple[int, int, int]:
     """A frame's patches among all of the unit's: the number of its first one, then rows and columns."""
-    item, t = (0, frame // step) if reply.modality == "video" else (frame, 0)
-    before = sum(t * y * x for t, y, x in reply.grids[:item])
-    _, y, x = reply.grids[item]
+    item, t = (0, frame // step) if modality == "video" else (frame, 0)
+    before = sum(t * y * x for t, y, x in grids[:item])
+    _, y, x = grids[item]
     return before + t * y * x, y, x
 
 
