@@ -291,7 +291,7 @@ class _Session:
         if prefill is not None and prefill.running:
             prefill.running = False
             self.known[cache] = prefill
-            self.report.record(prefill, cache, len(self.decoder.layers))
+            prefill.record(self.report, cache, len(self.decoder.layers))
         elif prefill is None and "layouts" in self.step:
             self.report.record_text(cache)
 

@@ -9,10 +9,11 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import Cache
 
 from lightkv.errors import LightKVError, UnsupportedCallError
 from lightkv.hooks.attention import KeyWeights
-from lightkv.hooks.report import StageReport, Survivors
+from lightkv.hooks.report import RETENTION_SLACK, Report, StageReport, Survivors, cache_bytes
 from lightkv.methods.config import LightKVConfig, Stage
 from lightkv.methods.guidance import Scorer
 from lightkv.methods.table import METHODS
@@ -153,6 +154,24 @@ class Prefill:
             StageReport(stage.layer, before, after)
             for stage, (before, after) in zip(self.config.stages, pairwise(counts), strict=True)
         )
+
+    def record(self, report: Report, cache: Cache, num_layers: int) -> None:
+        """Put the figures of this prefill, which has just filled `cache`, into the report."""
+        counts = [group.vision_tokens for group in self.groups]
+        asked = self.config.retention(num_layers)
+        report.retention = self.retention(num_layers)
+        report.vision_tokens, report.kept_tokens = counts[0], counts[-1]
+        report.kv_bytes = cache_bytes(cache)
+        report.kv_bytes_uncompressed = cache_bytes(cache, self.groups[0].packing.width)
+        report.stages = self.stage_reports()
+        report.notes = tuple(dict.fromkeys(self.notes))
+        report.survivors = tuple(tuple(row) for row in self.survivors)
+        if report.retention > asked + RETENTION_SLACK:
+            report.notes += (
+                f"retention {report.retention:.3f} was reached, {asked:.3f} was asked: whole tokens cannot leave small "
+                "windows, and row ends stay",
+            )
+        report.prefills += 1
 
     def _note_small_grids(self, layout: VisionLayout, stage: Stage) -> None:
         small = (layout.grid[:, 1:] < stage.windows).any(dim=-1) & (layout.grid[:, 0] > 0)

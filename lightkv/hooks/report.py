@@ -7,8 +7,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Cache
 
-    from lightkv.hooks.prefill import Prefill
-
 RETENTION_SLACK = 0.02  # above this, what was reached is no longer a matter of rounding in windows
 
 
@@ -57,24 +55,6 @@ class Report:
     notes: tuple[str, ...] = ()
     prefills: int = 0
     survivors: tuple[tuple[Survivors, ...], ...] = field(default=(), repr=False, compare=False)
-
-    def record(self, prefill: "Prefill", cache: "Cache", num_layers: int) -> None:
-        """Take over the figures of a compressed prefill that has just filled `cache`."""
-        counts = [group.vision_tokens for group in prefill.groups]
-        asked = prefill.config.retention(num_layers)
-        self.retention = prefill.retention(num_layers)
-        self.vision_tokens, self.kept_tokens = counts[0], counts[-1]
-        self.kv_bytes = cache_bytes(cache)
-        self.kv_bytes_uncompressed = cache_bytes(cache, prefill.groups[0].packing.width)
-        self.stages = prefill.stage_reports()
-        self.notes = tuple(dict.fromkeys(prefill.notes))
-        self.survivors = tuple(tuple(row) for row in prefill.survivors)
-        if self.retention > asked + RETENTION_SLACK:
-            self.notes += (
-                f"retention {self.retention:.3f} was reached, {asked:.3f} was asked: whole tokens cannot leave small "
-                "windows, and row ends stay",
-            )
-        self.prefills += 1
 
     def record_text(self, cache: "Cache | None") -> None:
         """Take over the figures of a prefill without vision, which was left alone."""
