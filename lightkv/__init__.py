@@ -13,9 +13,10 @@ from lightkv.errors import ConfigError, LightKVError, UnsupportedCallError, Unsu
 from lightkv.hooks.compress import compress
 from lightkv.hooks.report import Report, Survivors
 from lightkv.methods.baselines import baseline
-from lightkv.methods.config import LightKVConfig, Stage
+from lightkv.methods.config import LightKVConfig
 from lightkv.methods.guidance import prompt_guidance
 from lightkv.methods.published import compress_tokens
+from lightkv.methods.settings import Stage
 from lightkv.vision.families import family_of
 from lightkv.vision.layout import VisionLayout
 from lightkv.vision.tokens import Compressed, Tokens

@@ -9,8 +9,9 @@ take one image of typical size.
 from dataclasses import dataclass
 
 from lightkv.cost import Cost, Shape, prefill_cost
-from lightkv.methods.config import LightKVConfig, Stage
+from lightkv.methods.config import LightKVConfig
 from lightkv.methods.schedule import derive_early
+from lightkv.methods.settings import Stage
 from lightkv.vision.families import EMBEDDINGS
 
 VICUNA_7B = Shape(32, 4096, 11008, 32, 32, 128, 32064)

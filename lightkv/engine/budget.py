@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lightkv.errors import ConfigError
-from lightkv.methods.config import LightKVConfig, Stage
+from lightkv.methods.config import LightKVConfig
+from lightkv.methods.settings import Stage
 from lightkv.methods.spacetime import spacetime
 from lightkv.vision.layout import TEXT, VisionLayout
 from lightkv.vision.tokens import Compressed, Tokens, removals

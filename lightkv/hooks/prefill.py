@@ -14,8 +14,9 @@ from transformers import Cache
 from lightkv.errors import LightKVError, UnsupportedCallError
 from lightkv.hooks.attention import KeyWeights
 from lightkv.hooks.report import RETENTION_SLACK, Report, StageReport, Survivors, cache_bytes
-from lightkv.methods.config import LightKVConfig, Stage
+from lightkv.methods.config import LightKVConfig
 from lightkv.methods.guidance import Scorer
+from lightkv.methods.settings import Stage
 from lightkv.methods.table import METHODS
 from lightkv.vision.layout import VisionLayout
 from lightkv.vision.packing import Packing

@@ -2,20 +2,17 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lightkv.errors import ConfigError
 from lightkv.methods.guidance import GUIDANCES
-from lightkv.methods.published import Budget, check_stage
 from lightkv.methods.schedule import USUAL_DROP, kept_share
+from lightkv.methods.settings import Settings, Stage
 from lightkv.methods.table import METHODS
 from lightkv.vision.families import EMBEDDINGS, first_stage_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-Positions = Literal["keep", "compact"]
-WindowScope = Literal["frame", "spatiotemporal", "released"]
 
 POSITIONS = ("keep", "compact")
 WINDOW_SCOPES = ("frame", "spatiotemporal", "released")
@@ -25,61 +22,11 @@ OF_EVERY_METHOD = frozenset({"stages", "positions", "method"})  # the other fiel
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Compression after decoder layer `layer` (0-based; -1: on the embeddings) that removes the share `drop`.
+class LightKVConfig(Settings):
+    """What `compress` does to a model: the fields of `Settings` (settings.py), checked.
 
-    `windows` per side are for the published method, which works window by window.
+    Raises ConfigError for values that are impossible or that the method does not read.
     """
-
-    layer: int
-    windows: int = 1
-    drop: float = USUAL_DROP
-
-    def __post_init__(self) -> None:
-        for name in ("layer", "windows"):
-            if type(getattr(self, name)) is not int:
-                raise ConfigError(f"Stage.{name} must be a whole number, got {getattr(self, name)!r}")
-        if type(self.drop) not in (int, float):
-            raise ConfigError(f"Stage.drop must be a number, got {self.drop!r}")
-        if self.layer < EMBEDDINGS:
-            raise ConfigError(f"Stage.layer is the 0-based decoder layer it runs after, or -1, got {self.layer}")
-        check_stage(self.windows, self.drop)
-
-
-@dataclass(frozen=True)
-class LightKVConfig:
-    """What `compress` does to a model.
-
-    stages        in ascending layer order; none leaves the model as it is
-    positions     "keep": every survivor keeps its RoPE position and decoding continues from the original length;
-                  "compact": vanished positions close up per stage and decoding continues from the compacted length
-    method        a name in METHODS (table.py): "lightkv", ours: merging in space and time, guided by the question;
-                  "spacetime", the same without the question; "asked", which drops what the question passes over
-                  instead of merging it; "published", the paper's; or a baseline (baselines.py). The fields below
-                  belong to the methods named; elsewhere they stay as they are
-
-    windows       (published) "frame": windows lie on each frame; "spatiotemporal": they span consecutive frames of an
-                  item; "released": the published code's fictional square grid, laid anew before each stage
-    window_frames (published) frames a spatiotemporal window spans; None: the whole item
-    budget        (published) "window": every window gives floor(drop · m) of its m tokens, as published; "item": an
-                  image or video gives floor(drop · M) in all, spread over its windows, which small windows need
-    guidance      (published) "prompt" (all text votes), "question" (text after the vision tokens), "uniform" (equal
-                  weights, which alone need no layer before the stage)
-    rounds        (lightkv, spacetime, asked) rounds of merging per stage
-    distance      (lightkv, spacetime, asked) what a grid step between two tokens adds to their difference
-    seed          (random) of the draw
-    """
-
-    stages: tuple[Stage, ...]
-    positions: Positions = "keep"
-    windows: WindowScope = "frame"
-    window_frames: int | None = None
-    guidance: str = "prompt"
-    budget: Budget = "window"
-    method: str = "published"
-    rounds: int = 10
-    distance: float = 0.02
-    seed: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -116,11 +63,6 @@ class LightKVConfig:
         if any(stage.layer == EMBEDDINGS and method.scorer(self, n) for n, stage in enumerate(self.stages)):
             what = f"guidance={self.guidance!r}" if "guidance" in method.reads else f"method={self.method!r}"
             raise ConfigError(f"{what} needs a layer before it, for its queries and keys: no stage at layer -1")
-
-    @property
-    def frames_per_window(self) -> int | None:
-        """Consecutive frames that share a window; None: all frames of the item."""
-        return self.window_frames if self.windows == "spatiotemporal" else 1
 
     def retention(self, num_layers: int) -> float:
         """Layer-averaged share of vision KV entries kept by a decoder of `num_layers` layers (the paper's 55 %)."""

@@ -4,22 +4,18 @@ Each gives every vision token a value and keeps those of largest value: M - floo
 a prompt's for `asked`. Survivors are what they were, and stand for what they stood for.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightkv.errors import UnsupportedCallError
+from lightkv.methods.settings import Settings, Stage
 from lightkv.ops.nearest import FEATURES_AT_ONCE
 from lightkv.vision.layout import VisionLayout
 from lightkv.vision.tokens import Compressed, Tokens, removals
 
-if TYPE_CHECKING:
-    from lightkv.methods.config import LightKVConfig, Stage
 
-
-def random(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+def random(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
     """A draw of an item's tokens, all alike; the same for the same config.seed, layer and layout."""
     seed = config.seed * 1_000_003 + stage.layer + 1
     lengths = tokens.lengths or (len(tokens.layout),)
@@ -27,7 +23,7 @@ def random(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compresse
     return prune(tokens, torch.cat(draws).to(tokens.hidden.device), stage.drop)
 
 
-def stride(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+def stride(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
     """Every k-th token of an item in raster order, k = M / kept; where that is no whole number, evenly spread."""
     layout = tokens.layout
     order = torch.argsort(_key(layout, layout.t), stable=True)
@@ -41,13 +37,13 @@ def stride(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compresse
     return prune(tokens, value, stage.drop)
 
 
-def fastv(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+def fastv(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
     """FastV: the tokens that the last prompt token attends to most, in the layer before."""
     assert tokens.score is not None
     return prune(tokens, tokens.score, stage.drop)
 
 
-def asked(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+def asked(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
     """What the question attends to most, over all images and videos together; each keeps one as far as that goes."""
     assert tokens.score is not None
     layout, value = tokens.layout, tokens.score
@@ -56,7 +52,7 @@ def asked(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed
     return prune(tokens, value, stage.drop, torch.where(layout.mergeable, tokens.row, layout.item))
 
 
-def evs(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+def evs(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
     """Efficient video sampling: the tokens that differ most, 1 - cos, from the one at their place a frame earlier.
 
     Tokens without one (the first frame's) are dropped when nothing else is left. Raises UnsupportedCallError for an

@@ -2,24 +2,19 @@
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from lightkv.errors import ConfigError
+from lightkv.methods.settings import Budget, Settings, Stage, check_stage
 from lightkv.methods.windows import Windows, match
 from lightkv.ops.merge import merge
 from lightkv.vision.layout import VisionLayout
 from lightkv.vision.tokens import Compressed, Tokens, removal, removals
 
-if TYPE_CHECKING:
-    from lightkv.methods.config import LightKVConfig, Stage
 
-Budget = Literal["window", "item"]
-
-
-def published(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+def published(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
     """The method "published": one stage of the paper, its guidance being the merge weight (equal weights without)."""
     weight = torch.ones_like(tokens.size) if tokens.score is None else tokens.score
     return in_windows(tokens, weight, stage.windows, stage.drop, config.frames_per_window, config.budget)
@@ -82,14 +77,6 @@ def in_windows(
     return replace(tokens.left(hidden, weight, source, into, target, kept), size=size)
 
 
-def check_stage(windows: int, drop: float) -> None:
-    """Raises ConfigError unless windows ≥ 1 and 0 ≤ drop < 1."""
-    if windows < 1:
-        raise ConfigError(f"windows per side must be at least 1, got {windows}")
-    if not 0.0 <= drop < 1.0:
-        raise ConfigError(f"drop must be at least 0 and below 1, got {drop}")
-
-
 def spread_removals(windows: Windows, drop: float) -> Tensor:
     """floor(drop · M) removals per item, spread over its windows like the tokens these can give, m - 1 each; int64.
 
@@ -104,7 +91,7 @@ def spread_removals(windows: Windows, drop: float) -> Tensor:
     return share * until // room - share * (until - spare) // room
 
 
-def published_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
+def published_cost(vision: int, stage: Stage, config: Settings, frames: int, width: int) -> tuple[int, int]:
     """Of `vision` tokens in `frames` equal grids: how many are left, and FLOPs of the similarities.
 
     Windows are taken as equal as the count allows. The release takes a whole video for one image.

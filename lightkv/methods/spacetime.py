@@ -17,19 +17,16 @@ matters to the question merges late. Long items are searched in blocks of space 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lightkv.methods.settings import Settings, Stage
 from lightkv.methods.windows import mixed_radix
 from lightkv.ops.merge import merge
 from lightkv.ops.nearest import FEATURES_AT_ONCE, nearest
 from lightkv.vision.layout import VisionLayout
 from lightkv.vision.tokens import Compressed, Tokens, removal, removals
-
-if TYPE_CHECKING:
-    from lightkv.methods.config import LightKVConfig, Stage
 
 # Axes counted, of (t, y, x): all three, t, t and y, t and x. Each counts t, so that what stands still meets itself.
 # Slices, because a list of axes would be uploaded.
@@ -38,7 +35,7 @@ FLOOR = 0.1  # price of a token that the question does not attend to, beside 1 +
 BLOCK_TOKENS = 1024  # among which an a looks for its b
 
 
-def spacetime(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+def spacetime(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
     """Merge floor(drop · M) of the M tokens of every item, in config.rounds rounds of equal share.
 
     What a round cannot give is left to the rounds after it, beyond the last if need be. Ties go to the lower index.
@@ -227,7 +224,7 @@ def _counted(group: Tensor, count: int) -> Tensor:
     return group.new_zeros(count).index_add(0, group, torch.ones_like(group))
 
 
-def spacetime_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
+def spacetime_cost(vision: int, stage: Stage, config: Settings, frames: int, width: int) -> tuple[int, int]:
     """Of one item's `vision` tokens: how many are left, and FLOPs of the similarities, with sets of equal size."""
     wanted = removal(vision, stage.drop)
     done, turn, flops = 0, 0, 0

@@ -6,19 +6,16 @@ A method is one row of METHODS. Hooks, positions, masks, sizes and the accountin
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from lightkv.methods.guidance import GUIDANCES, LastQuery, QuestionAttention, Scorer, UniformGuidance, Votes
 from lightkv.methods.pruning import asked, evs, fastv, random, stride
 from lightkv.methods.published import published, published_cost
 from lightkv.methods.schedule import Plan, derive, derive_early, derive_single
+from lightkv.methods.settings import Settings, Stage
 from lightkv.methods.spacetime import spacetime, spacetime_cost
 from lightkv.methods.tome import tome, tome_cost
 from lightkv.vision.families import EMBEDDINGS
 from lightkv.vision.tokens import Compressed, Tokens, removal
-
-if TYPE_CHECKING:
-    from lightkv.methods.config import LightKVConfig, Stage
 
 USUAL_STAGES = 3
 MERGING = frozenset({"rounds", "distance"})
@@ -37,29 +34,29 @@ class Method:
     reads         fields of LightKVConfig that matter to it; the others must be left alone
     """
 
-    compress: Callable[[Tokens, "Stage", "LightKVConfig"], Compressed]
+    compress: Callable[[Tokens, Stage, Settings], Compressed]
     plan: Callable[[int, int, int | None, float], Plan]
-    cost: Callable[[int, "Stage", "LightKVConfig", int, int], tuple[int, int]]
-    scorer: Callable[["LightKVConfig", int], Scorer | None] = lambda config, number: None
+    cost: Callable[[int, Stage, Settings, int, int], tuple[int, int]]
+    scorer: Callable[[Settings, int], Scorer | None] = lambda config, number: None
     proportional: bool = False
     reads: frozenset[str] = frozenset()
 
 
-def merged_then_asked(tokens: Tokens, stage: "Stage", config: "LightKVConfig") -> Compressed:
+def merged_then_asked(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
     """The first stage merges what repeats itself in space and time; later ones drop what the question passes over."""
     return spacetime(tokens, stage, config) if tokens.score is None else asked(tokens, stage, config)
 
 
-def _question(config: "LightKVConfig", number: int) -> Scorer | None:
+def _question(config: Settings, number: int) -> Scorer | None:
     return QuestionAttention() if number else None
 
 
-def _asked_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
+def _asked_cost(vision: int, stage: Stage, config: Settings, frames: int, width: int) -> tuple[int, int]:
     cost = spacetime_cost if stage == config.stages[0] else _pruning_cost
     return cost(vision, stage, config, frames, width)
 
 
-def _votes(config: "LightKVConfig", number: int) -> Scorer | None:
+def _votes(config: Settings, number: int) -> Scorer | None:
     rule = GUIDANCES[config.guidance]
     return None if isinstance(rule, UniformGuidance) else Votes(rule)
 
@@ -76,7 +73,7 @@ def _fastv_plan(depth: int, first: int, stages: int | None, target: float) -> Pl
     return derive_single(1 if depth < SHALLOW else 2, depth, first, stages, target)
 
 
-def _pruning_cost(vision: int, stage: "Stage", config: "LightKVConfig", frames: int, width: int) -> tuple[int, int]:
+def _pruning_cost(vision: int, stage: Stage, config: Settings, frames: int, width: int) -> tuple[int, int]:
     return vision - removal(vision, stage.drop), 0
 
 
