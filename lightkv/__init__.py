@@ -5,8 +5,9 @@ with lightkv.compress(model, LightKVConfig.for_model(model.config, retention=0.5
 """
 
 from lightkv.cost import Cost, estimate
-from lightkv.engine.engine import Engine, Memory
+from lightkv.engine.engine import Engine
 from lightkv.engine.layerkv import Bits
+from lightkv.engine.memory import Memory
 from lightkv.engine.request import Generated, Request, Result
 from lightkv.engine.segments import Segment, Text, Vision
 from lightkv.errors import ConfigError, LightKVError, UnsupportedCallError, UnsupportedModelError

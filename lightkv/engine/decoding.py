@@ -5,19 +5,16 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightkv.engine.intake import Intake
+from lightkv.engine.layers import Layers
+from lightkv.engine.memory import Memory
 from lightkv.engine.prefill import Prefilled
 from lightkv.engine.request import Generated, Job, Result
 from lightkv.engine.slots import Slots, slots
 from lightkv.errors import out_of_memory
-
-if TYPE_CHECKING:
-    from lightkv.engine.engine import Engine
 
 REGROW_STEPS = 256  # steps without running out of memory before twice as many rows are tried again
 
@@ -38,17 +35,17 @@ class _Row:
 class Flow:
     """The answers in progress, and those that wait for a row."""
 
-    def __init__(self, engine: "Engine") -> None:
-        self._engine = engine
-        self._layers = engine.layers
+    def __init__(self, layers: Layers, memory: Memory, axes: int, penalty: float, stops: frozenset[int]) -> None:
+        """axes: of the model's positions. penalty: transformers' repetition penalty. stops: tokens that end answers."""
+        self._layers, self._memory, self._axes, self._penalty, self._stops = layers, memory, axes, penalty, stops
         self._slots = self._no_slots()
         self._rows: list[_Row] = []
         self._ready: deque[tuple[_Row, Prefilled]] = deque()
-        self._most = engine.memory.answers
+        self._most = memory.answers
         self._fitted = 0  # steps since memory ran out on rows
 
     def _no_slots(self) -> Slots:
-        return slots(len(self._layers), self._engine.memory.bits)
+        return slots(len(self._layers), self._memory.bits)
 
     def busy(self) -> bool:
         return bool(self._rows or self._ready)
@@ -71,10 +68,10 @@ class Flow:
         """Whether a request is being answered that no other may be beside."""
         return any(row.job.request.alone for row in (*self._rows, *(row for row, _ in self._ready)))
 
-    def enter(self, prefill: Intake) -> Iterator[Result]:
+    def enter(self, job: Job, prompts: Sequence[Prefilled]) -> Iterator[Result]:
         """Take over a request that is prefilled, or has failed."""
-        job, request = prefill.job, prefill.job.request
-        for number, prompt in enumerate(prefill.prompts):
+        request = job.request
+        for number, prompt in enumerate(prompts):
             draw = None
             if request.temperature > 0:
                 seed = request.seeds[number] if request.seeds is not None else 0
@@ -93,7 +90,7 @@ class Flow:
             self._say(self._rows, self._decode())
             self._fitted += 1
             if self._fitted % REGROW_STEPS == 0:
-                self._most = min(self._engine.memory.answers, 2 * self._most)
+                self._most = min(self._memory.answers, 2 * self._most)
             each = (time.perf_counter() - began) / len(self._rows)
             for row in self._rows:
                 row.job.generate_s += each
@@ -108,8 +105,7 @@ class Flow:
         """Logits [B, V] of the rows' next tokens."""
         tokens = torch.tensor([[row.tokens[-1]] for row in self._rows])
         places = torch.tensor([row.position - 1 for row in self._rows])
-        axes = self._engine.positions().axes
-        angles = self._layers.angles(places.expand(axes, -1))
+        angles = self._layers.angles(places.expand(self._axes, -1))
         with self._layers.attached():
             hidden = self._layers.run(self._layers.embed(tokens), angles, range(len(self._layers)), self._slots.attend)
         return self._layers.logits(hidden[:, -1])
@@ -133,7 +129,7 @@ class Flow:
 
     def _say(self, rows: Sequence[_Row], logits: Tensor) -> None:
         """Each row's next token, from logits [B, V]."""
-        if self._engine.penalty != 1.0:
+        if self._penalty != 1.0:
             logits = torch.stack([self._penalised(row, one) for row, one in zip(rows, logits, strict=True)])
         best, greedy = (found.tolist() for found in logits.max(-1))
         for number, row in enumerate(rows):
@@ -151,7 +147,7 @@ class Flow:
     def _penalised(self, row: _Row, logits: Tensor) -> Tensor:
         """As transformers' repetition penalty: what was heard or said becomes less likely."""
         heard = torch.tensor(sorted(row.heard), device=logits.device)
-        some, penalty = logits[heard], self._engine.penalty
+        some, penalty = logits[heard], self._penalty
         return logits.index_copy(0, heard, torch.where(some > 0, some / penalty, some * penalty))
 
     def _leave(self, rows: Sequence[_Row], *jobs: Job) -> Iterator[Result]:
@@ -159,7 +155,7 @@ class Flow:
         ended = {id(row): row for row in rows if row.job.error is not None or self._ended(row)}
         for row in ended.values():
             if row.job.error is None:
-                stopped = row.tokens[-1] in self._engine.stops
+                stopped = row.tokens[-1] in self._stops
                 row.job.answers[row.number] = replace(row.begun, tokens=row.tokens, stopped=stopped)
         goes_on = [number for number, row in enumerate(self._rows) if id(row) not in ended]
         if len(goes_on) < len(self._rows):
@@ -179,7 +175,7 @@ class Flow:
             self._slots = self._no_slots()
 
     def _ended(self, row: _Row) -> bool:
-        return row.tokens[-1] in self._engine.stops or len(row.tokens) >= row.job.request.max_new_tokens
+        return row.tokens[-1] in self._stops or len(row.tokens) >= row.job.request.max_new_tokens
 
     def _begun(self, job: Job, number: int, prompt: Prefilled) -> Generated:
         vision, text = job.vision_tokens, job.text_tokens + len(job.request.questions[number])
@@ -188,7 +184,7 @@ class Flow:
         held = sum(prompt.held) / (len(prompt.held) * vision) if vision else 1.0
         whole = (vision + text) * each * len(prompt.held)
         numbers, dims = 2 * k.shape[0] * k.shape[2], k.shape[2]  # of a token in a layer
-        packed = sum(len(layer) for layer in prompt.kv) * self._engine.memory.bits.per_number(dims)
+        packed = sum(len(layer) for layer in prompt.kv) * self._memory.bits.per_number(dims)
         bits = numbers * (packed + 16.0 * k.shape[1] * len(prompt.kv))
         bits_whole = 16.0 * numbers * (vision + text) * len(prompt.kv)
         return Generated(

@@ -11,56 +11,19 @@ Prefill goes piece by piece (intake.py, prefill.py), with several requests in tu
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
 from lightkv.engine.decoding import Flow
-from lightkv.engine.intake import POLL_S, Entering, Intake
-from lightkv.engine.layerkv import Bits
+from lightkv.engine.intake import POLL_S, Entering, Intake, PieceSize
 from lightkv.engine.layers import Layers
+from lightkv.engine.memory import Memory
 from lightkv.engine.positions import Positions
 from lightkv.engine.request import Request, Result
 from lightkv.errors import ConfigError, UnsupportedModelError
 from lightkv.methods.config import LightKVConfig
 from lightkv.vision.families import first_stage_layer
-
-REGROW_PIECES = 64  # pieces that fit before smaller pieces are doubled again
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What bounds the engine's memory, and what its caches are made of.
-
-    bits         of the cache of what comes before the questions
-    fold         early layers end at the size of the last stage (fold.py)
-    silent       layers that keep no vision after its piece
-    budget       vision tokens that a prompt's cache may hold per layer; what is more merges (budget.py); needs fold
-    chunk_tokens vision and text tokens that are prefilled together, but at least one image or step of a video
-    answers      prompts in the engine at most, in prefill and in decoding
-    cache_bytes  of all caches together: while they are full no request is taken, and of those in prefill only the one
-                 that was taken first goes on. None: unbounded
-    """
-
-    bits: Bits = field(default_factory=Bits)
-    fold: bool = False
-    silent: frozenset[int] = frozenset()
-    budget: int | None = None
-    chunk_tokens: int = 4096
-    answers: int = 16
-    cache_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.chunk_tokens < 1 or self.answers < 1:
-            raise ConfigError(
-                f"chunk_tokens and answers must be at least 1, got {self.chunk_tokens} and {self.answers}"
-            )
-        if self.budget is not None and not (self.fold and self.budget >= 1):
-            raise ConfigError(
-                "a budget is of at least one token and needs fold=True, since layers that merge together must hold the "
-                f"same tokens; got budget={self.budget}, fold={self.fold}"
-            )
 
 
 class Engine:
@@ -90,8 +53,7 @@ class Engine:
         self.penalty = model.generation_config.repetition_penalty or 1.0  # some models are published with one
         stop = model.generation_config.eos_token_id
         self.stops = frozenset(stop if isinstance(stop, list) else [] if stop is None else [stop])
-        self._chunk_tokens = self.memory.chunk_tokens
-        self._fitted = 0  # pieces since memory ran out
+        self._pieces = PieceSize(self.memory.chunk_tokens)
 
     @torch.no_grad()
     def run(
@@ -110,19 +72,19 @@ class Engine:
         gets the seconds to sleep when there is nothing to compute. Lost device contexts (torch.AcceleratorError) are
         raised; any other failure of a request is its result.
         """
-        flow, entering = Flow(self), Entering(self.memory)
+        flow, entering = self._flow(), Entering(self.memory)
         waiting, more = iter(requests), True
         while True:
             if more and entering.room(flow):
                 request = next(waiting, ...)
                 more = request is not ...
                 if isinstance(request, Request):
-                    entering.add(Intake(self, request))
+                    entering.add(self._intake(request))
             if beat is not None:
                 beat()
             moved = entering.step(flow)
             if moved is not None and moved.done:
-                yield from flow.enter(moved)
+                yield from flow.enter(moved.job, moved.prompts)
             if flow.busy():
                 yield from flow.step()
             elif moved is None:
@@ -131,22 +93,16 @@ class Engine:
                 entering.waited(POLL_S)
                 wait(POLL_S)
 
-    def shrink_pieces(self, length: int) -> bool:
-        """After memory ran out on a piece of so many tokens: whether a smaller one is worth trying."""
-        if self.layers.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self._chunk_tokens, self._fitted = max(1, min(self._chunk_tokens, length) // 2), 0
-        return length > 1
-
-    def piece_fitted(self) -> None:
-        """A piece was prefilled: after some of them, smaller pieces than configured grow again."""
-        self._fitted += 1
-        if self._fitted % REGROW_PIECES == 0:
-            self._chunk_tokens = min(self.memory.chunk_tokens, 2 * self._chunk_tokens)
-
     @property
     def chunk_tokens(self) -> int:
-        return self._chunk_tokens
+        """Tokens of a piece at present: fewer than configured for a while after memory ran out."""
+        return self._pieces.tokens
+
+    def _intake(self, request: Request) -> Intake:
+        return Intake(request, self.layers, self.config, self.memory, self.positions(), self._pieces)
+
+    def _flow(self) -> Flow:
+        return Flow(self.layers, self.memory, self.positions().axes, self.penalty, self.stops)
 
     def positions(self) -> Positions:
         return Positions(self._model_config)

@@ -380,7 +380,7 @@ def test_while_the_caches_are_full_the_request_that_came_first_goes_on():
 
 def test_smaller_pieces_grow_again_once_memory_suffices(monkeypatch):
     monkeypatch.setattr(Stream, "take", full_above(100))
-    monkeypatch.setattr("lightkv.engine.engine.REGROW_PIECES", 4)
+    monkeypatch.setattr("lightkv.engine.intake.REGROW_PIECES", 4)
     seen = []
     model, requests = entering(seen, 12, 4)
     engine = Engine(model, None, Memory(chunk_tokens=192))

@@ -13,7 +13,6 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import lightkv.engine.engine as engine_module
 from lightkv import Memory, Request
 from lightkv.engine.engine import Engine
 from lightkv.engine.request import Job
@@ -34,10 +33,14 @@ _PIECE_BYTES = 10
 class _Intake:
     """A request in prefill: a piece is a batch of frames."""
 
-    def __init__(self, engine, request):
+    def __init__(self, request):
         self.job = Job(request)
-        self.done, self.nbytes, self.prompts = False, 0, ()
+        self.done, self.nbytes = False, 0
         self._segments = iter(request.segments)
+
+    @property
+    def prompts(self):
+        return [self.nbytes]
 
     def step(self):
         try:
@@ -55,8 +58,8 @@ class _Intake:
 class _Flow:
     """Answers of three tokens."""
 
-    def __init__(self, engine):
-        self.most, self._left, self._held = engine.memory.answers, {}, {}
+    def __init__(self, memory):
+        self.most, self._left, self._held = memory.answers, {}, {}
 
     nbytes = property(lambda self: sum(self._held.values()))
 
@@ -67,20 +70,20 @@ class _Flow:
         return len(self._left)
 
     def alone(self):
-        return any(intake.job.request.alone for intake in self._left)
+        return any(job.request.alone for job in self._left)
 
-    def enter(self, intake):
-        if intake.job.error is not None:
-            yield intake.job
+    def enter(self, job, prompts):
+        if job.error is not None:
+            yield job
         else:
-            self._left[intake], self._held[intake] = 3, intake.nbytes
+            self._left[job], self._held[job] = 3, sum(prompts)
 
     def step(self):
-        for intake in list(self._left):
-            self._left[intake] -= 1
-            if not self._left[intake]:
-                del self._left[intake], self._held[intake]
-                yield intake.job
+        for job in list(self._left):
+            self._left[job] -= 1
+            if not self._left[job]:
+                del self._left[job], self._held[job]
+                yield job
 
 
 class _Captioner:
@@ -91,6 +94,8 @@ class _Captioner:
         self._simulated, self._idle = simulated, 0
         self._engine = Engine.__new__(Engine)
         self._engine.memory = memory
+        self._engine._intake = _Intake
+        self._engine._flow = lambda: _Flow(memory)
 
     def refusal(self, unit):
         return None
@@ -118,8 +123,6 @@ def _run(monkeypatch, tmp_path, *, batches, cpus, seed, deaths, prefetch, batch_
     simulated = SimulatedRay(cpus, Random(seed), deaths)
     on_ray(monkeypatch, simulated, lambda unit: iter([[number] for number in range(batches[int(unit["id"])])]))
     monkeypatch.setattr(stream, "_LOOK_EVERY_S", 0.0)
-    monkeypatch.setattr(engine_module, "Intake", _Intake)
-    monkeypatch.setattr(engine_module, "Flow", _Flow)
     context = SimpleNamespace(get_actor_id=lambda: "a", get_temp_dir=lambda: tmp_path, get_session_name=lambda: "s")
     (tmp_path / "s" / "logs").mkdir(parents=True, exist_ok=True)
     ray_of_actor = SimpleNamespace(get=lambda value: value, get_runtime_context=lambda: context)
