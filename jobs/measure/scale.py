@@ -244,9 +244,9 @@ class StubCaptioner(Captioner):
     ) -> Iterator[dict[str, Any]]:
         for given in filter(None, units):
             deque(given.batches, maxlen=0)  # what enters the model is counted there
-            yield self._row(given.unit)
+            yield self._stub(given.unit)
 
-    def _row(self, unit: dict[str, Any]) -> dict[str, Any]:
+    def _stub(self, unit: dict[str, Any]) -> dict[str, Any]:
         answers = [
             {**prompt, "text": _ANSWER, "status": "ok", "prompt_tokens": 9, "output_tokens": 21}
             for prompt in unit["prompts"]

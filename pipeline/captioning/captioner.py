@@ -1,4 +1,4 @@
-"""The captioner: a resident model that turns units' frames into output rows, one per unit. Knows nothing of ray.
+"""Turns units' frames into output rows with a resident model, one row per unit. Knows nothing of Ray.
 
 A unit that fails gives an error row with stage, type and message; only what makes the process useless (a lost
 GPU context) is raised.
@@ -8,18 +8,20 @@ import hashlib
 import json
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from lightkv import LightKVConfig, LightKVError
+from lightkv import Engine, Generated, LightKVConfig, LightKVError, Request, Result, Segment, Text, Vision
 from lightkv.errors import out_of_memory
-from pipeline.captioning.answerer import Answerer, Ask, Reply
 from pipeline.captioning.memory import bound_device, memory_of
 from pipeline.captioning.models import describe
+from pipeline.captioning.prompts import Frame
+from pipeline.captioning.resident import Resident
 from pipeline.config import JobConfig
 from pipeline.decoding.decode import FrameBatch
 from pipeline.decoding.frames import Sizing
@@ -55,11 +57,24 @@ class Given:
 
 @dataclass
 class _Open:
-    """A unit in the model."""
+    """A unit in the model.
+
+    grids      of its items so far, in tokens
+    times_s    of its frames
+    wait_s     for frames, while the model had nothing else to compute
+    encode_s   in the vision tower, and in reading the batches (read_s)
+    """
 
     unit: dict[str, Any]
-    meter: "_Meter"
+    modality: str
     sample: Sample | None
+    wait_s: float
+    grids: list[tuple[int, int, int]] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
+    interval_s: float | None = None
+    decode_s: float = 0.0
+    read_s: float = 0.0
+    encode_s: float = 0.0
 
 
 class Captioner:
@@ -70,18 +85,19 @@ class Captioner:
         self.run_id = run_id
         self._sampling = sampling
         self.lightkv = lightkv_config(job, describe(job.model).config)  # refused before the weights are loaded
-        self.answerer = Answerer(job.model)
-        self._device: torch.device = self.answerer.model.device
-        self.answerer.encoder.repeat_tolerance = job.frames.repeat_tolerance
-        self.answerer.encoder.images_together = job.frames.batch_frames
+        self.resident = Resident(job.model)
+        self._encoder = self.resident.encoder
+        self._encoder.repeat_tolerance = job.frames.repeat_tolerance
+        self._encoder.images_together = job.frames.batch_frames
+        self._device: torch.device = self.resident.model.device
         room = bound_device(job.limits, self._device)
-        self.memory = memory_of(job, self.answerer.card.config, self.answerer.model.dtype, room)
+        self.memory = memory_of(job, self.resident.card.config, self.resident.model.dtype, room)
         self._config_hash = job.hash()
 
     @property
     def sizing(self) -> Sizing:
         """The sizes decoders must give frames."""
-        return self.answerer.encoder.sizing(self.job.frames)
+        return self._encoder.sizing(self.job.frames)
 
     def row(self, unit: dict[str, Any], batches: Iterable[FrameBatch | None]) -> dict[str, Any]:
         """The output row of a single unit."""
@@ -90,7 +106,7 @@ class Captioner:
 
     def refusal(self, unit: dict[str, Any]) -> UnitError | None:
         """Why a unit cannot be answered, as far as its plan shows; such a unit need not be decoded."""
-        return self.answerer.context.refusal(unit, self.job.frames)
+        return self.resident.context.refusal(unit, self.job.frames)
 
     def rows(
         self,
@@ -101,51 +117,91 @@ class Captioner:
         """Output rows (`ROW_SCHEMA`) as they are complete, in any order; failures of a unit are in its row.
 
         A unit is taken when there is room for it; None says that there is none yet. `beat` and `wait` as in
-        `Engine.run`.
+        `Engine.run`. A lost device context is raised.
         """
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         in_model: dict[str, _Open] = {}
-        asks = (None if given is None else self._ask(given, in_model) for given in units)
-        for reply in self.answerer.serve(asks, self.lightkv, self.memory, beat, wait, self.job.engine.compiled):
-            yield self._finished(in_model.pop(reply.key), reply)
+        engine = Engine(self.resident.model, self.lightkv, self.memory, self.job.engine.compiled)
+        requests = (None if given is None else self._request(given, in_model) for given in units)
+        for result in engine.run(requests, beat, wait):
+            yield self._row(in_model.pop(str(result.key)), result)
 
-    def _ask(self, given: Given, in_model: dict[str, _Open]) -> Ask:
-        unit = given.unit
-        step = self.answerer.encoder.temporal_patch if unit["kind"] == "video" else 1
+    def _request(self, given: Given, in_model: dict[str, _Open]) -> Request:
+        unit, settings = given.unit, self.job.model
+        step = self._encoder.temporal_patch if unit["kind"] == "video" else 1
         sample = self._sampling.sample(unit["id"], step) if self._sampling is not None else None
-        meter = _Meter(unit["id"], given.batches, sample, given.waited_s)
-        in_model[unit["id"]] = _Open(unit, meter, sample)
-        seeds = [_seed(self.job.model.seed, unit["id"], prompt["prompt_id"]) for prompt in unit["prompts"]]
-        return Ask(
+        open_ = _Open(unit, self._encoder.modality(unit["kind"]), sample, given.waited_s)
+        in_model[unit["id"]] = open_
+        try:
+            frames = [self.resident.prompts.frame(prompt["prompt"], open_.modality) for prompt in unit["prompts"]]
+        except UnitError as error:  # a request of its own, so that the unit's end is told as any other
+            return Request(unit["id"], _raising(error), [torch.zeros(1, dtype=torch.int64)])
+        longest = max(len(frame.after) for frame in frames)
+        return Request(
             unit["id"],
-            unit["kind"],
-            meter,
-            [prompt["prompt"] for prompt in unit["prompts"]],
-            seeds,
-            interval_s=meter.interval_s,
+            self._segments(open_, given.batches, frames[0], longest),
+            [frame.after for frame in frames],
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seeds=[_seed(settings.seed, unit["id"], prompt["prompt_id"]) for prompt in unit["prompts"]],
             traced=sample is not None and self.job.frames.repeat_tolerance is None,  # else patches have no place
             alone=given.alone,
         )
 
-    def _finished(self, open_: _Open, reply: Reply) -> dict[str, Any]:
-        unit, meter, sample = open_.unit, open_.meter, open_.sample
+    def _segments(
+        self, open_: _Open, batches: Iterable[FrameBatch | None], frame: Frame, longest: int
+    ) -> Iterator[Segment | None]:
+        """The prompt except its questions, as the frames arrive. Raises `UnitError` where it does not fit."""
+        yield Text(frame.before)
+        text, kind = len(frame.before) + longest, open_.unit["kind"]
+        parts = iter(self._encoder.parts(self.resident.model, kind, _read(open_, batches)))
+        while True:
+            began = time.perf_counter()
+            part = next(parts, ...)
+            open_.encode_s += time.perf_counter() - began
+            if part is ...:
+                break
+            if part is None:
+                yield None
+                continue
+            _, y, x = part.grid
+            steps = part.stands_for // (y * x)
+            if part.first == 0:
+                if open_.grids and len(frame.between):
+                    text += len(frame.between)
+                    yield Text(frame.between)
+                open_.grids.append((steps, y, x))
+            else:
+                open_.grids[-1] = (open_.grids[-1][0] + steps, y, x)
+            self.resident.context.check(text, open_.grids)
+            yield self._timed(part, open_)
+        if not open_.grids:
+            raise UnitError("decode", "NoFrames", "expected at least one frame, the decoder gave none")
+
+    def _timed(self, part: Vision, open_: _Open) -> Vision:
+        """With the seconds from step to step, where the unit is a video whose frames have times."""
+        if open_.unit["kind"] != "video" or open_.interval_s is None:
+            return part
+        return replace(part, interval_s=open_.interval_s * self._encoder.temporal_patch)
+
+    def _row(self, open_: _Open, result: Result) -> dict[str, Any]:
+        unit, sample = open_.unit, open_.sample
         row = self._empty_row(unit)
-        if reply.error is None:
-            row |= self._answered(unit, reply)
+        if result.error is None:
+            row |= self._answered(unit, result)
+            row["encode_s"] = max(0.0, open_.encode_s - open_.read_s)
             if sample is not None:
-                merges = [answer.merges for answer in reply.answers]
-                sample.answered(reply.modality, reply.grids, unit["prompts"], merges, self.lightkv)
+                merges = [_merges(answer.merges) for answer in result.answers]
+                sample.answered(open_.modality, open_.grids, unit["prompts"], merges, self.lightkv)
         else:
-            row |= error_fields(self._told(reply.error))
+            row |= error_fields(self._told(result.error))
         row |= {
-            "frame_times_s": meter.times_s,
-            "decode_s": meter.decode_s,
-            "wait_s": meter.wait_s + meter.read_s + reply.waited_s,
+            "frame_times_s": open_.times_s,
+            "decode_s": open_.decode_s,
+            "wait_s": open_.wait_s + open_.read_s + result.waited_s,
             "peak_memory_bytes": self._peak_memory_bytes(),
         }
-        if reply.error is None:
-            row["encode_s"] = max(0.0, reply.encode_s - meter.read_s)
         if sample is not None:
             sample.write(row["status"])
         return row
@@ -158,38 +214,39 @@ class Captioner:
             torch.cuda.empty_cache()
         return UnitError("generate", kind, _first_line(error))
 
-    def _answered(self, unit: dict[str, Any], reply: Reply) -> dict[str, Any]:
-        answers = reply.answers
-        first = answers[0]
+    def _answered(self, unit: dict[str, Any], result: Result) -> dict[str, Any]:
+        first = result.answers[0]
+        answers = [
+            {
+                **prompt,
+                "text": self.resident.text(answer.tokens),
+                "status": _status(answer),
+                "prompt_tokens": answer.prompt_tokens,
+                "output_tokens": len(answer.tokens),
+            }
+            for prompt, answer in zip(unit["prompts"], result.answers, strict=True)
+        ]
         return {
-            "status": "truncated" if any(a.truncated for a in answers) else "ok",
-            "text": first.text,
-            "answers": [
-                {
-                    **prompt,
-                    "text": answer.text,
-                    "status": "truncated" if answer.truncated else "ok",
-                    "prompt_tokens": answer.prompt_tokens,
-                    "output_tokens": answer.output_tokens,
-                }
-                for prompt, answer in zip(unit["prompts"], answers, strict=True)
-            ],
-            "vision_tokens": first.vision_tokens,
+            "status": "ok" if all(answer.stopped for answer in result.answers) else "truncated",
+            "text": answers[0]["text"],
+            "answers": answers,
+            "vision_tokens": result.vision_tokens,
             "kept_tokens": first.kept_tokens,
             "retention": first.retention,
             "kv_bytes": first.kv_bytes,
             "kv_bytes_uncompressed": first.kv_bytes_uncompressed,
-            "prefill_s": sum(a.prefill_s for a in answers),
-            "generate_s": sum(a.generate_s for a in answers),
+            "prefill_s": result.prefill_s,
+            "generate_s": result.generate_s,
         }
 
     def _empty_row(self, unit: dict[str, Any]) -> dict[str, Any]:
+        card = self.resident.card
         return dict.fromkeys(ROW_SCHEMA.names) | {
             "run_id": self.run_id,
             "uri": unit["uris"][0],
             "attempts": unit["attempts"] + 1,
-            "model": self.answerer.card.name,
-            "model_revision": self.answerer.card.revision or getattr(self.answerer.card.config, "_commit_hash", None),
+            "model": card.name,
+            "model_revision": card.revision or getattr(card.config, "_commit_hash", None),
             "lightkv": None if self.lightkv is None else json.dumps(self.lightkv.to_dict()),
             "code_version": code_version(),
             "config_hash": self._config_hash,
@@ -212,51 +269,57 @@ def error_fields(error: UnitError) -> dict[str, Any]:
     }
 
 
-class _Meter:
-    """Frame batches as the encoder takes them: checked to be the unit's own, their times and waiting noted."""
+def _read(open_: _Open, batches: Iterable[FrameBatch | None]) -> Iterator[tuple[int, np.ndarray] | None]:
+    """(item, frames) as the encoder takes them: checked to be the unit's own, their times noted in `open_`."""
+    batches = iter(batches)
+    while True:
+        started = time.perf_counter()
+        try:
+            batch = next(batches, ...)
+        finally:
+            open_.read_s += time.perf_counter() - started
+        if batch is ...:
+            return
+        if batch is None:
+            yield None
+            continue
+        if batch.unit_id != open_.unit["id"]:
+            expected = f"expected frames of {open_.unit['id']}, got {batch.unit_id}"
+            raise UnitError("decode", "ForeignFrames", expected)
+        open_.times_s.extend(batch.times_s.tolist())
+        open_.decode_s += batch.decode_s
+        open_.interval_s = batch.interval_s
+        if open_.sample is not None:
+            open_.sample.see(batch)
+        yield batch.item, batch.frames
 
-    def __init__(
-        self, unit_id: str, batches: Iterable[FrameBatch | None], sample: Sample | None, waited_s: float
-    ) -> None:
-        self._unit_id = unit_id
-        self._batches = batches
-        self._sample = sample
-        self._interval_s: float | None = None
-        self.times_s: list[float] = []
-        self.decode_s = 0.0
-        self.wait_s = waited_s  # before the first batch
-        self.read_s = 0.0
 
-    def interval_s(self) -> float | None:
-        """Between the unit's frames, as the decoder says; before the first batch None."""
-        return self._interval_s
+def _merges(stages: Sequence[Tensor]) -> tuple[tuple[np.ndarray, np.ndarray], ...] | None:
+    """What became of a unit's V vision tokens, per stage: (target, size), int64 [V] each; None: nothing was traced.
 
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray] | None]:
-        batches = iter(self._batches)
-        while True:
-            started = time.perf_counter()
-            try:
-                batch = next(batches, ...)
-            finally:
-                self.read_s += time.perf_counter() - started
-            if batch is ...:
-                return
-            if batch is None:
-                yield None
-                continue
-            if batch.unit_id != self._unit_id:
-                raise UnitError("decode", "ForeignFrames", f"expected frames of {self._unit_id}, got {batch.unit_id}")
-            self.times_s.extend(batch.times_s.tolist())
-            self.decode_s += batch.decode_s
-            self._interval_s = batch.interval_s
-            if self._sample is not None:
-                self._sample.see(batch)
-            yield batch.item, batch.frames
+    target: the token that each is part of by now (itself: it survived; -1: it was dropped). size: how many are together
+    in that one (0: dropped).
+    """
+    found = []
+    for stage in stages:
+        target = stage.cpu().numpy()
+        size = np.bincount(target[target >= 0], minlength=len(target))
+        found.append((target, np.where(target >= 0, size[target], 0)))
+    return tuple(found) or None
+
+
+def _status(answer: Generated) -> str:
+    return "ok" if answer.stopped else "truncated"
 
 
 def _seed(seed: int, *names: str) -> int:
     """A seed per unit and prompt, so that sampling does not depend on the order of the units."""
     return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:4])
+
+
+def _raising(error: Exception) -> Iterator[Segment]:
+    raise error
+    yield
 
 
 def _first_line(error: Exception) -> str:

@@ -4,34 +4,17 @@ Frames stay uint8 until they reach the device. A video is encoded batch by batch
 vision tokens accumulate, never frames. The arithmetic equals the families' own image processors.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lightkv import Vision
 from pipeline.config import Frames
 from pipeline.decoding.frames import Sizing
 from pipeline.errors import ConfigError
-
-
-@dataclass
-class Encoded:
-    """The vision tokens of one unit: per item its features [n, D] and its grid (t, y, x) in tokens."""
-
-    modality: str  # image | video: which placeholder stands for an item
-    features: list[Tensor] = field(default_factory=list)
-    grids: list[tuple[int, int, int]] = field(default_factory=list)
-    frame_interval_s: float | None = None  # of a video; None: positions count one per step in time
-
-    @property
-    def vision_tokens(self) -> int:
-        """Tokens of all items together."""
-        return sum(t * y * x for t, y, x in self.grids)
 
 
 class FrameEncoder:
@@ -65,27 +48,6 @@ class FrameEncoder:
         """Vision tokens of a unit as its frames arrive: (item, uint8 [T, H, W, 3]) in order, batch by batch.
 
         None says that the next frames are not there yet, and is passed on.
-        """
-        raise NotImplementedError
-
-    def encode(self, model: Any, kind: str, items: Iterable[tuple[int, np.ndarray]]) -> Encoded:
-        """All vision tokens of a unit, repeats included."""
-        encoded = Encoded(self.modality(kind))
-        for part in self.parts(model, kind, items):
-            assert part is not None
-            if part.first == 0:
-                encoded.features.append(part.features)
-                encoded.grids.append(part.grid)
-                continue
-            t, y, x = encoded.grids[-1]
-            encoded.features[-1] = torch.cat([encoded.features[-1], part.features])
-            encoded.grids[-1] = (t + part.grid[0], y, x)
-        return encoded
-
-    def inputs(self, rows: Sequence[Encoded], is_vision: Tensor) -> dict[str, Any]:
-        """Keyword arguments of `generate` that stand for the pixels of a batch, one `Encoded` of one modality per row.
-
-        `is_vision` bool [B, S] marks the placeholders. A unit that is asked several prompts stands in several rows.
         """
         raise NotImplementedError
 
@@ -191,20 +153,6 @@ class QwenEncoder(FrameEncoder):
         blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)  # t, y, x, y in window, x in window, channel, pt, p, p
         return blocks.reshape(t * h * w, channels * self.temporal_patch * p * p), (t, h, w)
 
-    def inputs(self, rows: Sequence[Encoded], is_vision: Tensor) -> dict[str, Any]:
-        modality, device = rows[0].modality, is_vision.device
-        grids = [(t, y * self.merge, x * self.merge) for row in rows for t, y, x in row.grids]
-        inputs: dict[str, Any] = {
-            "mm_encoder_outputs": {modality: _pooled(rows)},
-            f"{modality}_grid_thw": torch.tensor(grids, device=device),
-            "mm_token_type_ids": is_vision.int() * (2 if modality == "video" else 1),
-        }
-        intervals = [row.frame_interval_s for row in rows for _ in row.grids]
-        if modality == "video" and any(interval is not None for interval in intervals):
-            steps_s = [1.0 if interval is None else interval * self.temporal_patch for interval in intervals]
-            inputs["second_per_grid_ts"] = torch.tensor(steps_s, device=device)
-        return inputs
-
 
 class LlavaEncoder(FrameEncoder):
     """LLaVA-1.5: every frame is an image, cropped to the tower's square; 1-D positions."""
@@ -236,9 +184,6 @@ class LlavaEncoder(FrameEncoder):
             for features in model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output:
                 yield Vision(features, (1, self.cells, self.cells))
 
-    def inputs(self, rows: Sequence[Encoded], is_vision: Tensor) -> dict[str, Any]:
-        return {"mm_encoder_outputs": {"image": _pooled(rows)}}
-
 
 ENCODERS: dict[str, type[FrameEncoder]] = {
     "qwen2_vl": QwenEncoder,
@@ -253,11 +198,6 @@ def encoder_for(config: Any, preprocessor: dict[str, Any]) -> FrameEncoder:
     if encoder is None:
         raise ConfigError(f"model type {config.model_type}: the pipeline feeds frames to {', '.join(ENCODERS)} only")
     return encoder(config, preprocessor)
-
-
-def _pooled(rows: Sequence[Encoded]) -> BaseModelOutputWithPooling:
-    """The items of all rows one after the other, as the model's own vision tower would give them."""
-    return BaseModelOutputWithPooling(pooler_output=tuple(item for row in rows for item in row.features))
 
 
 def _grouped(items: Iterable[tuple[int, np.ndarray] | None], count: int) -> Iterator[list[np.ndarray] | None]:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.captioning.encode import Encoded
 from pipeline.captioning.models import ModelCard
 from pipeline.errors import ConfigError, UnitError
 
@@ -27,33 +26,14 @@ class ChatPrompts:
         self._tokenizer = tokenizer
         self._card = card
 
-    def tokens(self, prompt: str, encoded: Encoded) -> tuple[Tensor, list[tuple[int, int, int, int]]]:
-        """Token ids int64 [1, S] and the span (start, t, y, x) of every item in them.
-
-        Raises `UnitError` (prepare) when the template does not give every item its placeholder.
-        """
-        ids = self._ids(prompt, encoded.modality, len(encoded.grids))
-        placeholder = self.placeholder(encoded.modality)
-        expanded: list[int] = []
-        spans = []
-        grids = iter(encoded.grids)
-        for token in ids:
-            if token == placeholder:
-                t, y, x = next(grids)
-                spans.append((len(expanded), t, y, x))
-                expanded.extend([placeholder] * (t * y * x))
-            else:
-                expanded.append(token)
-        return torch.tensor([expanded]), spans
-
     def frame(self, prompt: str, modality: str) -> Frame:
         """The text around items that are not known yet, however many there will be.
 
-        Read off the template's prompts for one and for two items. Raises `UnitError` (prepare) as `tokens` does, and
+        Read off the template's prompts for one and for two items. Raises `UnitError` (prepare) as `ids` does, and
         where the template writes something else around a second item than around the first.
         """
         placeholder = self.placeholder(modality)
-        one, two = (_parts(self._ids(prompt, modality, count), placeholder) for count in (1, 2))
+        one, two = (_parts(self.ids(prompt, modality, count), placeholder) for count in (1, 2))
         if one[0] != two[0] or one[1] != two[2]:
             raise UnitError(
                 "prepare",
@@ -62,8 +42,11 @@ class ChatPrompts:
             )
         return Frame(*(torch.tensor(ids, dtype=torch.int64) for ids in two))
 
-    def _ids(self, prompt: str, modality: str, count: int) -> list[int]:
-        """Token ids with one placeholder per item."""
+    def ids(self, prompt: str, modality: str, count: int) -> list[int]:
+        """Token ids with one placeholder per item.
+
+        Raises `UnitError` (prepare) when the template does not give every item its placeholder.
+        """
         content = [{"type": modality}] * count + [{"type": "text", "text": prompt}]
         text = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True

@@ -4,12 +4,12 @@
     python -m jobs.measure.evaluate --config configs/evaluate.yaml --out DIR --scenes 8 --suites videos-small  # quick
     python -m jobs.measure.evaluate --config configs/evaluate.yaml --out DIR --report-only  # tables
 
-Scenes are rendered with known answers, encoded once, and asked through `pipeline.captioning.answerer`, which is what
-the main job runs: frames as arrays, without the losses of video coding. DIR gets answers.parquet (every raw answer
-beside the truth and the plain model's answer), summary.json, table.md and figure.png. DIR/cells holds finished cells
-(suite × method × retention): the same command goes on where it stopped, and asks anew what was configured otherwise or
-belongs to other weights. Changed code alone repeats nothing; the summary lists the code versions that gave the answers.
-"""
+Scenes are rendered with known answers, encoded once by the main job's encoder, and asked through transformers'
+`generate` or lightkv's engine: frames as arrays, without the losses of video coding. DIR gets answers.parquet (every
+raw answer beside the truth and the plain model's answer), summary.json, table.md and figure.png. DIR/cells holds
+finished cells (suite × method × retention): the same command goes on where it stopped, and asks anew what was
+configured otherwise or belongs to other weights. Changed code alone repeats nothing; the summary lists the code
+versions that gave the answers."""
 
 from __future__ import annotations
 

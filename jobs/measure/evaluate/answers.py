@@ -26,11 +26,10 @@ import pyarrow.parquet as pq
 import torch
 
 from jobs.exact_match import words
+from jobs.measure.evaluate.asking import Asker, Encoded, Question
 from jobs.measure.evaluate.config import CAPTIONS, MOST_SCENES, PLAIN, Cell, EvaluateConfig
 from jobs.measure.evaluate.methods import Treatment, treatment
 from lightkv import LightKVError, estimate
-from pipeline.captioning.answerer import Answerer, Question
-from pipeline.captioning.encode import Encoded
 from pipeline.captioning.models import ModelCard
 from pipeline.mini.questions import QA
 from pipeline.mini.samples import Look, Sample, image_sample, pair_sample, set_sample, video_sample
@@ -71,7 +70,7 @@ class Shard:
 
     def __init__(self, config: EvaluateConfig, number: int = 0, of: int = 1) -> None:
         self.config = config
-        self.answerer = Answerer(config.model, config.batch_prompts, config.batch_tokens)
+        self.asker = Asker(config.model, config.batch_prompts, config.batch_tokens)
         self._number, self._of = number, of
         self._held: tuple[str, list[Scene]] | None = None
 
@@ -80,7 +79,7 @@ class Shard:
         suite, scenes = self.config.suites[cell.suite], self._scenes(cell.suite)
         how = Treatment()
         if cell.method != PLAIN:
-            how = treatment(self.config, cell.method, suite, cell.retention, self.answerer.card.config)
+            how = treatment(self.config, cell.method, suite, cell.retention, self.asker.card.config)
         tokens = {scene.number: scene.encoded.vision_tokens for scene in scenes}
         if how.frames is not None:
             scenes = [self._changed(cell.suite, scene, how) for scene in scenes]
@@ -90,7 +89,7 @@ class Shard:
         if how.memory is not None:  # which batches by itself, and shares what questions about a scene have in common
             asked = [(scene, qa) for scene in scenes for qa in scene.questions]
         questions = [Question(scene.encoded, qa.question) for scene, qa in asked]
-        answers = self.answerer.answers(questions, how.config, how.memory)
+        answers = self.asker.answers(questions, how.config, how.memory)
         rows = []
         for (scene, qa), answer in zip(asked, answers, strict=True):
             text_tokens = answer.prompt_tokens - answer.vision_tokens
@@ -119,16 +118,16 @@ class Shard:
         made = sample(self.config, suite, number)
         families = self.config.suites[suite].families
         questions = [qa for qa in made.questions if qa.family in families]
-        return Scene(number, questions, encode(self.answerer, made.kind, made.frames))
+        return Scene(number, questions, encode(self.asker, made.kind, made.frames))
 
     def _changed(self, suite: str, scene: Scene, how: Treatment) -> Scene:
         made = sample(self.config, suite, scene.number)
         assert how.frames is not None
-        return Scene(scene.number, scene.questions, encode(self.answerer, made.kind, how.frames(made.frames)))
+        return Scene(scene.number, scene.questions, encode(self.asker, made.kind, how.frames(made.frames)))
 
     def _flops(self, how: Treatment, encoded: Encoded, text_tokens: int) -> int:
         return estimate(
-            self.answerer.card.config,
+            self.asker.card.config,
             vision_tokens=encoded.vision_tokens,
             text_tokens=text_tokens,
             config=how.config,
@@ -152,11 +151,11 @@ _MAKERS = {
 }
 
 
-def encode(answerer: Answerer, kind: str, frames: np.ndarray) -> Encoded:
+def encode(asker: Asker, kind: str, frames: np.ndarray) -> Encoded:
     """Vision tokens of a sample's frames uint8 [T, H, W, 3]. Time counts one per frame pair, as in training."""
     if kind == "video":
-        return answerer.encode("video", [(0, frames)])
-    return answerer.encode("images", [(number, frame[None]) for number, frame in enumerate(frames)])
+        return asker.encode("video", [(0, frames)])
+    return asker.encode("images", [(number, frame[None]) for number, frame in enumerate(frames)])
 
 
 def weights_id(card: ModelCard) -> str:

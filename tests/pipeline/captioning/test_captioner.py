@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.captioning import answerer
+from pipeline.captioning import captioner as module
 from pipeline.captioning.captioner import Captioner, lightkv_config
 from pipeline.captioning.models import describe
 from pipeline.config import load_config
@@ -67,7 +67,7 @@ def _batches(count=8, *, id_="u", seed=0, batch=4, side=96):
 def _stock_text(captioner, batches, prompt):
     """The answer by transformers alone: pixels in, stock positions, stock generate."""
     frames = np.concatenate([b.frames for b in batches])
-    captioner = captioner.answerer
+    captioner = captioner.resident
     patches, grid = captioner.encoder.patchify(captioner.encoder.pixels(frames, torch.device("cpu")))
     tokens = grid[0] * grid[1] * grid[2] // 4
     config = captioner.card.config
@@ -125,8 +125,8 @@ def test_a_method_has_its_own_number_of_stages_and_the_row_says_which_ran(method
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_decoding_is_compiled_if_the_job_says_so(compiled, monkeypatch):
-    asked, engine = [], answerer.Engine
-    monkeypatch.setattr(answerer, "Engine", lambda *arguments: asked.append(arguments[3]) or engine(*arguments[:3]))
+    asked, engine = [], module.Engine
+    monkeypatch.setattr(module, "Engine", lambda *arguments: asked.append(arguments[3]) or engine(*arguments[:3]))
     captioner = Captioner(_job("model.max_new_tokens=1", f"engine.compiled={str(compiled).lower()}"), "run")
     assert captioner.row(_unit(), _batches())["status"] == "truncated"
     assert asked == [compiled]

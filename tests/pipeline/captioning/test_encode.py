@@ -1,5 +1,7 @@
 """Frames to vision tokens: equal to the families' own image processors and to one pass over the whole video."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,20 @@ def llava(tmp_path_factory):
     settings = Model(name="tiny", path=str(save_tiny_llava(tmp_path_factory.mktemp("llava"))))
     card = describe(settings)
     return encoder_for(card.config, card.preprocessor), load_model(card, settings), card
+
+
+def _encoded(encoder, model, kind, items):
+    """Grids and features of the items of a unit, parts of a video put together."""
+    grids, features = [], []
+    with torch.no_grad():
+        for part in encoder.parts(model, kind, items):
+            if part.first == 0:
+                grids.append(part.grid)
+                features.append(part.features)
+            else:
+                grids[-1] = (grids[-1][0] + part.grid[0], *part.grid[1:])
+                features[-1] = torch.cat([features[-1], part.features])
+    return SimpleNamespace(grids=grids, features=features)
 
 
 def _frames(count, height, width, seed=0):
@@ -54,8 +70,8 @@ def test_video_in_batches_gives_the_tokens_of_the_whole_video(qwen, batch):
     encoder, model, _ = qwen
     frames = _frames(7, 96, 96)
     with torch.no_grad():
-        whole = encoder.encode(model, "video", [(0, frames)])
-        parts = encoder.encode(model, "video", [(0, frames[i : i + batch]) for i in range(0, 7, batch)])
+        whole = _encoded(encoder, model, "video", [(0, frames)])
+        parts = _encoded(encoder, model, "video", [(0, frames[i : i + batch]) for i in range(0, 7, batch)])
     assert whole.grids == parts.grids == [(4, 6, 6)]
     assert whole.grids[0] == encoder.grid(7, 96, 96)
     torch.testing.assert_close(parts.features[0], whole.features[0], atol=1e-4, rtol=1e-4)
@@ -65,8 +81,8 @@ def test_image_set_keeps_its_order_and_sizes(qwen):
     encoder, model, _ = qwen
     first, second = _frames(1, 96, 96, 1), _frames(1, 64, 160, 2)
     with torch.no_grad():
-        both = encoder.encode(model, "images", [(0, first), (1, second)])
-        swapped = encoder.encode(model, "images", [(0, second), (1, first)])
+        both = _encoded(encoder, model, "images", [(0, first), (1, second)])
+        swapped = _encoded(encoder, model, "images", [(0, second), (1, first)])
     assert both.grids == [(1, 6, 6), (1, 4, 10)]
     torch.testing.assert_close(both.features[0], swapped.features[1])
     torch.testing.assert_close(both.features[1], swapped.features[0])
@@ -104,8 +120,8 @@ def test_images_of_a_set_go_through_the_tower_together(family, request, monkeypa
 def test_llava_takes_every_frame_as_an_image(llava):
     encoder, model, _ = llava
     with torch.no_grad():
-        encoded = encoder.encode(model, "video", [(0, _frames(2, 32, 32)), (0, _frames(1, 32, 32, 5))])
-    assert encoded.modality == "image"
+        encoded = _encoded(encoder, model, "video", [(0, _frames(2, 32, 32)), (0, _frames(1, 32, 32, 5))])
+    assert encoder.modality("video") == "image"
     assert encoded.grids == [(1, 4, 4)] * 3
     assert [f.shape for f in encoded.features] == [(16, 48)] * 3
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from jobs.measure.benchmark.decoder import Decoder
 from jobs.measure.benchmark.prompt import NOISE, three_axes
+from jobs.measure.evaluate.asking import Asker, Question
 from lightkv import Generated, Request, Segment, Text, Vision, VisionLayout
 from lightkv.hooks.report import cache_bytes
-from pipeline.captioning.answerer import Answerer, Question
 from pipeline.config import Model
 from pipeline.mini.questions import QA
 from pipeline.mini.render import render
@@ -89,16 +89,16 @@ class Mini:
 
     def __init__(self, new_tokens: int) -> None:
         self.new_tokens = new_tokens
-        self.answerer = Answerer(Model(name="mini", device="cpu", dtype="float32", max_new_tokens=new_tokens))
-        self.model = self.answerer.model
-        self._frame = self.answerer.prompts.frame(CAPTION, "video")
+        self.asker = Asker(Model(name="mini", device="cpu", dtype="float32", max_new_tokens=new_tokens))
+        self.model = self.asker.model
+        self._frame = self.asker.resident.prompts.frame(CAPTION, "video")
 
     def batches(self, video: Video) -> Iterator[np.ndarray]:
         for (scene, _), count in zip(_scenes(video), video.batches, strict=True):
             yield render(scene, np.arange(count) / video.fps)
 
     def vision(self, batches: Iterable[np.ndarray]) -> Iterator[Vision]:
-        for part in self.answerer.encoder.parts(self.model, "video", ((0, frames) for frames in batches)):
+        for part in self.asker.resident.encoder.parts(self.model, "video", ((0, frames) for frames in batches)):
             assert part is not None
             yield part
 
@@ -109,19 +109,19 @@ class Mini:
     def questions(self, video: Video) -> list[Tensor]:
         _, asked = next(_scenes(video))
         others = [qa.question for qa in asked if qa.family != "caption"]
-        return [self.caption, *(self.answerer.prompts.frame(prompt, "video").after for prompt in others)]
+        return [self.caption, *(self.asker.resident.prompts.frame(prompt, "video").after for prompt in others)]
 
     def segments(self, vision: Iterable[Vision]) -> Iterator[Segment]:
         yield Text(self._frame.before)
         yield from vision
 
     def plain(self, batches: Iterable[np.ndarray]) -> Said:
-        encoded = self.answerer.encode("video", ((0, frames) for frames in batches))
-        (answer,) = self.answerer.answers([Question(encoded, CAPTION)], None)
+        encoded = self.asker.encode("video", ((0, frames) for frames in batches))
+        (answer,) = self.asker.answers([Question(encoded, CAPTION)], None)
         return Said(answer.text, answer.kv_bytes)
 
     def said(self, answer: Generated) -> Said:
-        return Said(self.answerer.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip(), answer.kv_bytes)
+        return Said(self.asker.resident.text(answer.tokens), answer.kv_bytes)
 
 
 def _scenes(video: Video) -> Iterator[tuple[Scene, list[QA]]]:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from jobs.measure.evaluate.asking import Asker, Question
 from lightkv import LightKVConfig, estimate
-from pipeline.captioning.answerer import Answerer, Question
 from pipeline.config import Model, load_config
 from tests.models import save_tiny_llava
 
@@ -17,18 +17,18 @@ PROMPTS = [
 ]
 
 
-def _answerer(batch_prompts=8, batch_tokens=16384, **settings):
-    return Answerer(Model(dtype="float32", max_new_tokens=12, **settings), batch_prompts, batch_tokens)
+def _asker(batch_prompts=8, batch_tokens=16384, **settings):
+    return Asker(Model(dtype="float32", max_new_tokens=12, **settings), batch_prompts, batch_tokens)
 
 
 @pytest.fixture(scope="module")
 def together():
-    return _answerer(batch_prompts=5)
+    return _asker(batch_prompts=5)
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return _answerer(batch_prompts=1)
+    return _asker(batch_prompts=1)
 
 
 @pytest.fixture(scope="module")
@@ -36,24 +36,24 @@ def llava(tmp_path_factory):
     return {"name": "tiny", "path": str(save_tiny_llava(tmp_path_factory.mktemp("llava")))}
 
 
-def _video(answerer, seed, *, frames=8, side=96, interval_s=None):
+def _video(asker, seed, *, frames=8, side=96, interval_s=None):
     noise = np.random.default_rng(seed).integers(0, 256, (frames, side, side, 3), np.uint8)
-    encoded = answerer.encode("video", [(0, noise)])
+    encoded = asker.encode("video", [(0, noise)])
     encoded.frame_interval_s = interval_s
     return encoded
 
 
-def _images(answerer, seed, sides=(96, 128)):
+def _images(asker, seed, sides=(96, 128)):
     rng = np.random.default_rng(seed)
-    return answerer.encode("images", [(i, rng.integers(0, 256, (1, s, s, 3), np.uint8)) for i, s in enumerate(sides)])
+    return asker.encode("images", [(i, rng.integers(0, 256, (1, s, s, 3), np.uint8)) for i, s in enumerate(sides)])
 
 
-def _config(answerer, retention):
-    return None if retention is None else LightKVConfig.for_model(answerer.card.config, retention=retention)
+def _config(asker, retention):
+    return None if retention is None else LightKVConfig.for_model(asker.card.config, retention=retention)
 
 
-def _texts(answerer, questions, retention):
-    return [(a.text, a.output_tokens, a.truncated) for a in answerer.answers(questions, _config(answerer, retention))]
+def _texts(asker, questions, retention):
+    return [(a.text, a.output_tokens, a.truncated) for a in asker.answers(questions, _config(asker, retention))]
 
 
 @pytest.mark.parametrize("retention", [None, 0.4])
@@ -76,7 +76,7 @@ def test_a_batch_over_videos_of_other_sizes_paces_and_contents_does_not_mix_them
 
 @pytest.mark.parametrize("retention", [None, 0.5])
 def test_llava_prompts_of_a_batch_are_answered_as_alone(llava, retention):
-    together, alone = _answerer(batch_prompts=4, **llava), _answerer(batch_prompts=1, **llava)
+    together, alone = _asker(batch_prompts=4, **llava), _asker(batch_prompts=1, **llava)
     frames = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     encoded = together.encode("video", [(0, frames)])
     prompts = ["describe the video .", "what is this ?", "blue square moving in a red circle .", "what ?"]
@@ -85,13 +85,13 @@ def test_llava_prompts_of_a_batch_are_answered_as_alone(llava, retention):
 
 
 def test_neighbours_share_a_batch_up_to_prompts_tokens_and_modality(monkeypatch):
-    answerer = _answerer(batch_prompts=3, batch_tokens=400)
+    asker = _asker(batch_prompts=3, batch_tokens=400)
     sizes = []
-    batch = answerer._batch
-    monkeypatch.setattr(answerer, "_batch", lambda rows, config: sizes.append(len(rows)) or batch(rows, config))
-    small, large, image = _video(answerer, 0, frames=2), _video(answerer, 1, frames=24), _images(answerer, 2, (96,))
+    batch = asker._batch
+    monkeypatch.setattr(asker, "_batch", lambda rows, config: sizes.append(len(rows)) or batch(rows, config))
+    small, large, image = _video(asker, 0, frames=2), _video(asker, 1, frames=24), _images(asker, 2, (96,))
     order = [small, small, small, small, large, large, small, image]
-    answers = answerer.answers([Question(encoded, "describe .") for encoded in order], None)
+    answers = asker.answers([Question(encoded, "describe .") for encoded in order], None)
     assert sizes == [3, 1, 1, 1, 1, 1]
     assert [answer.vision_tokens for answer in answers] == [36, 36, 36, 36, 432, 432, 36, 36]
 
@@ -109,7 +109,7 @@ def test_kv_bytes_of_a_batch_are_shared_out_padding_included(together):
 
 
 def test_what_is_sampled_depends_on_the_seed_and_not_on_the_neighbours():
-    sampler = _answerer(batch_prompts=8, temperature=1.5)
+    sampler = _asker(batch_prompts=8, temperature=1.5)
     encoded = _video(sampler, 0)
     questions = [Question(encoded, "describe the video .", seed) for seed in range(4)]
     first = [answer.text for answer in sampler.answers(questions, None)]
