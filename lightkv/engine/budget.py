@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightkv.engine.fold import mean_by_size
+from lightkv.engine.piece import History
 from lightkv.errors import ConfigError
 from lightkv.methods.config import LightKVConfig
 from lightkv.methods.settings import Stage
@@ -46,6 +48,16 @@ class Cached:
     @property
     def vision(self) -> int:
         return int((self.place[:, 0] != TEXT).sum())
+
+    @classmethod
+    def of_piece(cls, history: History, coordinates: Tensor) -> "Cached":
+        """What the stages left of a piece; coordinates int64 [n, 4] of the piece before any stage."""
+        first, final = history.states[0], history.states[-1]
+        features = first.hidden
+        if history.targets:
+            into = history.into_final(first.place)
+            features = mean_by_size(first.hidden[None].float(), first.size, into, len(final.place))[0].to(features)
+        return cls(features, coordinates[final.place], final.size, final.positions)
 
     def after(self, more: "Cached") -> "Cached":
         """These and then `more`."""

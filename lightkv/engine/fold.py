@@ -8,7 +8,21 @@ by size, keys without their rotation, which the survivor's own place then gives 
 import torch
 from torch import Tensor
 
+from lightkv.engine.layerkv import LayerKV
+from lightkv.engine.piece import History, Piece
 from lightkv.engine.positions import turned, unturned
+
+
+def fold_layer(layer: LayerKV, mark: int, entered: Piece, history: History, log_size: Tensor) -> None:
+    """Fold a layer's entries after `mark`, one per token of `entered`, to the final state of the piece.
+
+    log_size fp32 [m] of the final state.
+    """
+    k, v, _ = layer.since(mark)
+    into, survivors = history.into_final(entered.place), history.states[-1].place
+    k, v = folded(k, v, entered.angles, entered.size, into, survivors, entered.place)
+    layer.truncate(mark)
+    layer.push(k, v, log_size)
 
 
 def folded(

@@ -151,7 +151,8 @@ class Intake:
         assert self._stream is not None
         with self._layers.attached():
             self.prompts = self._stream.finish()
-        self.job.vision_tokens, self.job.text_tokens = self._stream.vision_tokens, self._stream.text_tokens
+        counts = self._stream.input
+        self.job.vision_tokens, self.job.text_tokens = counts.vision_tokens, counts.text_tokens
         self.done = True
         return True
 

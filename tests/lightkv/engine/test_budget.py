@@ -11,6 +11,7 @@ from lightkv.engine.layerkv import Bits
 from lightkv.engine.layers import Layers
 from lightkv.engine.positions import Positions
 from lightkv.engine.prefill import Stream
+from lightkv.engine.stages import Stages
 from lightkv.methods.spacetime import blocks
 from lightkv.vision.layout import coordinates
 from tests.lightkv.tiny import random, tiny_model
@@ -58,16 +59,16 @@ def test_every_layer_holds_at_most_the_budget_and_the_text(model, budget):
 def test_sizes_stay_what_came_in(model):
     stream = _stream(model, budget=20)
     _prefilled(model, stream, _video())
-    vision = stream._trunk.cached.place[:, 0] >= 0
-    assert stream._trunk.cached.size[vision].sum() == STEPS * SIDE * SIDE
-    assert torch.equal(stream._trunk.cached.size[~vision], torch.ones(3))
-    assert torch.allclose(stream._trunk.kv[0].view()[2].exp(), stream._trunk.cached.size)
+    vision = stream._caches.trunk.cached.place[:, 0] >= 0
+    assert stream._caches.trunk.cached.size[vision].sum() == STEPS * SIDE * SIDE
+    assert torch.equal(stream._caches.trunk.cached.size[~vision], torch.ones(3))
+    assert torch.allclose(stream._caches.trunk.kv[0].view()[2].exp(), stream._caches.trunk.cached.size)
 
 
 def test_a_budget_is_spent_where_the_video_changes(model):
     stream = _stream(model, budget=40)
     _prefilled(model, stream, _video(still=8))
-    t = stream._trunk.cached.place[stream._trunk.cached.place[:, 0] >= 0, 1]
+    t = stream._caches.trunk.cached.place[stream._caches.trunk.cached.place[:, 0] >= 0, 1]
     still, moving = int((t < 8).sum()), int((t >= 8).sum())
     assert still <= SIDE * SIDE  # 8 steps of the same 16 tokens
     assert moving / 4 >= 2 * still / 8
@@ -100,16 +101,16 @@ def test_questions_share_what_a_budget_leaves(model):
 
 def test_the_question_is_asked_of_all_that_is_cached_as_a_stage_asks_it(model, monkeypatch):
     """One piece from which nothing was dropped: both see the same keys, after one stage or before another."""
-    asked, ask = [], Stream._score
-    monkeypatch.setattr(Stream, "_score", lambda *arguments: asked.append(ask(*arguments)) or asked[-1])
+    asked, ask = [], Stages.score
+    monkeypatch.setattr(Stages, "score", lambda *arguments: asked.append(ask(*arguments)) or asked[-1])
     for layer in (1, 2):
         config = LightKVConfig((Stage(-1, drop=0.0), Stage(layer, drop=0.0)), method="lightkv")
         stream, text = _stream(model, config, budget=STEPS * SIDE * SIDE), Text(torch.tensor([1, 2, 3]))
         with stream._layers.attached():
             stream.take([text, *_video()])
             if layer == 1:
-                score = stream._score_of_cached(stream._trunk)
-                held = {len(kv) for kv in (*stream._trunk.kv, *stream._branches[0].kv)}
+                score = stream._score_cached(stream._caches.trunk)
+                held = {len(kv) for kv in (*stream._caches.trunk.kv, *stream._caches.branches[0].kv)}
                 assert held == {len(score)}  # the question has left nothing behind
     torch.testing.assert_close(score, asked[-1])
     assert torch.equal(score[:3], torch.zeros(3))
@@ -177,6 +178,6 @@ def test_memory_that_runs_out_while_merging_is_no_matter_of_smaller_pieces(model
     parts = _video()
     with stream._layers.attached():
         stream.take([parts[0]])
-        monkeypatch.setattr("lightkv.engine.prefill.folded", full)
+        monkeypatch.setattr("lightkv.engine.branches.folded", full)
         with pytest.raises(LightKVError, match="while the cache was merged to its budget"):
             stream.take([parts[1]])

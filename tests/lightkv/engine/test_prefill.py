@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from lightkv import Bits, LightKVConfig, Memory, Stage, Text, Vision, compress
-from lightkv.engine import prefill as streaming
+from lightkv.engine.fold import folded
 from lightkv.engine.layers import Layers
 from lightkv.engine.positions import Positions
 from lightkv.engine.prefill import Stream
 from lightkv.methods.table import METHODS as TABLE
+from lightkv.ops.attend import attend
 from lightkv.ops.codes import quantise
 from tests.lightkv.engine.prompts import apart, ask, spoken
 from tests.lightkv.hooks.test_generation import GREEDY, METHODS, VARIANTS
@@ -50,7 +51,11 @@ def streamed(model, config, pieces, questions=QUESTIONS[:1], bits=None, **option
 
 def caches(stream):
     """Per layer of the first question: k, v, log sizes."""
-    return [layer.view() for layer in (*stream._trunk.kv, *stream._branches[0].kv)]
+    return [layer.view() for layer in (*stream._caches.trunk.kv, *stream._caches.branches[0].kv)]
+
+
+def state(stream):
+    return stream.input.state(), stream._caches.state()
 
 
 def same_caches(found, expected, **tolerance):
@@ -97,7 +102,7 @@ def test_an_item_that_is_ranked_by_itself_may_come_in_a_piece_of_its_own(family,
 
 def merges(stream):
     """Per stage, where the vision tokens went."""
-    return [torch.cat(parts) for parts in zip(*stream._branches[0].merges, strict=True)]
+    return [torch.cat(parts) for parts in zip(*stream._caches.branches[0].merges, strict=True)]
 
 
 @pytest.mark.parametrize("method", ["lightkv", "asked", "fastv", "random", "keep"])
@@ -108,13 +113,13 @@ def test_a_piece_is_never_merged_with_another(method):
     pieces = [segments[:2], segments[2:4], segments[4:]]
     stream, _ = streamed(model, config, pieces, traced=True)
     begin = 0
-    for piece, targets in zip(pieces, stream._branches[0].merges, strict=True):
+    for piece, targets in zip(pieces, stream._caches.branches[0].merges, strict=True):
         count = sum(len(segment) for segment in piece if isinstance(segment, Vision))
         for target in targets:
             survivors = torch.nonzero(target == torch.arange(begin, begin + count)).flatten() + begin
             assert torch.equal(target[target >= 0].unique(), survivors)
         begin += count
-    assert begin == stream.vision_tokens
+    assert begin == stream.input.vision_tokens
 
 
 def test_parts_of_a_video_in_one_piece_are_one_item():
@@ -196,7 +201,7 @@ def failing(function, after):
 
 
 @pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize(("where", "calls"), [("attend", 6), ("folded", 1)])
+@pytest.mark.parametrize(("where", "calls"), [("forward.attend", 6), ("fold.folded", 1)])
 def test_a_piece_that_fails_anywhere_leaves_nothing_behind(where, calls, bits, monkeypatch):
     model, config, bits = tiny_model("qwen2_5_vl"), STAGED["lightkv"], Bits(bits, group=16)
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 1, video=0))
@@ -204,20 +209,21 @@ def test_a_piece_that_fails_anywhere_leaves_nothing_behind(where, calls, bits, m
     options = dict(questions=QUESTIONS[:1], bits=bits, fold=True, traced=True)
     expected, layers = streamed(model, config, [first, second], **options)
     stream, layers = streamed(model, config, [first], **options)
-    stream._seal()  # which the next piece begins with
-    before = caches(stream), stream._state()
+    stream._caches.seal()  # which the next piece begins with
+    path, function = f"lightkv.engine.{where}", {"forward.attend": attend, "fold.folded": folded}[where]
+    before = caches(stream), state(stream)
     for after in range(calls):
         with monkeypatch.context() as patch, layers.attached():
-            patch.setattr(streaming, where, failing(getattr(streaming, where), after))
+            patch.setattr(path, failing(function, after))
             with pytest.raises(EnoughError):
                 stream.take(second)
         assert same_caches(caches(stream), before[0], atol=0, rtol=0)
-        assert repr(stream._state()) == repr(before[1])
+        assert repr(state(stream)) == repr(before[1])
     with monkeypatch.context() as patch, layers.attached():
-        patch.setattr(streaming, where, failing(getattr(streaming, where), calls))
+        patch.setattr(path, failing(function, calls))
         stream.take(second)
     assert same_caches(caches(stream), caches(expected), atol=0, rtol=0)
-    assert repr(stream._state()) == repr(expected._state())
+    assert repr(state(stream)) == repr(state(expected))
 
 
 def test_a_seal_that_fails_leaves_the_piece_untaken(monkeypatch):
@@ -251,8 +257,8 @@ def test_folded_layers_all_hold_what_the_last_stage_has_left(method):
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 2))
     plain, _ = streamed(model, config, [segments[:2], segments[2:]])
     stream, _ = streamed(model, config, [segments[:2], segments[2:]], fold=True)
-    held = [*stream._trunk.held, *stream._branches[0].held]
-    assert held == [[*plain._trunk.held, *plain._branches[0].held][-1]] * LAYERS
+    held = [*stream._caches.trunk.held, *stream._caches.branches[0].held]
+    assert held == [[*plain._caches.trunk.held, *plain._caches.branches[0].held][-1]] * LAYERS
     *early, (_, _, size) = caches(stream)
     for _, _, log_size in early:
         assert len(log_size) == len(size)
@@ -307,9 +313,9 @@ def test_layers_that_several_questions_share_fold_as_far_as_they_share():
     alone, _ = streamed(model, config, [segments], fold=True)
     stream, _ = streamed(model, config, [segments], questions=QUESTIONS, fold=True)
     plain, _ = streamed(model, config, [segments], questions=QUESTIONS)
-    assert stream._trunk.held == plain._trunk.held
-    assert stream._trunk.held[0] > alone._trunk.held[0]
-    assert {held for branch in stream._branches for held in branch.held} == {alone._branches[0].held[-1]}
+    assert stream._caches.trunk.held == plain._caches.trunk.held
+    assert stream._caches.trunk.held[0] > alone._caches.trunk.held[0]
+    assert {held for branch in stream._caches.branches for held in branch.held} == {alone._caches.branches[0].held[-1]}
 
 
 @pytest.mark.parametrize("fold", [False, True])
@@ -319,7 +325,7 @@ def test_silent_layers_hold_text_alone_and_all_of_it(method, fold):
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 2))
     plain, _ = streamed(model, config, [segments])
     stream, _ = streamed(model, config, [segments], silent=frozenset({0, 3}), fold=fold)
-    held = [*stream._trunk.held, *stream._branches[0].held]
+    held = [*stream._caches.trunk.held, *stream._caches.branches[0].held]
     assert [number for number, count in enumerate(held) if not count] == [0, 3]
     there = words(torch.arange(80))
     for index in (0, 3):
@@ -330,13 +336,15 @@ def test_silent_layers_hold_text_alone_and_all_of_it(method, fold):
             assert same_caches([(k, v)], [(whole[0][:, there], whole[1][:, there])], **CLOSE)
 
 
-@pytest.mark.parametrize(("limit", "most"), [("TOKENS_AT_ONCE", 150), ("TOKENS_AT_ONCE", 1), ("KEYS_AT_ONCE", 0)])
+@pytest.mark.parametrize(
+    ("limit", "most"), [("branches.TOKENS_AT_ONCE", 150), ("branches.TOKENS_AT_ONCE", 1), ("forward.KEYS_AT_ONCE", 0)]
+)
 @pytest.mark.parametrize("method", ["lightkv", "asked", "published, early"])
 def test_how_many_questions_pass_the_layers_together_does_not_matter(method, limit, most, monkeypatch):
     model, config = tiny_model("qwen2_5_vl"), STAGED[method]
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 2))
     together, layers = streamed(model, config, [segments[:2], segments[2:]], questions=QUESTIONS)
-    monkeypatch.setattr(streaming, limit, most)
+    monkeypatch.setattr(f"lightkv.engine.{limit}", most)
     apart_, _ = streamed(model, config, [segments[:2], segments[2:]], questions=QUESTIONS)
     with layers.attached():
         for one, other in zip(together.finish(), apart_.finish(), strict=True):
@@ -380,8 +388,8 @@ def test_a_step_that_stands_for_three_is_three_equal_ones_merged():
     plain, _ = streamed(model, None, [[*before, counted, *after]])
     for stream in (nothing, plain):
         same_caches(caches(stream), caches(joined), atol=1e-5, rtol=1e-5)
-        assert torch.equal(*(one._positions.text(1, taken=False) for one in (stream, joined)))
-        assert (stream.vision_tokens, joined.vision_tokens) == (4, 4)
+        assert torch.equal(*(one.input._positions.text(1, taken=False) for one in (stream, joined)))
+        assert (stream.input.vision_tokens, joined.input.vision_tokens) == (4, 4)
     assert caches(plain)[0][2].exp().tolist() == pytest.approx([1, 1, 3, 1, 1, 1])
 
 
