@@ -1,4 +1,4 @@
-"""Streaming prefill: pieces against the whole, several questions against one each, what is left in every layer."""
+"""Streaming prefill: pieces against the whole prompt, several questions against one each, what every layer keeps."""
 
 import dataclasses
 
@@ -35,12 +35,12 @@ def without_drop(config):
 
 
 def fits(method, family):
-    """`evs` takes videos alone."""
+    """A sample that the method accepts: `evs` takes only videos."""
     return tiny_sample(family, 0, 2, 1) if method != "evs" else tiny_sample(family, video=1)
 
 
 def streamed(model, config, pieces, questions=QUESTIONS[:1], bits=None, **options):
-    """A stream that has taken the pieces, but not its questions."""
+    """A stream after its pieces, before its questions."""
     layers = Layers(model)
     stream = Stream(layers, Positions(model.config), config, questions, bits or Bits(), **options)
     with layers.attached():
@@ -71,7 +71,7 @@ def same_caches(found, expected, **tolerance):
 @pytest.mark.parametrize("method", ["none", "lightkv, later", "asked", "keep", "fastv"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_where_nothing_is_dropped_pieces_of_any_size_are_the_whole(family, method):
-    """Images and words lie over several pieces, or several in one."""
+    """Images and text span several pieces, or share one."""
     model, config = tiny_model(family), without_drop(KEEPING[method])
     sample = tiny_sample(family, 0, 1, video=0 if family != "llava" else None)
     segments, question = apart(model, sample)
@@ -88,7 +88,7 @@ BY_ITEM = ["spacetime", "spacetime, later", "stride", "tome", "evs", "published,
 @pytest.mark.parametrize("method", BY_ITEM)
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_an_item_that_is_ranked_by_itself_may_come_in_a_piece_of_its_own(family, method):
-    """Exact for every method that asks neither the question nor the rest of the prompt."""
+    """Exact for every method that depends neither on the question nor on the rest of the prompt."""
     model, config = tiny_model(family), KEEPING[method]
     first, word = apart(model, tiny_sample(family, video=1))[0][-2:]
     second = apart(model, tiny_sample(family, video=0) if method == "evs" else tiny_sample(family, 2))[0][-2]
@@ -101,13 +101,13 @@ def test_an_item_that_is_ranked_by_itself_may_come_in_a_piece_of_its_own(family,
 
 
 def merges(stream):
-    """Per stage, where the vision tokens went."""
+    """Per stage: the targets of the prompt's vision tokens."""
     return [torch.cat(parts) for parts in zip(*stream._caches.branches[0].merges, strict=True)]
 
 
 @pytest.mark.parametrize("method", ["lightkv", "asked", "fastv", "random", "keep"])
 def test_a_piece_is_never_merged_with_another(method):
-    """Whatever a method asks: what a token is part of stood in its own piece, and is still there."""
+    """For every method, a token's target is a surviving token of its own piece."""
     model, config = tiny_model("qwen2_5_vl"), STAGED[method]
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 1, 2))
     pieces = [segments[:2], segments[2:4], segments[4:]]
@@ -138,7 +138,7 @@ def test_parts_of_a_video_in_one_piece_are_one_item():
     [(method, 1000) for method in KEEPING]
     + [(method, 40) for method in ("none", "lightkv", "asked", "fastv", "keep", "spacetime", "random")],
 )
-def test_several_questions_are_as_many_requests(method, most):
+def test_several_questions_equal_one_request_each(method, most):
     model, config = tiny_model("qwen2_5_vl"), KEEPING[method]
     sample = fits(method, "qwen2_5_vl")
     memory = Memory(chunk_tokens=most)
@@ -188,7 +188,7 @@ class EnoughError(Exception):
 
 
 def failing(function, after):
-    """`function` until it was called so many times, then EnoughError."""
+    """`function` for the first `after` calls, then EnoughError."""
     calls = []
 
     def called(*args, **kwargs):
@@ -209,7 +209,7 @@ def test_a_piece_that_fails_anywhere_leaves_nothing_behind(where, calls, bits, m
     options = dict(questions=QUESTIONS[:1], bits=bits, fold=True, traced=True)
     expected, layers = streamed(model, config, [first, second], **options)
     stream, layers = streamed(model, config, [first], **options)
-    stream._caches.seal()  # which the next piece begins with
+    stream._caches.seal()  # the first step of the next piece
     path, function = f"lightkv.engine.{where}", {"forward.attend": attend, "fold.folded": folded}[where]
     before = caches(stream), state(stream)
     for after in range(calls):
@@ -240,7 +240,7 @@ def test_a_seal_that_fails_leaves_the_piece_untaken(monkeypatch):
     assert same_caches(caches(stream), caches(expected), atol=0, rtol=0)
 
 
-def test_what_is_no_number_is_refused_where_a_stage_would_compare_it():
+def test_nan_before_a_stage_is_refused():
     model = tiny_model("llava")
     features = random(16, 32, seed=0)
     features[5, 3] = torch.nan
@@ -248,11 +248,11 @@ def test_what_is_no_number_is_refused_where_a_stage_would_compare_it():
         streamed(model, STAGED["spacetime"], [[Vision(features, (1, 4, 4))]])
 
 
-# --- folding and silence ---
+# --- folding and silent layers ---
 
 
 @pytest.mark.parametrize("method", [name for name in STAGED if name != "evs"])
-def test_folded_layers_all_hold_what_the_last_stage_has_left(method):
+def test_folded_layers_all_hold_what_the_last_stage_left(method):
     model, config = tiny_model("qwen2_5_vl"), STAGED[method]
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 2))
     plain, _ = streamed(model, config, [segments[:2], segments[2:]])
@@ -282,14 +282,14 @@ def test_folding_a_piece_changes_neither_its_text_nor_the_layers_after_the_last_
 
 
 def words(target):
-    """Where the words before, between and after images of 48 and 32 tokens stand when these went to `target`."""
+    """Places of the text before, between and after images of 48 and 32 tokens with these targets."""
     stays = target == torch.arange(80)
     first, second = int(stays[:48].sum()), int(stays[48:].sum())
     return torch.tensor([0, 1, 2 + first, 3 + first + second])
 
 
 def test_folded_values_are_means_by_size():
-    """Σ size · v over the vision of a layer is what it was before folding, where stages merge and drop nothing."""
+    """If stages merge but drop nothing, folding keeps Σ size · v over a layer's vision."""
     model, config = tiny_model("qwen2_5_vl"), STAGED["spacetime, later"]
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 2))
     plain, folded = (streamed(model, config, [segments], fold=fold)[0] for fold in (False, True))
@@ -307,7 +307,7 @@ def test_folding_where_nothing_is_dropped_changes_nothing(method):
     same_caches(caches(folded), caches(plain), atol=1e-4, rtol=1e-4)
 
 
-def test_layers_that_several_questions_share_fold_as_far_as_they_share():
+def test_layers_shared_by_several_questions_fold_to_what_the_shared_stages_left():
     model, config = tiny_model("qwen2_5_vl"), STAGED["lightkv"]
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 2))
     alone, _ = streamed(model, config, [segments], fold=True)
@@ -320,7 +320,7 @@ def test_layers_that_several_questions_share_fold_as_far_as_they_share():
 
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("method", ["none", "lightkv", "spacetime"])
-def test_silent_layers_hold_text_alone_and_all_of_it(method, fold):
+def test_silent_layers_hold_all_text_and_no_vision(method, fold):
     model, config = tiny_model("qwen2_5_vl"), KEEPING[method]
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 2))
     plain, _ = streamed(model, config, [segments])
@@ -340,7 +340,7 @@ def test_silent_layers_hold_text_alone_and_all_of_it(method, fold):
     ("limit", "most"), [("branches.TOKENS_AT_ONCE", 150), ("branches.TOKENS_AT_ONCE", 1), ("forward.KEYS_AT_ONCE", 0)]
 )
 @pytest.mark.parametrize("method", ["lightkv", "asked", "published, early"])
-def test_how_many_questions_pass_the_layers_together_does_not_matter(method, limit, most, monkeypatch):
+def test_results_do_not_depend_on_how_many_questions_run_together(method, limit, most, monkeypatch):
     model, config = tiny_model("qwen2_5_vl"), STAGED[method]
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 2))
     together, layers = streamed(model, config, [segments[:2], segments[2:]], questions=QUESTIONS)
@@ -354,12 +354,12 @@ def test_how_many_questions_pass_the_layers_together_does_not_matter(method, lim
                 same_caches([a.view()], [b.view()], **CLOSE)
 
 
-# --- few bits ---
+# --- quantised caches ---
 
 
 @pytest.mark.parametrize("method", ["none", "lightkv"])
 @pytest.mark.parametrize("most", [40, 1000])
-def test_fewer_bits_answer_about_the_same_and_eight_better_than_four(method, most):
+def test_quantised_caches_answer_about_the_same_and_eight_bits_better_than_four(method, most):
     model, config = tiny_model("qwen2_5_vl"), KEEPING[method]
     segments, question = apart(model, tiny_sample("qwen2_5_vl", 0, video=1))
     said = {
@@ -369,14 +369,14 @@ def test_fewer_bits_answer_about_the_same_and_eight_better_than_four(method, mos
     away = {bits: float((said[bits] - said[16]).norm() / said[16].norm()) for bits in (8, 4)}
     assert 0 < away[8] < 0.02
     assert 5 * away[8] < away[4]
-    assert method != "none" or away[4] < 0.3  # with stages, one merge that goes another way is more than that
+    assert method != "none" or away[4] < 0.3  # with stages, a single different merge changes more
 
 
-# --- steps that stand for several ---
+# --- steps that represent several ---
 
 
-def test_a_step_that_stands_for_three_is_three_equal_ones_merged():
-    """On the embeddings, before any layer has told them apart; time stands still, so that they share a place."""
+def test_a_step_with_count_three_is_three_equal_steps_merged():
+    """On the embeddings, before any layer; all steps have the same time, so they share a position."""
     model = tiny_model("qwen2_5_vl")
     one, other = random(2, 1, 32, seed=3)
     config = LightKVConfig((Stage(-1, drop=0.51),), method="spacetime")  # 2 of 4
@@ -393,8 +393,8 @@ def test_a_step_that_stands_for_three_is_three_equal_ones_merged():
     assert caches(plain)[0][2].exp().tolist() == pytest.approx([1, 1, 3, 1, 1, 1])
 
 
-def test_a_step_that_stands_for_three_is_heard_like_three_that_are_equal():
-    """At the beginning of a prompt, one token a step, all at one place: each hears equal keys alone."""
+def test_a_step_with_count_three_gets_the_attention_of_three_equal_steps():
+    """At the start of a prompt, one token per step, all at one position: each attends only to equal keys."""
     model = tiny_model("qwen2_5_vl")
     one, question = random(1, 32, seed=3), torch.tensor([11, 12, 13])
     thrice = Vision(one.expand(3, -1), (3, 1, 1), interval_s=0.01)
