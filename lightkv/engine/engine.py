@@ -65,9 +65,9 @@ class Engine:
         """Yields one result per request, failed or not, as soon as it is complete, in any order.
 
         The engine draws the next request when it has room; None means that no request is ready yet. Requests whose
-        next piece is ready take turns in prefill, one piece each; after each turn, every answer in progress decodes
-        one token. So no request waits for another's segments, and a long request neither blocks short ones nor
-        starves.
+        next piece is ready take turns in prefill (`PrefillScheduler`); after each turn, every answer in progress
+        decodes one token. So no request waits for another's segments, and a long request neither blocks short ones
+        nor starves.
 
         `beat` is called at every piece, at every token and while waiting; if the calls stop, the engine hangs. `wait`
         is called with the seconds to sleep when there is nothing to compute. Lost device contexts

@@ -19,6 +19,7 @@ from lightkv.methods.config import LightKVConfig
 
 REGROW_PIECES = 64  # pieces without running out of memory before the reduced piece size is doubled
 TURN_S = 0.25  # longest turn spent on preparing a piece (vision encoder) before other requests get theirs
+SHORT_TURNS = 4  # of a request, before it counts as long
 POLL_S = 0.002  # between two polls for the next segment when there is nothing to compute
 
 
@@ -164,18 +165,23 @@ class Intake:
 
 
 class PrefillScheduler:
-    """Schedules the requests in prefill: which may enter, and whose turn is next."""
+    """Schedules the requests in prefill: which may enter, and whose turn is next.
+
+    A request is short in its first SHORT_TURNS turns, and long after them. Short and long requests alternate; of each
+    kind the oldest one that is ready has the turn. So short requests pass a long one, which still gets every second
+    turn, and requests of equal length end in the order in which they came.
+    """
 
     def __init__(self, memory: Memory) -> None:
         self.intakes: list[Intake] = []
         self._memory = memory
-        self._turns: dict[Intake, int] = {}  # the number of each request's last turn
-        self._turn = 0
+        self._turns: dict[Intake, int] = {}  # turns that each request has had
+        self._long_next = False
 
     def add(self, intake: Intake) -> None:
         """Add a request."""
         self.intakes.append(intake)
-        self._served(intake)
+        self._turns[intake] = 0
 
     def room(self, batch: DecodeBatch) -> bool:
         """Whether another request may enter."""
@@ -186,16 +192,16 @@ class PrefillScheduler:
         return not alone and prompts < batch.most and not self._full(batch)
 
     def step(self, batch: DecodeBatch) -> Intake | None:
-        """Prefill one piece of the request that has waited longest and is ready; returns it, or None if none is ready.
+        """Give the next request that is ready a turn (`Intake.step`); returns it, or None if none is ready.
 
         While the caches are full, only the oldest request gets turns, so that it ends and frees its memory.
         """
-        intakes = self.intakes[:1] if self._full(batch) else sorted(self.intakes, key=self._turns.__getitem__)
-        for intake in intakes:
+        for intake in self.intakes[:1] if self._full(batch) else self._in_order():
             if intake.job.request.alone and (batch.busy() or len(self.intakes) > 1):
                 continue
             if intake.step():
-                self._served(intake)
+                self._long_next = self._turns[intake] < SHORT_TURNS
+                self._turns[intake] += 1
                 if intake.done:
                     self.intakes.remove(intake)
                     del self._turns[intake]
@@ -207,9 +213,11 @@ class PrefillScheduler:
         for intake in self.intakes:
             intake.job.waited_s += seconds / len(self.intakes)
 
-    def _served(self, intake: Intake) -> None:
-        self._turn += 1
-        self._turns[intake] = self._turn
+    def _in_order(self) -> list[Intake]:
+        """The requests by their claim to the next turn."""
+        short = [intake for intake in self.intakes if self._turns[intake] < SHORT_TURNS]
+        long = [intake for intake in self.intakes if self._turns[intake] >= SHORT_TURNS]
+        return long + short if self._long_next else short + long
 
     def _full(self, batch: DecodeBatch) -> bool:
         most = self._memory.cache_bytes

@@ -354,12 +354,20 @@ def test_short_requests_overtake_a_long_one_that_continues():
     assert ended[3][1] >= 2, "which are not put off meanwhile"
 
 
-def test_requests_whose_pieces_are_ready_take_turns():
+def test_requests_of_equal_length_end_in_the_order_in_which_they_came():
     seen = []
-    model, requests = requests_of_pieces(seen, 6, 6, 6)
-    assert not any(result.error for result in Engine(model, None, Memory(chunk_tokens=64)).run(requests))
-    places = {key: [place for place, one in enumerate(seen) if one == key] for key in range(3)}
-    assert all(later - earlier <= 4 for of in places.values() for earlier, later in pairwise(of))
+    model, requests = requests_of_pieces(seen, 9, 9, 9)
+    ended = [result.key for result in Engine(model, None, Memory(chunk_tokens=64)).run(requests)]
+    assert ended == [0, 1, 2]
+
+
+def test_a_long_request_gets_every_second_turn_however_many_short_ones_come():
+    seen = []
+    model, requests = requests_of_pieces(seen, 24, *[1] * 40, new=1)
+    ended = [result.key for result in Engine(model, None, Memory(chunk_tokens=64)).run(requests)]
+    assert ended.index(0) < 30, "it ends before the last of the short ones"
+    places = [place for place, key in enumerate(seen) if key == 0]
+    assert all(later - earlier <= 3 for earlier, later in pairwise(places))
 
 
 def test_a_request_with_late_segments_blocks_no_other():
