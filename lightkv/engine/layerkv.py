@@ -98,7 +98,7 @@ class LayerKV:
         self._open = length - self._sealed
 
     def seal(self, rest: bool = False) -> None:
-        """Quantise all full groups; with `rest` also the last one, padded with tokens of size zero (ABSENT)."""
+        """Quantise all full groups, unless bits=16; with `rest` also the last one, padded with ABSENT tokens."""
         if self._bits.bits == 16:
             return
         if rest and (short := -self._open % self._bits.group):
