@@ -9,50 +9,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightkv.errors import UnsupportedCallError
-from lightkv.methods.settings import Settings, Stage
 from lightkv.ops.nearest import FEATURES_AT_ONCE
 from lightkv.vision.layout import VisionLayout
 from lightkv.vision.tokens import Compressed, Tokens, removals
 
 
-def random(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
-    """A draw of an item's tokens, all alike; the same for the same config.seed, layer and layout."""
-    seed = config.seed * 1_000_003 + stage.layer + 1
+def random(tokens: Tokens, drop: float, seed: int) -> Compressed:
+    """A draw of an item's tokens, all alike; the same for the same seed and layout."""
     lengths = tokens.lengths or (len(tokens.layout),)
     draws = [torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for count in lengths]
-    return prune(tokens, torch.cat(draws).to(tokens.hidden.device), stage.drop)
+    return prune(tokens, torch.cat(draws).to(tokens.hidden.device), drop)
 
 
-def stride(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
+def stride(tokens: Tokens, drop: float) -> Compressed:
     """Every k-th token of an item in raster order, k = M / kept; where that is no whole number, evenly spread."""
     layout = tokens.layout
     order = torch.argsort(_key(layout, layout.t), stable=True)
     order = order[layout.mergeable[order]]
     item = layout.item[order]
     sizes = torch.bincount(item, minlength=len(layout.grid))
-    kept, size = (sizes - removals(sizes, stage.drop))[item], sizes[item]
+    kept, size = (sizes - removals(sizes, drop))[item], sizes[item]
     rank = torch.arange(len(item), device=item.device) - (sizes.cumsum(0) - sizes)[item]
     value = torch.zeros(len(layout), device=item.device)
     value[order] = (((rank + 1) * kept + size // 2) // size - (rank * kept + size // 2) // size).float()
-    return prune(tokens, value, stage.drop)
+    return prune(tokens, value, drop)
 
 
-def fastv(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
+def fastv(tokens: Tokens, drop: float) -> Compressed:
     """FastV: the tokens that the last prompt token attends to most, in the layer before."""
     assert tokens.score is not None
-    return prune(tokens, tokens.score, stage.drop)
+    return prune(tokens, tokens.score, drop)
 
 
-def asked(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
+def asked(tokens: Tokens, drop: float) -> Compressed:
     """What the question attends to most, over all images and videos together; each keeps one as far as that goes."""
     assert tokens.score is not None
     layout, value = tokens.layout, tokens.score
     order, stays = ranked(layout.item, value, 1.0 - 1e-9)
     value = value.index_fill(0, order[stays], torch.inf)
-    return prune(tokens, value, stage.drop, torch.where(layout.mergeable, tokens.row, layout.item))
+    return prune(tokens, value, drop, torch.where(layout.mergeable, tokens.row, layout.item))
 
 
-def evs(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
+def evs(tokens: Tokens, drop: float) -> Compressed:
     """Efficient video sampling: the tokens that differ most, 1 - cos, from the one at their place a frame earlier.
 
     Tokens without one (the first frame's) are dropped when nothing else is left. Raises UnsupportedCallError for an
@@ -74,7 +72,7 @@ def evs(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
     for part in torch.nonzero(has).flatten().split(max(1, FEATURES_AT_ONCE // tokens.hidden.shape[1])):
         here, there = tokens.hidden[index[part]].float(), tokens.hidden[index[order[at[part]]]].float()
         value[index[part]] = 1 - F.cosine_similarity(here, there, dim=-1)
-    return prune(tokens, value, stage.drop)
+    return prune(tokens, value, drop)
 
 
 def prune(tokens: Tokens, value: Tensor, drop: float, group: Tensor | None = None) -> Compressed:

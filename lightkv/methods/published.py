@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from lightkv.errors import ConfigError
-from lightkv.methods.settings import Budget, Settings, Stage, check_stage
+from lightkv.methods.settings import Budget, check_stage
 from lightkv.methods.windows import Windows, match
 from lightkv.ops.merge import merge
 from lightkv.vision.layout import VisionLayout
 from lightkv.vision.tokens import Compressed, Tokens, removal, removals
 
 
-def published(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
+def published(tokens: Tokens, windows: int, drop: float, frames: int | None, budget: Budget) -> Compressed:
     """The method "published": one stage of the paper, its guidance being the merge weight (equal weights without)."""
     weight = torch.ones_like(tokens.size) if tokens.score is None else tokens.score
-    return in_windows(tokens, weight, stage.windows, stage.drop, config.frames_per_window, config.budget)
+    return in_windows(tokens, weight, windows, drop, frames, budget)
 
 
 def compress_tokens(
@@ -91,23 +91,24 @@ def spread_removals(windows: Windows, drop: float) -> Tensor:
     return share * until // room - share * (until - spare) // room
 
 
-def published_cost(vision: int, stage: Stage, config: Settings, frames: int, width: int) -> tuple[int, int]:
+def published_cost(
+    vision: int, windows: int, drop: float, span: int | None, budget: Budget, frames: int, width: int
+) -> tuple[int, int]:
     """Of `vision` tokens in `frames` equal grids: how many are left, and FLOPs of the similarities.
 
-    Windows are taken as equal as the count allows. The release takes a whole video for one image.
+    `span` frames share a window (None: all). Windows are taken as equal as the count allows.
     """
-    span = config.frames_per_window if config.windows != "released" else None
-    count = (math.ceil(frames / span) if span else 1) * stage.windows**2
+    count = (math.ceil(frames / span) if span else 1) * windows**2
     room = max(0, vision - count)  # every window keeps a token
-    budget = min(int(vision * stage.drop + 1e-9), room)
+    wanted = min(int(vision * drop + 1e-9), room)
     left, flops = 0, 0
-    for size, windows in ((vision // count + 1, vision % count), (vision // count, count - vision % count)):
-        quota, now = removal(size, stage.drop), size
-        if config.budget == "item":
-            quota = math.ceil(budget * max(0, size - 1) / max(1, room))
+    for size, number in ((vision // count + 1, vision % count), (vision // count, count - vision % count)):
+        quota, now = removal(size, drop), size
+        if budget == "item":
+            quota = math.ceil(wanted * max(0, size - 1) / max(1, room))
         while quota > 0:
-            flops += windows * 2 * ((now + 1) // 2) * (now // 2) * width
+            flops += number * 2 * ((now + 1) // 2) * (now // 2) * width
             step = min(quota, now // 2)
             quota, now = quota - step, now - step
-        left += windows * now
-    return (vision - budget if config.budget == "item" else left), flops
+        left += number * now
+    return (vision - wanted if budget == "item" else left), flops

@@ -5,6 +5,7 @@ from typing import Literal
 
 from lightkv.errors import ConfigError
 from lightkv.methods.schedule import USUAL_DROP
+from lightkv.methods.spacetime import DISTANCE, ROUNDS
 from lightkv.vision.families import EMBEDDINGS
 
 Positions = Literal["keep", "compact"]
@@ -65,8 +66,8 @@ class Settings:
     guidance: str = "prompt"
     budget: Budget = "window"
     method: str = "published"
-    rounds: int = 10
-    distance: float = 0.02
+    rounds: int = ROUNDS
+    distance: float = DISTANCE
     seed: int = 0
 
     @property

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightkv.methods.settings import Settings, Stage
 from lightkv.methods.windows import mixed_radix
 from lightkv.ops.merge import merge
 from lightkv.ops.nearest import FEATURES_AT_ONCE, nearest
@@ -31,12 +30,14 @@ from lightkv.vision.tokens import Compressed, Tokens, removal, removals
 # Axes counted, of (t, y, x): all three, t, t and y, t and x. Each counts t, so that what stands still meets itself.
 # Slices, because a list of axes would be uploaded.
 PATTERNS = slice(0, 3), slice(0, 1), slice(0, 2), slice(0, 3, 2)
+ROUNDS = 10  # per stage, unless told otherwise
+DISTANCE = 0.02  # λ, unless told otherwise
 FLOOR = 0.1  # price of a token that the question does not attend to, beside 1 + FLOOR for the one it attends to most
 BLOCK_TOKENS = 1024  # among which an a looks for its b
 
 
-def spacetime(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
-    """Merge floor(drop · M) of the M tokens of every item, in config.rounds rounds of equal share.
+def spacetime(tokens: Tokens, drop: float, rounds: int, distance: float) -> Compressed:
+    """Merge floor(drop · M) of the M tokens of every item, in `rounds` rounds of equal share.
 
     What a round cannot give is left to the rounds after it, beyond the last if need be. Ties go to the lower index.
     Raises FloatingPointError where too few tokens are finite: what is no number has no nearest neighbour.
@@ -46,17 +47,17 @@ def spacetime(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
     source = into = target[:0]
     unit, price, place = _unit(hidden, layout), _price(tokens), places(layout)
     field = Field.of(layout)
-    wanted = removals(field.sizes, stage.drop)
+    wanted = removals(field.sizes, drop)
     alive = torch.ones_like(field.item, dtype=torch.bool)
     done, left, turn = torch.zeros_like(wanted), int(wanted.sum()), 0
     while left:
-        share = wanted * min(turn + 1, config.rounds) // config.rounds - done
+        share = wanted * min(turn + 1, rounds) // rounds - done
         order, starts, middles = field.sets(alive, alive & (share[field.item] > 0), turn)
         closest, apart = nearest(
-            hidden, unit, place, field.index[order], starts, middles, min(BLOCK_TOKENS, len(order)), config.distance
+            hidden, unit, place, field.index[order], starts, middles, min(BLOCK_TOKENS, len(order)), distance
         )
         chosen, into = field.cheapest(order, closest, apart, size, price, share)
-        if not len(chosen) and turn >= config.rounds:
+        if not len(chosen) and turn >= rounds:
             raise FloatingPointError(f"{left} more tokens should merge, but the others' hidden states are not finite")
         source = field.index[chosen]
         target = target.index_copy(0, source, into)[target]
@@ -224,12 +225,12 @@ def _counted(group: Tensor, count: int) -> Tensor:
     return group.new_zeros(count).index_add(0, group, torch.ones_like(group))
 
 
-def spacetime_cost(vision: int, stage: Stage, config: Settings, frames: int, width: int) -> tuple[int, int]:
+def spacetime_cost(vision: int, drop: float, rounds: int, width: int) -> tuple[int, int]:
     """Of one item's `vision` tokens: how many are left, and FLOPs of the similarities, with sets of equal size."""
-    wanted = removal(vision, stage.drop)
+    wanted = removal(vision, drop)
     done, turn, flops = 0, 0, 0
     while done < wanted:
-        now, share = vision - done, wanted * min(turn + 1, config.rounds) // config.rounds - done
+        now, share = vision - done, wanted * min(turn + 1, rounds) // rounds - done
         halvings = 0
         while now > BLOCK_TOKENS << halvings:
             halvings += 1

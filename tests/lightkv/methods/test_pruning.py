@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightkv import LightKVConfig, Stage, Tokens, VisionLayout
+from lightkv import Tokens, VisionLayout
 from lightkv.methods.guidance import QuestionAttention
 from lightkv.methods.pruning import asked
 from tests.lightkv.strategies import generator, layouts
@@ -13,11 +13,9 @@ from tests.lightkv.tiny import scored
 
 
 def run(layout, score, drop, hidden=None, size=None):
-    stage = Stage(1, drop=drop)
     hidden = torch.zeros(len(layout), 2) if hidden is None else hidden
     size = torch.ones(len(layout)) if size is None else size
-    config = LightKVConfig((Stage(0, drop=0.5), stage), method="asked")
-    return asked(Tokens(hidden, layout, size, score), stage, config)
+    return asked(Tokens(hidden, layout, size, score), drop)
 
 
 @settings(max_examples=80)

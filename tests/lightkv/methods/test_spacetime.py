@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightkv import LightKVConfig, Stage, Tokens, VisionLayout
+from lightkv import Tokens, VisionLayout
 from lightkv.methods import spacetime as module
 from lightkv.methods.spacetime import Field, blocks, spacetime
 from tests.lightkv import reference
@@ -16,9 +16,7 @@ DROPS = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.75, 0.97])
 
 
 def run(hidden, layout, drop, size=None, rounds=10, distance=0.02):
-    stage = Stage(0, drop=drop)
-    config = LightKVConfig((stage,), method="spacetime", rounds=rounds, distance=distance)
-    return spacetime(Tokens(hidden, layout, torch.ones(len(layout)) if size is None else size), stage, config)
+    return spacetime(Tokens(hidden, layout, torch.ones(len(layout)) if size is None else size), drop, rounds, distance)
 
 
 @settings(max_examples=40)
