@@ -1,7 +1,7 @@
-"""Stages that drop tokens instead of merging them: asked's later ones, random, stride, fastv and evs.
+"""Methods that drop tokens instead of merging them: random, stride, fastv, evs, and the later stages of asked.
 
-Each gives every vision token a value and keeps those of largest value: M - floor(drop · M) of an item's M tokens, or of
-a prompt's for `asked`. Survivors are what they were, and stand for what they stood for.
+Each computes a value per vision token and keeps the M - floor(drop · M) largest of an item's M tokens; `asked` counts M
+over the whole prompt. Survivors keep their hidden states and sizes.
 """
 
 import torch
@@ -15,14 +15,14 @@ from lightkv.vision.tokens import Compressed, Tokens, removals
 
 
 def random(tokens: Tokens, drop: float, seed: int) -> Compressed:
-    """A draw of an item's tokens, all alike; the same for the same seed and layout."""
+    """Keeps a uniform random draw of an item's tokens; the same draw for the same seed and layout."""
     lengths = tokens.lengths or (len(tokens.layout),)
     draws = [torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for count in lengths]
     return prune(tokens, torch.cat(draws).to(tokens.hidden.device), drop)
 
 
 def stride(tokens: Tokens, drop: float) -> Compressed:
-    """Every k-th token of an item in raster order, k = M / kept; where that is no whole number, evenly spread."""
+    """Keeps every k-th token of an item in raster order, k = M / kept; evenly spread if k is not a whole number."""
     layout = tokens.layout
     order = torch.argsort(_key(layout, layout.t), stable=True)
     order = order[layout.mergeable[order]]
@@ -36,13 +36,16 @@ def stride(tokens: Tokens, drop: float) -> Compressed:
 
 
 def fastv(tokens: Tokens, drop: float) -> Compressed:
-    """FastV: the tokens that the last prompt token attends to most, in the layer before."""
+    """FastV: keeps the tokens that the last prompt token attends to most in the layer before the stage."""
     assert tokens.score is not None
     return prune(tokens, tokens.score, drop)
 
 
 def asked(tokens: Tokens, drop: float) -> Compressed:
-    """What the question attends to most, over all images and videos together; each keeps one as far as that goes."""
+    """Keeps what the question attends to most, over all items of a prompt together.
+
+    Every item keeps its best token, as far as the number of tokens to keep allows.
+    """
     assert tokens.score is not None
     layout, value = tokens.layout, tokens.score
     order, stays = ranked(layout.item, value, 1.0 - 1e-9)
@@ -51,21 +54,21 @@ def asked(tokens: Tokens, drop: float) -> Compressed:
 
 
 def evs(tokens: Tokens, drop: float) -> Compressed:
-    """Efficient video sampling: the tokens that differ most, 1 - cos, from the one at their place a frame earlier.
+    """Efficient video sampling: keeps the tokens that differ most (1 - cos) from the same place one frame earlier.
 
-    Tokens without one (the first frame's) are dropped when nothing else is left. Raises UnsupportedCallError for an
-    item of one frame, about which the method says nothing.
+    Tokens without a predecessor, such as the first frame's, are dropped last. Raises UnsupportedCallError for an item
+    of one frame: the method is not defined for it.
     """
     layout = tokens.layout
     index = torch.nonzero(layout.mergeable).flatten()
     still = layout.item[index[layout.grid[layout.item[index], 0] == 1]]
     if len(still):
         raise UnsupportedCallError(
-            f"evs drops what repeats the frame before, but item {int(still[0])} has one frame: "
-            "give it videos, or compress images by another method"
+            f"evs compares each frame with the one before, but item {int(still[0])} has one frame: "
+            "use evs for videos only, and another method for images"
         )
     key, before = _key(layout, layout.t + 1)[index], _key(layout, layout.t)[index]
-    known, order = torch.sort(key)  # key: where a token's successor lies
+    known, order = torch.sort(key)  # key: the place one frame later
     at = torch.searchsorted(known, before).clamp(max=max(0, len(known) - 1))
     has = known[at] == before
     value = torch.full((len(layout),), torch.inf, device=index.device)
@@ -76,9 +79,9 @@ def evs(tokens: Tokens, drop: float) -> Compressed:
 
 
 def prune(tokens: Tokens, value: Tensor, drop: float, group: Tensor | None = None) -> Compressed:
-    """Keep of every item what is left by floor(drop · M) removals: the largest of value [S]; ties keep the lower index.
+    """Removes floor(drop · M) of every item's M tokens, those of smallest value [S]; ties keep the lower index.
 
-    Text and row ends stay. group int64 [S]: what is taken for an item instead, below 0 for what is none.
+    Text and row ends stay. group int64 [S] replaces the item number; tokens with a group below 0 stay.
     """
     order, stays = ranked(tokens.layout.item if group is None else group, value, drop)
     target = torch.arange(len(value), device=order.device).index_fill(0, order[~stays], -1)
@@ -87,7 +90,7 @@ def prune(tokens: Tokens, value: Tensor, drop: float, group: Tensor | None = Non
 
 
 def ranked(group: Tensor, value: Tensor, drop: float) -> tuple[Tensor, Tensor]:
-    """Positions int64 [N] of the tokens in groups, by group and from the largest value; which stay, bool [N]."""
+    """(order, stays): positions of grouped tokens by group and descending value, int64 [N]; which stay, bool [N]."""
     order = torch.nonzero(group >= 0).flatten()
     order = order[torch.argsort(value[order], descending=True, stable=True)]
     order = order[torch.argsort(group[order], stable=True)]
@@ -98,7 +101,7 @@ def ranked(group: Tensor, value: Tensor, drop: float) -> tuple[Tensor, Tensor]:
 
 
 def _key(layout: VisionLayout, t: Tensor) -> Tensor:
-    """One int64 per position that sorts by (item, t, y, x); comparable between any `t` up to the grid's extent."""
+    """Int64 keys that sort like (item, t, y, x); comparable between different `t` up to the grids' extent."""
     if not len(layout.grid):
         return torch.zeros_like(t)
     frames, height, width = (int(extent) + 1 for extent in layout.grid.amax(dim=0))

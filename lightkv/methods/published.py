@@ -1,4 +1,4 @@
-"""The published method's stage on one sequence: windows, matching and merging put together."""
+"""Runs one stage of the published method: cuts windows, matches tokens in each, and merges the pairs."""
 
 import math
 from dataclasses import replace
@@ -15,7 +15,7 @@ from lightkv.vision.tokens import Compressed, Tokens, removal, removals
 
 
 def published(tokens: Tokens, windows: int, drop: float, frames: int | None, budget: Budget) -> Compressed:
-    """The method "published": one stage of the paper, its guidance being the merge weight (equal weights without)."""
+    """The method "published": one stage of the paper, with the guidance as merge weight (equal weights without)."""
     weight = torch.ones_like(tokens.size) if tokens.score is None else tokens.score
     return in_windows(tokens, weight, windows, drop, frames, budget)
 
@@ -32,13 +32,13 @@ def compress_tokens(
 ) -> Compressed:
     """Merge floor(drop · m) of the m vision tokens in each of `windows` × `windows` windows per frame.
 
-    One matching removes at most half of a window; what is beyond that is met by matching again what is left, each
-    token then weighing what has merged into it. `frames` consecutive frames share a window (None: the whole video).
-    With budget="item" it is floor(drop · M) of an item's M tokens, spread over its windows (`spread_removals`).
+    One matching removes at most half of a window. If `drop` asks for more, the rest is matched again; a token then
+    weighs the sum of what has merged into it. `frames` consecutive frames share a window (None: the whole video).
+    With budget="item", floor(drop · M) of an item's M tokens are removed, spread over its windows (`spread_removals`).
 
     hidden [S, D], guidance fp32 [S] of weights ≥ 0 (only vision entries count), layout of the same S positions.
-    The sizes count this call's tokens.
-    Raises ConfigError when shapes disagree or windows < 1 or drop is outside [0, 1).
+    Sizes in the result count the tokens of this call.
+    Raises ConfigError if shapes disagree, windows < 1, or drop is outside [0, 1).
     """
     length = len(layout)
     if hidden.shape[:1] != (length,) or guidance.shape != (length,):
@@ -53,7 +53,7 @@ def compress_tokens(
 def in_windows(
     tokens: Tokens, weight: Tensor, windows: int, drop: float, frames: int | None, budget: Budget
 ) -> Compressed:
-    """`compress_tokens` of tokens that stand for several, whose sizes add up; weight [S] is its guidance."""
+    """`compress_tokens` for tokens that may already be merged: their sizes add up. weight [S] is the merge weight."""
     hidden, weight = tokens.hidden, weight.float()
     target = torch.arange(len(hidden), device=hidden.device)
     removed = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -67,7 +67,7 @@ def in_windows(
         removed = removed.index_fill(0, source, True)
         quota = quota - torch.minimum(quota, cut.sizes // 2)
         more = bool(quota.any())
-        if more:  # else these are the last merges, which go with the survivors
+        if more:  # the last merges are done by `tokens.left`, together with the selection of the survivors
             if hidden is tokens.hidden:
                 hidden, weight = hidden.clone(), weight.clone()
             merge(hidden, weight, source, into)
@@ -78,15 +78,15 @@ def in_windows(
 
 
 def spread_removals(windows: Windows, drop: float) -> Tensor:
-    """floor(drop · M) removals per item, spread over its windows like the tokens these can give, m - 1 each; int64.
+    """Removals per window, int64 [W]: floor(drop · M) per item, in proportion to the m - 1 tokens a window can lose.
 
-    Rounding down in each window instead would miss the budget where windows are small: a quarter of 2 tokens is 0.
+    Rounding down per window would miss the budget if windows are small: a quarter of 2 tokens is 0.
     """
     count = int(windows.item.max()) + 1 if len(windows.item) else 0
     spare = windows.sizes - 1
     tokens, room = (spare.new_zeros(count).index_add(0, windows.item, part) for part in (windows.sizes, spare))
     wanted = torch.minimum(removals(tokens, drop), room)
-    until = spare.cumsum(0) - (room.cumsum(0) - room)[windows.item]  # spare tokens of the item up to this window
+    until = spare.cumsum(0) - (room.cumsum(0) - room)[windows.item]  # removable in the item up to this window
     share, room = wanted[windows.item], room[windows.item].clamp(min=1)
     return share * until // room - share * (until - spare) // room
 
@@ -94,7 +94,7 @@ def spread_removals(windows: Windows, drop: float) -> Tensor:
 def published_cost(
     vision: int, windows: int, drop: float, span: int | None, budget: Budget, frames: int, width: int
 ) -> tuple[int, int]:
-    """Of `vision` tokens in `frames` equal grids: how many are left, and FLOPs of the similarities.
+    """(tokens left, FLOPs of the similarities) for `vision` tokens in `frames` equal grids.
 
     `span` frames share a window (None: all). Windows are taken as equal as the count allows.
     """

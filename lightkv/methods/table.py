@@ -1,7 +1,7 @@
-"""The table of methods: what each does in a stage, what it needs for that, and the schedule it is used with.
+"""The table of methods: how each one compresses, which scores it needs, what it costs, and its usual schedule.
 
-A method is one row of METHODS. Methods take numbers; the rows read them off the stage and the
-configuration. Hooks, positions, masks, sizes and the accounting are the same for all of them.
+A method is one row of METHODS. Methods take numbers; the rows read them from the stage and the configuration. Hooks,
+positions, masks, sizes and the accounting are the same for all methods.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,20 @@ from lightkv.vision.tokens import Compressed, Tokens, removal
 
 USUAL_STAGES = 3
 MERGING = frozenset({"rounds", "distance"})
-SHALLOW = 16  # decoders of fewer layers are pruned by fastv after layer 1, others after layer 2
+SHALLOW = 16  # fastv prunes decoders of fewer layers after layer 1, others after layer 2
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to compress.
+    """One row of METHODS.
 
-    compress      what a stage does to one sequence
-    plan          (depth, first layer allowed, stages or None for its own number, retention) → its usual schedule
+    compress      runs one stage on the tokens of one or several sequences
+    plan          (depth, first layer allowed, stages or None for the usual number, retention) → the usual schedule
     cost          (vision tokens of one item, stage, config, frames, width) → tokens left, FLOPs of the stage
-    scorer        what it asks of the layer before stage number 0, 1, …; such a stage cannot run on the embeddings
-    proportional  later layers attend to a token by its size
-    reads         fields of LightKVConfig that matter to it; the others must be left alone
+    scorer        (config, stage number) → computes scores in the layer before the stage, or None. A stage that needs
+                  scores cannot run on the embeddings
+    proportional  later layers attend to a merged token in proportion to its size
+    reads         fields of LightKVConfig that the method uses; all others must keep their defaults
     """
 
     compress: Callable[[Tokens, Stage, Settings], Compressed]
@@ -48,7 +49,7 @@ def _published(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
 
 
 def _published_cost(vision: int, stage: Stage, config: Settings, frames: int, width: int) -> tuple[int, int]:
-    span = None if config.windows == "released" else config.frames_per_window  # the release: a video is one image
+    span = None if config.windows == "released" else config.frames_per_window  # the release takes a video for one image
     return published_cost(vision, stage.windows, stage.drop, span, config.budget, frames, width)
 
 
@@ -61,7 +62,7 @@ def _spacetime_cost(vision: int, stage: Stage, config: Settings, frames: int, wi
 
 
 def _merged_then_asked(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
-    """The first stage merges what repeats itself in space and time; later ones drop what the question passes over."""
+    """The first stage merges in space and time; later ones drop what the question attends to least."""
     return _spacetime(tokens, stage, config) if tokens.score is None else asked(tokens, stage.drop)
 
 
@@ -70,7 +71,7 @@ def _random(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
 
 
 def _by_drop(method: Callable[[Tokens, float], Compressed]) -> Callable[[Tokens, Stage, Settings], Compressed]:
-    """The row entry of a method that takes nothing but the drop."""
+    """`compress` of a method whose only number is the drop."""
     return lambda tokens, stage, config: method(tokens, stage.drop)
 
 

@@ -1,20 +1,20 @@
-"""Token merging (ToMe): bipartite soft matching over an item's tokens, by content alone."""
+"""Token merging (ToMe, Bolya et al. 2023): bipartite soft matching over an item's tokens, by content alone."""
 
 from lightkv.methods.published import in_windows
 from lightkv.vision.tokens import Compressed, Tokens, removal
 
 
 def tome(tokens: Tokens, drop: float) -> Compressed:
-    """Every second token of an item in raster order merges into the most similar of the others, the best first.
+    """Merges every second token of an item, in raster order, into its most similar other token, the best pairs first.
 
-    Similarity is the cosine of hidden states, the mean is weighted by size. Beyond half of the tokens, what is left is
-    matched again.
+    Similarity is the cosine of hidden states; merging takes the mean weighted by size. One matching removes at most
+    half of the tokens; if `drop` asks for more, the rest is matched again.
     """
     return in_windows(tokens, tokens.size, 1, drop, None, "window")
 
 
 def tome_cost(vision: int, drop: float, width: int) -> tuple[int, int]:
-    """Of one item's `vision` tokens: how many are left, and FLOPs of the similarities."""
+    """(tokens left, FLOPs of the similarities) for one item of `vision` tokens."""
     wanted, flops = removal(vision, drop), 0
     now = vision
     while now > vision - wanted:
