@@ -258,7 +258,7 @@ def test_schedules():
     assert schedule(shallow, "none").stages == ()
     with pytest.raises(ConfigError, match="this decoder has 5"):
         schedule(shallow, "published")
-    with pytest.raises(ConfigError, match=r"method=none compresses nothing: leave out \['positions', 'retention'\]"):
+    with pytest.raises(ConfigError, match=r"method=none compresses nothing: omit \['positions', 'retention'\]"):
         schedule(deep, "none", retention=0.3, positions="compact")
     with pytest.raises(ConfigError, match=r"method must be one of \['published', 'lightkv',.* 'none'\]"):
         schedule(deep, "default")

@@ -248,8 +248,8 @@ def test_what_could_not_be_done_as_asked_is_noted():
     config = LightKVConfig((Stage(0, 5, 0.5), Stage(1, 5, 0.5)))
     with compress(model, config) as report:
         model.generate(**tiny_sample("qwen2_5_vl", 1), max_new_tokens=1)
-    assert "stage after layer 0: 5 windows per side shrunk to the grids [(4, 6)]" in report.notes
-    assert any("was asked" in note for note in report.notes)
+    assert "stage after layer 0: 5 windows per side exceed the grids [(4, 6)]" in report.notes
+    assert any("was reached instead of" in note for note in report.notes)
 
 
 def refused(model, sample, match, **options):

@@ -119,7 +119,7 @@ def test_lightkv_has_one_stage_or_two():
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("lightkv", {"windows": "spatiotemporal"}, "method='lightkv' does not read windows: leave it out"),
+        ("lightkv", {"windows": "spatiotemporal"}, "method='lightkv' does not read windows: omit it"),
         ("lightkv", {"guidance": "uniform"}, "does not read guidance"),
         ("tome", {"rounds": 2}, "method='tome' does not read rounds"),
         ("published", {"seed": 1}, "method='published' does not read seed"),
@@ -176,7 +176,7 @@ def test_dictionaries_round_trip():
         ({"stages": [], "guidance": "attention"}, "guidance must be one of"),
         ({"stages": [], "windows": "image"}, "windows must be one of"),
         ({"stages": [], "window_frames": 2}, "needs windows="),
-        ({"stages": [[1, 2, 0.5]]}, r"Stage must be given by its fields, got \[1, 2, 0.5\]"),
+        ({"stages": [[1, 2, 0.5]]}, r"Stage must be a mapping of its fields, got \[1, 2, 0.5\]"),
         ({"stages": [{"layer": "1", "windows": 2, "drop": 0.5}]}, "Stage.layer must be a whole number, got '1'"),
         ({"stages": [{"layer": 1, "windows": 2.0, "drop": 0.5}]}, "Stage.windows must be a whole number"),
         ({"stages": [{"layer": 1, "windows": 2, "drop": "half"}]}, "Stage.drop must be a number"),
