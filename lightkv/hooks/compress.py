@@ -86,7 +86,7 @@ class _Session:
         self.step: dict[str, Any] = {}  # layouts and positions of that forward
         self.given: dict[int, dict[str, Any]] = {}  # number of stages before a layer → its arguments
         self.weights: dict[int, KeyWeights | None] = {}  # the same → the weights of its keys
-        self.unheard: set[int] = set()  # layers whose attention has not read its weights yet
+        self.unread: set[int] = set()  # layers whose attention has not read its weights yet
         self.known: WeakKeyDictionary[Cache, Prefill] = WeakKeyDictionary()
         self.text_config = self.decoder.config
         self.signature = inspect.signature(model.forward)
@@ -124,7 +124,7 @@ class _Session:
         self.text_config._attn_implementation = name
         layers = self.decoder.layers
         method = METHODS[self.config.method]
-        listened = {stage.layer for n, stage in enumerate(self.config.stages) if method.scorer(self.config, n)}
+        scored = {stage.layer for n, stage in enumerate(self.config.stages) if method.scorer(self.config, n)}
         first = self.config.stages[0].layer + 1 if self.config.stages else len(layers)
         hooks = [
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -132,7 +132,7 @@ class _Session:
             self.decoder.register_forward_hook(self._after_decoder),
         ]
         for index, layer in enumerate(layers):
-            tap = self._listen if index in listened else None
+            tap = self._score if index in scored else None
             weights = partial(self._weights, index) if index >= first and method.proportional else None
             if tap is not None or weights is not None:
                 HOOKS[layer.self_attn] = AttentionHook(tap, weights)
@@ -186,7 +186,7 @@ class _Session:
         if inputs.get("labels") is not None:
             raise UnsupportedCallError("labels cannot be used: the sequence gets shorter inside the model")
         self.step, self.given, self.weights = {}, {}, {}
-        self.unheard.clear()
+        self.unread.clear()
         if seen_tokens(inputs.get("past_key_values")) == 0:
             self.step["layouts"] = self.expected if self.expected is not None else self._layouts(inputs)
 
@@ -229,12 +229,12 @@ class _Session:
             given = given[None].expand(3, -1, -1)
         return given.expand(*given.shape[:-2], batch, length)
 
-    def _listen(self, q: Tensor, k: Tensor, scale: float) -> None:
+    def _score(self, q: Tensor, k: Tensor, scale: float) -> None:
         if self.prefill is not None and self.prefill.running:
-            self.prefill.listen(q, k, scale)
+            self.prefill.score(q, k, scale)
 
     def _weights(self, index: int) -> KeyWeights | None:
-        self.unheard.discard(index)
+        self.unread.discard(index)
         return None if self.prefill is None else self.weights.get(self.prefill.group_of(index))
 
     def _before_layer(
@@ -253,7 +253,7 @@ class _Session:
         if number not in self.given:
             self.given[number] = self._inputs_of_group(number, index, hidden, kwargs)
         if self.weights[number] is not None:
-            self.unheard.add(index)
+            self.unread.add(index)
         return (hidden, *args[1:]), {**kwargs, **self.given[number]}
 
     def _inputs_of_group(self, number: int, index: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,9 +285,9 @@ class _Session:
 
     def _after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         prefill, cache = self.prefill, output.past_key_values
-        if self.unheard:
+        if self.unread:
             raise LightKVError(
-                f"layers {sorted(self.unheard)} did not run their attention through transformers' AttentionInterface"
+                f"layers {sorted(self.unread)} did not run their attention through transformers' AttentionInterface"
             )
         if prefill is not None and prefill.running:
             prefill.running = False

@@ -90,7 +90,7 @@ class Prefill:
         """Number of stages before this decoder layer."""
         return bisect_left(self._after, layer)
 
-    def listen(self, q: Tensor, k: Tensor, scale: float) -> None:
+    def score(self, q: Tensor, k: Tensor, scale: float) -> None:
         """Computes the scores of the next stage from its layer's q [B, Hq, S, d] and k [B, Hkv, S, d]."""
         group, scorer = self.groups[-1], self._scorer()
         assert scorer is not None

@@ -91,7 +91,7 @@ def test_a_row_is_scored_without_the_padding_of_its_batch():
     q[1, :, :3] = k[1, :, :3] = torch.nan
     prefill = Prefill(config, layouts, 7, None)
     prefill.compress(torch.zeros(2, 7, 2), config.stages[0])
-    prefill.listen(q, k, 0.35)
+    prefill.score(q, k, 0.35)
     alone = scored(QuestionAttention(), q[1, :, 3:], k[1, :, 3:], layouts[1], 0.35)
     assert torch.equal(prefill.scores[7:], alone)
     assert alone[:3].gt(0).all()
