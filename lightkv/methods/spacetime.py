@@ -54,21 +54,21 @@ def spacetime(tokens: Tokens, drop: float, rounds: int, distance: float) -> Comp
     field = Field.of(layout)
     wanted = removals(field.sizes, drop)
     alive = torch.ones_like(field.item, dtype=torch.bool)
-    done, left, turn = torch.zeros_like(wanted), int(wanted.sum()), 0
+    done, left, number = torch.zeros_like(wanted), int(wanted.sum()), 0
     while left:
-        share = wanted * min(turn + 1, rounds) // rounds - done
-        order, starts, middles = field.sets(alive, alive & (share[field.item] > 0), turn)
+        share = wanted * min(number + 1, rounds) // rounds - done
+        order, starts, middles = field.sets(alive, alive & (share[field.item] > 0), number)
         closest, apart = nearest(
             hidden, unit, place, field.index[order], starts, middles, min(BLOCK_TOKENS, len(order)), distance
         )
         chosen, into = field.cheapest(order, closest, apart, size, price, share)
-        if not len(chosen) and turn >= rounds:
+        if not len(chosen) and number >= rounds:
             raise FloatingPointError(f"{left} more tokens must merge, but the others' hidden states are not finite")
         source = field.index[chosen]
         target = target.index_copy(0, source, into)[target]
         alive[chosen] = False
         done = done + _counted(field.item[chosen], len(done))
-        left, turn = left - len(chosen), turn + 1
+        left, number = left - len(chosen), number + 1
         if left:  # the last merges are done by `tokens.left`, together with the selection of the survivors
             if hidden is tokens.hidden:
                 hidden, size = hidden.clone(), size.clone()
@@ -148,8 +148,8 @@ class Field:
         where = torch.empty_like(rows).scatter_(1, rows, number.expand(3, -1))
         return cls(index, tokens, item, sizes, rows, first, where, bool((sizes > BLOCK_TOKENS).any()))
 
-    def sets(self, alive: Tensor, busy: Tensor, turn: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The sets A and B of round `turn`, in the form that `nearest` takes: (order, starts, middles).
+    def sets(self, alive: Tensor, busy: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The sets A and B of round `number`, in the form that `nearest` takes: (order, starts, middles).
 
         order int64 [n] indexes the N tokens, sorted by block, A before B; starts and middles say where blocks and
         their B begin. alive bool [N] marks the tokens that are left, busy bool [N] those in items that still merge.
@@ -163,22 +163,22 @@ class Field:
             block, count = self.item[now], len(self.sizes)
         sizes = _counted(block, count)
         ends = sizes.cumsum(0)
-        odd = self._turns(alive, PATTERNS[turn % len(PATTERNS)])[now] + turn & 1
+        odd = self._ranks(alive, PATTERNS[number % len(PATTERNS)])[now] + number & 1
         odds = torch.zeros_like(sizes).index_add(0, block, odd)
         # If all tokens of a block have one parity (an image, split by t), every second token goes into B.
         alike = (odds == 0) | (odds == sizes)
-        odds = torch.where(alike, (sizes + turn % 2) // 2, odds)
-        second = torch.arange(turn, len(now) + turn, device=now.device) - (ends - sizes)[block] & 1
+        odds = torch.where(alike, (sizes + number % 2) // 2, odds)
+        second = torch.arange(number, len(now) + number, device=now.device) - (ends - sizes)[block] & 1
         odd = torch.where(alike[block], second, odd)
         starts = torch.cat([ends.new_zeros(1), ends])
         return now[torch.argsort(2 * block + odd, stable=True)], starts, ends - odds
 
-    def _turns(self, alive: Tensor, axes: slice) -> Tensor:
+    def _ranks(self, alive: Tensor, axes: slice) -> Tensor:
         """int64 [N]: the sum over `axes` of a token's rank, its index among the tokens alive in its row."""
         here = alive[self.rows[axes]].long()
         before = here.cumsum(1) - here
-        turn = before - before.gather(1, self.first[axes])
-        return turn.gather(1, self.where[axes]).sum(0)
+        rank = before - before.gather(1, self.first[axes])
+        return rank.gather(1, self.where[axes]).sum(0)
 
     def cheapest(
         self, order: Tensor, closest: Tensor, apart: Tensor, size: Tensor, price: Tensor, share: Tensor
@@ -235,13 +235,13 @@ def _counted(group: Tensor, count: int) -> Tensor:
 def spacetime_cost(vision: int, drop: float, rounds: int, width: int) -> tuple[int, int]:
     """(tokens left, FLOPs of the similarities) for one item of `vision` tokens, with A and B taken as equally large."""
     wanted = removal(vision, drop)
-    done, turn, flops = 0, 0, 0
+    done, number, flops = 0, 0, 0
     while done < wanted:
-        now, share = vision - done, wanted * min(turn + 1, rounds) // rounds - done
+        now, share = vision - done, wanted * min(number + 1, rounds) // rounds - done
         halvings = 0
         while now > BLOCK_TOKENS << halvings:
             halvings += 1
         if share:
             flops += now * now // 2 * width >> halvings
-        done, turn = done + min(share, now // 2), turn + 1
+        done, number = done + min(share, now // 2), number + 1
     return vision - wanted, flops

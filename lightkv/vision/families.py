@@ -33,7 +33,7 @@ EMBEDDINGS = -1  # `layer` of a stage on the embeddings
 
 
 @dataclass(frozen=True)
-class Stream:
+class Placeholders:
     """Placeholder tokens of one kind and, in order, the images or videos of a batch that fill them.
 
     token  config field with the token's id
@@ -48,10 +48,10 @@ class Stream:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: `model_type` of its config, its streams, and the first layer that a stage may follow."""
+    """One architecture: `model_type` of its config, its placeholders, and the first layer that a stage may follow."""
 
     model_type: str
-    streams: tuple[Stream, ...]
+    placeholders: tuple[Placeholders, ...]
     first_layer: Callable[["PreTrainedConfig"], int] = lambda config: EMBEDDINGS
 
     def layouts(self, config: "PreTrainedConfig", input_ids: Tensor, inputs: Inputs) -> list[VisionLayout]:
@@ -61,16 +61,16 @@ class Family:
         """
         ids = input_ids.cpu()
         pending: list[tuple[str, int, list[Item]]] = []
-        for stream in self.streams:
-            token = getattr(config, stream.token)
+        for kind in self.placeholders:
+            token = getattr(config, kind.token)
             present = bool((ids == token).any())
-            missing = [name for name in stream.needs if inputs.get(name) is None]
+            missing = [name for name in kind.needs if inputs.get(name) is None]
             if present and missing:
                 raise UnsupportedCallError(
-                    f"the prompt has tokens of {stream.token} but {missing} was not given; "
+                    f"the prompt has tokens of {kind.token} but {missing} was not given; "
                     "pass all outputs of the processor, or pass the places of vision tokens as layouts="
                 )
-            pending.append((stream.token, token, list(stream.items(config, inputs)) if present else []))
+            pending.append((kind.token, token, list(kind.items(config, inputs)) if present else []))
         rows = []
         for row in ids:
             found = [(name, (row == token).nonzero().flatten(), items) for name, token, items in pending]
@@ -121,32 +121,32 @@ def _last_deepstack_layer(config: "PreTrainedConfig") -> int:
 
 
 QWEN_VL = (
-    Stream("image_token_id", merged_grids("image_grid_thw"), ("image_grid_thw",)),
-    Stream("video_token_id", merged_grids("video_grid_thw"), ("video_grid_thw",)),
+    Placeholders("image_token_id", merged_grids("image_grid_thw"), ("image_grid_thw",)),
+    Placeholders("video_token_id", merged_grids("video_grid_thw"), ("video_grid_thw",)),
 )
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llava", (Stream("image_token_id", llava_images, ("pixel_values",)),)),
-        Family("llava_next", (Stream("image_token_id", anyres_images, ("image_sizes",)),)),
+        Family("llava", (Placeholders("image_token_id", llava_images, ("pixel_values",)),)),
+        Family("llava_next", (Placeholders("image_token_id", anyres_images, ("image_sizes",)),)),
         Family(
             "llava_next_video",
             (
-                Stream("image_token_id", anyres_images, ("image_sizes",)),
-                Stream("video_token_id", pooled_videos, ("pixel_values_videos",)),
+                Placeholders("image_token_id", anyres_images, ("image_sizes",)),
+                Placeholders("video_token_id", pooled_videos, ("pixel_values_videos",)),
             ),
         ),
         Family(
             "llava_onevision",
             (
-                Stream("image_token_id", anyres_shrunk_images, ("image_sizes",)),
-                Stream("video_token_id", halved_videos, ("pixel_values_videos",)),
+                Placeholders("image_token_id", anyres_shrunk_images, ("image_sizes",)),
+                Placeholders("video_token_id", halved_videos, ("pixel_values_videos",)),
             ),
         ),
-        Family("internvl", (Stream("image_token_id", shuffled_tiles, ("pixel_values",)),)),
-        Family("idefics3", (Stream("image_token_id", folded_tiles, ("pixel_values",)),)),
-        Family("smolvlm", (Stream("image_token_id", folded_tiles, ("pixel_values",)),)),
+        Family("internvl", (Placeholders("image_token_id", shuffled_tiles, ("pixel_values",)),)),
+        Family("idefics3", (Placeholders("image_token_id", folded_tiles, ("pixel_values",)),)),
+        Family("smolvlm", (Placeholders("image_token_id", folded_tiles, ("pixel_values",)),)),
         Family("qwen2_vl", QWEN_VL),
         Family("qwen2_5_vl", QWEN_VL),
         Family("qwen3_vl", QWEN_VL, first_layer=_last_deepstack_layer),

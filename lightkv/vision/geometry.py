@@ -56,16 +56,16 @@ def joined(parts: Sequence[Item]) -> Item:
     return Item(torch.cat(places), torch.cat([part.grid for part in parts]))
 
 
-def place_items(length: int, streams: Sequence[tuple[str, Tensor, list[Item]]]) -> VisionLayout:
-    """The layout of one sequence; each stream is (name, positions of its tokens, items not yet placed).
+def place_items(length: int, placeholders: Sequence[tuple[str, Tensor, list[Item]]]) -> VisionLayout:
+    """The layout of one sequence; each kind is (name, positions of its tokens, items not yet placed).
 
-    Items are removed from the front of each list until all positions of the stream are filled.
+    Items are removed from the front of each list until all positions of the kind are filled.
     Raises UnsupportedCallError if the numbers of tokens and items do not match.
     """
     columns = torch.zeros(length, 4, dtype=torch.int64)
     columns[:, 0] = TEXT
     grids: list[Tensor] = []
-    for name, positions, items in streams:
+    for name, positions, items in placeholders:
         start = 0
         while start < len(positions):
             if not items or start + len(items[0]) > len(positions):

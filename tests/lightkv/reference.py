@@ -125,7 +125,7 @@ def spacetime(hidden, size, layout, drop, rounds, distance, limit):
         (ta, ya, xa), (tb, yb, xb) = place[a], place[b]
         return math.sqrt((ta - tb) ** 2 / 4 + (ya - yb) ** 2 + (xa - xb) ** 2)
 
-    def turns(i, alive):
+    def ranks(i, alive):
         """For each axis: the rank of i among the alive tokens of its row, which share the other two coordinates."""
         rows = (
             [j for j in alive if place[j][:axis] + place[j][axis + 1 :] == place[i][:axis] + place[i][axis + 1 :]]
@@ -137,20 +137,20 @@ def spacetime(hidden, size, layout, drop, rounds, distance, limit):
         alive = [i for i in range(len(layout)) if layout.item[i] == item]
         wanted = min(math.floor(len(alive) * drop + 1e-9), len(alive) - 1)
         scale = sum(float(x[i] @ x[i]) for i in alive) / len(alive) or 1.0
-        done, turn = 0, 0
+        done, number = 0, 0
 
         def differ(a, b, scale=scale):
             return float((x[a] - x[b]) @ (x[a] - x[b])) / (2 * scale) + distance * apart(a, b)
 
         while done < wanted:
-            share = wanted * min(turn + 1, rounds) // rounds - done
+            share = wanted * min(number + 1, rounds) // rounds - done
             found = []
             for block in halved(alive, place, limit):
-                counted = ((1, 1, 1), (1, 0, 0), (1, 1, 0), (1, 0, 1))[turn % 4]
-                a_set = [i for i in block if (sum(map(mul, counted, turns(i, alive))) + turn) % 2 == 0]
+                counted = ((1, 1, 1), (1, 0, 0), (1, 1, 0), (1, 0, 1))[number % 4]
+                a_set = [i for i in block if (sum(map(mul, counted, ranks(i, alive))) + number) % 2 == 0]
                 b_set = [i for i in block if i not in a_set]
                 if not a_set or not b_set:
-                    a_set, b_set = block[turn % 2 :: 2], block[1 - turn % 2 :: 2]
+                    a_set, b_set = block[number % 2 :: 2], block[1 - number % 2 :: 2]
                 if not b_set:
                     continue
                 for a in a_set:
@@ -164,7 +164,7 @@ def spacetime(hidden, size, layout, drop, rounds, distance, limit):
                 n[b] = total
                 target = [b if now in members else now for now in target]
                 alive = [i for i in alive if i not in members]
-            done, turn = done + len(merges), turn + 1
+            done, number = done + len(merges), number + 1
     kept = [i for i in range(len(layout)) if target[i] == i]
     return [x[i].tolist() for i in kept], kept, target, [n[i] for i in kept]
 

@@ -155,9 +155,9 @@ def test_searching_a_long_item_in_blocks_waits_once_per_halving():
 def test_the_sets_of_a_round_wait_for_who_takes_part_alone():
     field = Field.of(VisionLayout.grids([(0, 4, 6, 6)], 144))
     alive = torch.ones(144, dtype=torch.bool)
-    for turn in range(4):
+    for number in range(4):
         with Waits() as waits:
-            field.sets(alive, alive, turn)
+            field.sets(alive, alive, number)
         assert waits.found == ["nonzero"]
 
 

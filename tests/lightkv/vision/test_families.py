@@ -101,10 +101,10 @@ def test_onevision_shrinks_large_grids_and_tiles_single_images_only():
     layout = layout_of("llava_onevision", sample)[0]
     assert layout.grid.tolist() == [[1, 6, 6], [1, 8, 8]]
     config = TINY["llava_onevision"].config()
-    items = FAMILIES["llava_onevision"].streams[0].items(config, {**sample, "batch_num_images": [1]})
+    items = FAMILIES["llava_onevision"].placeholders[0].items(config, {**sample, "batch_num_images": [1]})
     assert len(items[0]) == 36 + 8 * 9
     both = {"image_sizes": sample["image_sizes"].repeat(2, 1), "batch_num_images": [2]}
-    assert [len(item) for item in FAMILIES["llava_onevision"].streams[0].items(config, both)] == [37, 37]
+    assert [len(item) for item in FAMILIES["llava_onevision"].placeholders[0].items(config, both)] == [37, 37]
 
 
 def test_onevision_videos_end_with_a_separator():
@@ -113,7 +113,9 @@ def test_onevision_videos_end_with_a_separator():
     assert layout.item[layout.is_vision].tolist() == [0] * 36 + [FIXED]
     odd = TINY["llava_onevision"].config()
     odd.vision_config.image_size = 28  # 7 patches per side are resized to 4
-    items = FAMILIES["llava_onevision"].streams[1].items(odd, {"pixel_values_videos": torch.zeros(2, 3, 3, 28, 28)})
+    items = (
+        FAMILIES["llava_onevision"].placeholders[1].items(odd, {"pixel_values_videos": torch.zeros(2, 3, 3, 28, 28)})
+    )
     assert [item.grid.tolist() for item in items] == [[[3, 4, 4]]] * 2
 
 
