@@ -1,4 +1,4 @@
-"""LightKV: compression of vision tokens during prefill, for stock Hugging Face models.
+"""LightKV compresses the vision tokens of stock Hugging Face models during prefill.
 
 with lightkv.compress(model, LightKVConfig.for_model(model.config, retention=0.55)) as report:
     model.generate(**inputs)

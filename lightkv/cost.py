@@ -1,4 +1,4 @@
-"""What a prefill costs, from a model's configuration alone: FLOPs and KV bytes, with and without compression."""
+"""Computes the cost of a prefill from a model's configuration: FLOPs and KV bytes, with and without compression."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """The dimensions of a decoder that its cost depends on (gated MLP, grouped-query attention)."""
+    """The dimensions of a decoder that determine its cost (gated MLP, grouped-query attention)."""
 
     layers: int
     hidden: int
@@ -27,7 +27,7 @@ class Shape:
 
     @classmethod
     def of(cls, model_config: "PreTrainedConfig") -> "Shape":
-        """Read off a transformers config, composite or text. Raises ConfigError when a dimension is missing."""
+        """Reads a transformers config, composite or text. Raises ConfigError if a dimension is missing."""
         text = model_config.get_text_config()
         names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         missing = [name for name in names if getattr(text, name, None) is None]
@@ -45,22 +45,22 @@ class Shape:
         )
 
     def layer_flops(self, tokens: int, extra_dims: int = 0) -> int:
-        """Projections, MLP and attention (all query–key pairs, as kernels are usually counted) of one layer.
+        """FLOPs of one layer: projections, MLP and attention (all query–key pairs, the usual count for kernels).
 
-        `extra_dims` of the heads carry the sizes of merged tokens (hooks/attention.py).
+        `extra_dims` is the number of head dimensions that carry the sizes of merged tokens (hooks/attention.py).
         """
         projections = self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
         products = self.heads * (self.head_dim + extra_dims)
         return 2 * tokens * (projections + 3 * self.hidden * self.intermediate) + 4 * tokens**2 * products
 
     def kv_bytes(self, tokens: int, dtype_bytes: int) -> int:
-        """Keys and values of one layer."""
+        """Bytes of the keys and values of one layer."""
         return 2 * tokens * self.kv_heads * self.head_dim * dtype_bytes
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One decoder layer in prefill, with the stage that follows it; the first with one on the embeddings too."""
+    """Cost of one decoder layer in prefill and the stage after it; layer 0 includes a stage on the embeddings."""
 
     tokens: int
     flops: int
@@ -69,11 +69,11 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """Prefill of one prompt: all decoder layers, the stages, and the logits of the last token.
+    """Cost of one prompt's prefill: all decoder layers, the stages, and the logits of the last token.
 
     flops      matrix products, multiply and add counted as two
     kv_bytes   the cache at the end of prefill, text included
-    retention  layer-averaged share of vision KV entries kept
+    retention  share of vision KV entries kept, averaged over layers
     """
 
     flops: int
@@ -91,10 +91,10 @@ def estimate(
     dtype_bytes: int = 2,
     frames: int = 1,
 ) -> Cost:
-    """Cost of prefilling `vision_tokens` (in `frames` equal grids) and `text_tokens`, compressed by `config` or not.
+    """Cost of the prefill of `vision_tokens` (in `frames` equal grids) and `text_tokens`; config=None: uncompressed.
 
-    The vision tokens count as one item and windows as near-equal, which is exact where they divide the grids.
-    Raises ConfigError for bad counts.
+    The vision tokens count as one item, and windows as near-equal. This is exact if the windows divide the grids.
+    Raises ConfigError for impossible counts.
     """
     return prefill_cost(Shape.of(model_config), vision_tokens, text_tokens, config, dtype_bytes, frames)
 
@@ -102,7 +102,7 @@ def estimate(
 def prefill_cost(
     shape: Shape, vision_tokens: int, text_tokens: int, config: LightKVConfig | None, dtype_bytes: int, frames: int
 ) -> Cost:
-    """`estimate` for a decoder that is known by its dimensions only."""
+    """`estimate` for a decoder given by its dimensions."""
     if min(vision_tokens, text_tokens) < 0 or min(dtype_bytes, frames) < 1:
         raise ConfigError(
             f"token counts must be at least 0, dtype_bytes and frames at least 1, got vision_tokens={vision_tokens}, "
@@ -131,7 +131,7 @@ def prefill_cost(
 def _stage_after(
     layer: int, shape: Shape, config: LightKVConfig | None, vision: int, text: int, frames: int
 ) -> tuple[int, int]:
-    """Vision tokens that are left after the stage behind `layer`, if there is one, and its FLOPs."""
+    """(vision tokens left, FLOPs) of the stage after `layer`; (`vision`, 0) if there is none."""
     layers = [stage.layer for stage in config.stages] if config is not None else []
     if config is None or layer not in layers or not vision:
         return vision, 0

@@ -1,9 +1,9 @@
-"""What lightkv raises: one tree, so that `except LightKVError` catches everything the package refuses.
+"""The exceptions of lightkv. `except LightKVError` catches all of them.
 
 LightKVError(ValueError)
-├── ConfigError            a LightKVConfig, Stage or layout that cannot be right
-├── UnsupportedModelError  no row in the table of families, or a decoder the hooks cannot drive
-└── UnsupportedCallError   a way of calling the model that compression cannot honour
+├── ConfigError            an impossible LightKVConfig, Stage or layout
+├── UnsupportedModelError  a family that is not in the table, or a decoder that the hooks do not support
+└── UnsupportedCallError   a call of the model that compression does not support
 """
 
 import torch
@@ -18,13 +18,13 @@ class ConfigError(LightKVError):
 
 
 class UnsupportedModelError(LightKVError):
-    """The model's architecture is not one that compression can be attached to."""
+    """Compression does not support the model's architecture."""
 
 
 class UnsupportedCallError(LightKVError):
-    """The model is called in a way that compression cannot honour (static cache, labels, …)."""
+    """Compression does not support this call of the model (static cache, labels, …)."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a device or on the CPU, whose allocator raises a plain RuntimeError."""
+    """Whether memory ran out, on a device or on the CPU, where torch raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,9 +1,9 @@
-"""The lmms-eval model `lightkv`: lmms-eval's own model for a checkpoint, compressed while it answers.
+"""Defines the lmms-eval model `lightkv`: runs lmms-eval's own model for a checkpoint under `compress`.
 
     pip install 'lightkv[lmms-eval]'
 
-registers it (entry point group `lmms_eval.models`); in an environment of its own, for lmms-eval 0.7.3 asks for av < 16.
-The data sets come from the hub (`hf auth login` once); the caption scores need Java. The paper's eight benchmarks, one
+registers it (entry point group `lmms_eval.models`). Use a separate environment, because lmms-eval 0.7.3 needs av < 16.
+The data sets come from the hub (`hf auth login` once); caption scores need Java. The paper's eight benchmarks, one
 command per model:
 
     TASKS=coco2017_cap_val,gqa,mme,nocaps_val,pope,seedbench,scienceqa_img,vizwiz_vqa_val
@@ -21,24 +21,25 @@ command per model:
     python -m lmms_eval --model lightkv --tasks $TASKS --output_path results \\
         --model_args pretrained=OpenGVLab/InternVL3-8B-hf,method=published
 
-`method=none` instead is the plain model in the same harness, to compare with. InternVL2-8B and EVE, the paper's other
-models, have no code in transformers; InternVL3-8B-hf is the nearest that has. The model lies on one GPU: `--device cpu`
-puts it elsewhere, `device_map=auto` among the arguments spreads it, `accelerate launch -m lmms_eval` repeats it.
+`method=none` runs the plain model in the same harness, for comparison. transformers has no code for InternVL2-8B and
+EVE, the paper's other models; InternVL3-8B-hf is the closest model that it has. The model is placed on one GPU.
+`--device cpu` moves it, `device_map=auto` in the arguments spreads it over GPUs, and `accelerate launch -m lmms_eval`
+runs one copy per GPU.
 
 Arguments, `key=value` in --model_args:
 
     pretrained   checkpoint of a family in LMMS_EVAL_MODELS, on the hub or in a folder
     method       lightkv (the default), spacetime, published, or a baseline: random, stride, tome, fastv, evs;
                  none: no compression
-    retention    share of vision KV entries kept, averaged over layers (0.55)
-    stages       how many (the method's own number)
+    retention    share of vision KV entries kept, averaged over layers (default 0.55)
+    stages       number of stages (default: the method's usual number)
     positions, windows, window_frames, guidance, budget, rounds, distance, seed    as in `LightKVConfig`
 
-and every argument of lmms-eval's own model (`dtype` where it has one, attn_implementation, max_pixels, …). Stages are
-laid by `LightKVConfig.for_model`; only method=published with neither `retention` nor `stages` runs the paper's, for a
-decoder of 28, 32 or 40 layers. An unknown argument is an error. So is an answer that cannot be generated, where
-lmms-eval's LLaVA and InternVL would score an empty string. The results file says under `throughput` what was kept:
-`avg_lightkv_retention`, `avg_lightkv_kv_bytes_kept`.
+and every argument of lmms-eval's own model (`dtype` if it has one, attn_implementation, max_pixels, …).
+`LightKVConfig.for_model` derives the stages, with one exception: method=published with neither `retention` nor `stages`
+runs the paper's schedule, for a decoder of 28, 32 or 40 layers. An unknown argument is an error. A failed generation is
+an error too; lmms-eval's LLaVA and InternVL would score an empty string. The results file reports the shares kept under
+`throughput`: `avg_lightkv_retention`, `avg_lightkv_kv_bytes_kept`.
 """
 
 import inspect
@@ -72,7 +73,7 @@ LIGHTKV_OPTIONS = frozenset(field.name for field in fields(LightKVConfig)) - {"s
 
 
 def manifest() -> Any:
-    """What lmms-eval's registry asks the entry point for."""
+    """The manifest that lmms-eval's registry reads from the entry point."""
     from lmms_eval.models.registry_v2 import ModelManifest  # type: ignore  # imports this module's entry point
 
     return ModelManifest(model_id="lightkv", chat_class_path=f"{__name__}.{LightKV.__name__}")
@@ -85,7 +86,7 @@ def schedule(
     stages: int | None = None,
     **options: Any,
 ) -> LightKVConfig:
-    """The compression that `method` stands for on this model. Raises ConfigError for what does not go together."""
+    """The configuration of `method` for this model. Raises ConfigError for arguments that exclude each other."""
     if method not in METHODS_AND_NONE:
         raise ConfigError(f"method must be one of {list(METHODS_AND_NONE)}, got {method!r}")
     targets: dict[str, Any] = {
@@ -93,22 +94,22 @@ def schedule(
     }
     if method == "none":
         if targets or options:
-            raise ConfigError(f"method=none compresses nothing: leave out {sorted({*targets, *options})}")
+            raise ConfigError(f"method=none compresses nothing: omit {sorted({*targets, *options})}")
         return LightKVConfig(stages=())
     if targets or method != "published":
         return LightKVConfig.for_model(model_config, method=method, **targets, **options)
     depth = model_config.get_text_config().num_hidden_layers
     if depth not in PUBLISHED_BY_DEPTH:
         raise ConfigError(
-            f"the paper has schedules for {sorted(PUBLISHED_BY_DEPTH)} layers, this decoder has {depth}: say retention="
+            f"the paper has schedules for {sorted(PUBLISHED_BY_DEPTH)} layers, this decoder has {depth}: set retention="
         )
     return LightKVConfig.published(PUBLISHED_BY_DEPTH[depth], **options)
 
 
 def load(pretrained: str, **arguments: Any) -> "LightKV":
-    """lmms-eval's model for `pretrained`, compressed; `arguments` as in the module's docstring.
+    """Loads lmms-eval's model for `pretrained`, with compression; `arguments` are listed in the module's docstring.
 
-    Raises UnsupportedModelError for a family without a row in LMMS_EVAL_MODELS, ConfigError for arguments that
+    Raises UnsupportedModelError for a family that is not in LMMS_EVAL_MODELS. Raises ConfigError for arguments that
     neither LightKV nor the family's model has.
     """
     from lmms_eval.models import get_model  # type: ignore  # imports every plugin, this module among them
@@ -128,28 +129,28 @@ def load(pretrained: str, **arguments: Any) -> "LightKV":
             f"unknown arguments {unknown}; LightKV has {sorted(ours)}, lmms-eval's {name} {sorted(known)}"
         )
     compression = schedule(model_config, **{key: value for key, value in arguments.items() if key in ours})
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # else each process finds its own GPU
-        # llava_hf's default "" is refused by transformers 5, the others' "auto" takes a GPU whatever `device` says.
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # else each process selects its own GPU
+        # transformers 5 refuses llava_hf's default ""; the other models' "auto" takes a GPU and ignores `device`.
         arguments.setdefault("device_map", arguments.get("device", "cuda"))
     compressed = type(f"LightKV{plain.__name__}", (LightKV, plain), {"compression": compression})
     return compressed(pretrained=pretrained, **{key: value for key, value in arguments.items() if key not in ours})
 
 
 def _parameters(model: type) -> set[str]:
-    """Names of the arguments that the constructor really has (some swallow every other in **kwargs)."""
+    """Names of the constructor's declared arguments, without **kwargs, in which some models ignore unknown ones."""
     parameters = inspect.signature(model).parameters.values()
     return {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
 
 
 class LightKV(lmms):
-    """What the class of every family has in front of lmms-eval's own: each way of answering runs under `compress`."""
+    """Base class placed before lmms-eval's own model class: runs every answering method under `compress`."""
 
     is_simple = False
     compression: LightKVConfig
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> "LightKV":
-        """Called by lmms-eval with --model_args and with --batch_size and --device."""
+        """Makes the model from --model_args, --batch_size and --device; lmms-eval calls it."""
         given = {key: value for key, value in (additional_config or {}).items() if value is not None}
         return load(**simple_parse_args_string(arg_string), **given)
 
@@ -175,7 +176,7 @@ class LightKV(lmms):
 
 @dataclass
 class Kept:
-    """Sums over the prefills of one scope: what the cache holds, and would have held."""
+    """Sums over the prefills of one scope: vision tokens and cache bytes, with and without compression."""
 
     vision_tokens: int = 0
     vision_tokens_kept: float = 0.0  # averaged over layers
@@ -191,7 +192,7 @@ class Kept:
         self.notes = tuple(dict.fromkeys(self.notes + report.notes))
 
     def log(self) -> None:
-        """Write the shares to lmms-eval's log and results file, and the notes as warnings."""
+        """Writes the shares to lmms-eval's log and results file, and the notes as warnings."""
         from lmms_eval.models.model_utils.gen_metrics import log_metrics  # type: ignore
         from loguru import logger  # type: ignore
 
@@ -205,7 +206,7 @@ class Kept:
 
 
 class _AnswerFailed(BaseException):
-    """Carries an error of `generate` past the `except Exception` of lmms-eval's models; never leaves this module."""
+    """Carries an error of `generate` past the `except Exception` of lmms-eval's models, within this module only."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -213,7 +214,7 @@ class _AnswerFailed(BaseException):
 
 @contextmanager
 def _watched(model: PreTrainedModel, answered: Callable[[], None]) -> Iterator[None]:
-    """Call `answered` after each `generate` in the scope, and let its errors end the scope whoever catches them."""
+    """Calls `answered` after each `generate` in the scope; its errors end the scope even if caught inside."""
     generate = model.generate
     error: Exception | None = None
 

@@ -1,9 +1,9 @@
-"""The paper's cost table, computed: `python -m lightkv.paper`.
+"""Computes the paper's cost table: `python -m lightkv.paper`.
 
 Dimensions are those of the public checkpoints. The paper gives no prompt lengths; they follow from its uncompressed KV
-column (in GiB, fp16): 141 to 174 text tokens. Its FLOPs count the vision tower and the logits of every token too, ours
-the decoder and the logits of the last, so compare the ratios. EVE and Qwen2.5-VL have no cost column there; their rows
-take one image of typical size.
+column (in GiB, fp16): 141 to 174 text tokens. Compare ratios of FLOPs, not values: the paper also counts the vision
+tower and the logits of every token, we count the decoder and the logits of the last token. The paper has no costs for
+EVE and Qwen2.5-VL; their rows assume one image of typical size.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ QWEN2_5_7B = Shape(28, 3584, 18944, 28, 4, 128, 152064)
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """A model of the paper; (plain, compressed) of its own TFLOPs and KV GiB where it gives them."""
+    """A model of the paper, with the paper's own (plain, compressed) TFLOPs and KV GiB if it gives them."""
 
     name: str
     shape: Shape
@@ -32,7 +32,7 @@ class PublishedModel:
     paper_kv_gib: tuple[float, float] | None = None
 
     def costs(self) -> tuple[Cost, Cost]:
-        """Prefill (plain, with the paper's schedule), fp16."""
+        """(plain, with the paper's schedule): cost of the prefill in fp16."""
         schedule = LightKVConfig.published(self.name)
         plain, compressed = (
             prefill_cost(self.shape, self.vision_tokens, self.text_tokens, config, dtype_bytes=2, frames=1)
@@ -54,7 +54,7 @@ PUBLISHED_MODELS = (
 
 
 def table() -> str:
-    """The eight models: computed and published TFLOPs and KV GiB, plain → compressed."""
+    """The table of the eight models: computed and published TFLOPs and KV GiB, plain → compressed."""
     lines = [f"{'model':14} {'retention':>9} {'TFLOPs':>14} {'(paper)':>14} {'KV GiB':>14} {'(paper)':>14}"]
     for model in PUBLISHED_MODELS:
         plain, small = model.costs()
@@ -68,7 +68,7 @@ def table() -> str:
 
 
 def hour_of_video() -> str:
-    """An hour of video, 3600 frames of 448 × 448 with a token per 28 × 28 × 2: the paper's schedule, and ours."""
+    """Costs of an hour of video, 3600 frames of 448 × 448, a token per 28 × 28 × 2: the paper's schedule and ours."""
     hour, text = 1800 * 16 * 16, 141
     ours = {share: derive_early(QWEN2_5_7B.layers, EMBEDDINGS, None, share) for share in (0.25, 0.10)}
     methods = {

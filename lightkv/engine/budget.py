@@ -19,9 +19,7 @@ from torch import Tensor
 from lightkv.engine.fold import mean_by_size
 from lightkv.engine.piece import History
 from lightkv.errors import ConfigError
-from lightkv.methods.config import LightKVConfig
-from lightkv.methods.settings import Stage
-from lightkv.methods.spacetime import spacetime
+from lightkv.methods.spacetime import DISTANCE, ROUNDS, spacetime
 from lightkv.vision.layout import TEXT, VisionLayout
 from lightkv.vision.tokens import Compressed, Tokens, removals
 
@@ -91,12 +89,12 @@ class Cached:
         sizes = torch.bincount(item[item != TEXT]).cpu()
         if len(sizes) > most:
             raise ConfigError(f"a budget of {most} tokens cannot hold {len(sizes)} images and videos: raise it")
-        stage = Stage(-1, drop=_drop(sizes, most if rest else max(len(sizes), int(SLACK * most))))
+        drop = _drop(sizes, most if rest else max(len(sizes), int(SLACK * most)))
         _, _, y, x = self.place.unbind(1)
         layout = VisionLayout.from_coordinates(item, self._time_ranks(), y, x)
         columns = torch.cat([self.place.T, self.positions])  # place: the layout has ranks instead of times
         tokens = Tokens(self.features, layout, self.size, score, columns=columns)
-        done = spacetime(tokens, stage, LightKVConfig((stage,), method="spacetime"))
+        done = spacetime(tokens, drop, ROUNDS, DISTANCE)
         place, positions = done.columns[:4].T, done.columns[4:]
         return Cached(done.hidden, place, done.size, positions), done
 

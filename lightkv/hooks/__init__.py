@@ -1,1 +1,1 @@
-"""Compression inside stock `generate`: layer hooks, attention to merged tokens, the short cache, the report."""
+"""Compresses inside stock `generate`: layer hooks, attention to merged tokens, the short cache, the report."""

@@ -1,14 +1,16 @@
-"""An attention implementation that lets a stage see queries and keys, and that hears a merged token as its members.
+"""Wraps an attention implementation: passes queries and keys to a stage, and weighs merged tokens by their sizes.
 
-transformers picks attention and mask functions by name. For a base name such as "sdpa" we register
-"lightkv_sdpa": the same mask function, and an attention function that looks up what the module's AttentionHook asks
-for and then calls the base. Registration is process-wide and changes nothing until a model selects the name.
+transformers selects attention and mask functions by name. For a base name such as "sdpa" we register "lightkv_sdpa":
+the same mask function, and an attention function that looks up the module's AttentionHook and then calls the base.
+Registration is process-wide and changes nothing until a model selects the name.
 
-Proportional attention: with a bias of log n_j on the score of key j, a token that stands for n_j equal ones takes
-the attention that these took. No S × S mask is built for it. On GPUs a kernel of ours adds the bias (ops/attend.py).
-Elsewhere, and for what that does not know, it travels in extra head dimensions where there are many queries,
-q · k + bias = [q, 1, 1] · [k, high, low] with high + low = bias / scale: every kernel takes them, `is_causal` stays,
-and half precision loses nothing. For one query a row is added to the mask, in the query's dtype.
+Proportional attention: a bias of log n_j on the score of key j gives a token merged from n_j equal tokens the attention
+that these had together. No S × S mask is built for it:
+
+    on GPUs         our kernel adds the bias (ops/attend.py)
+    many queries    otherwise, extra head dimensions carry it: q · k + bias = [q, 1, 1] · [k, high, low] with
+                    high + low = bias / scale. Every kernel takes them, `is_causal` stays, half precision loses nothing
+    one query       otherwise, a row is added to the mask, in the query's dtype
 """
 
 import sys
@@ -30,18 +32,18 @@ from lightkv.ops.attend import attend
 from lightkv.ops.dispatch import use_triton
 
 Tap = Callable[[Tensor, Tensor, float], None]  # q [B, Hq, S, d], k [B, Hkv, S, d], scale
-Weights = Callable[[], "KeyWeights | None"]  # None where all keys count alike
+Weights = Callable[[], "KeyWeights | None"]  # None if all keys count equally
 
 ROW_MASKS = ("sdpa", "eager")  # bases that take a mask [B, 1, queries, keys]
-FLASH_DIMS = 256  # what FlashAttention's kernels take at most
-EXTRA_DIMS = 8  # two are used; kernels want a head dimension that is a multiple of 8
+FLASH_DIMS = 256  # the largest head dimension of FlashAttention's kernels
+EXTRA_DIMS = 8  # two are used; kernels need a head dimension that is a multiple of 8
 
 
 @dataclass(frozen=True)
 class KeyWeights:
-    """How much each key counts: bias fp32 [B, keys] to add to its scores.
+    """Weight of each key: bias fp32 [B, keys] is added to its scores.
 
-    first int64 [B] says how many keys on the left are padding, None that none are.
+    first int64 [B] is the number of padding keys on the left; None without padding.
     """
 
     bias: Tensor
@@ -50,7 +52,7 @@ class KeyWeights:
 
 @dataclass(frozen=True)
 class AttentionHook:
-    """What one attention module does beside its kernel: show q and k to `tap`, weigh keys by `weights()`."""
+    """Additions to one attention module: it calls `tap` with q and k, and weighs keys by `weights()`."""
 
     tap: Tap | None = None
     weights: Weights | None = None
@@ -61,9 +63,9 @@ NO_HOOK = AttentionHook()
 
 
 def hooked(base: str) -> str:
-    """The name under which attention `base` runs with hooks, registered on first use.
+    """The name of attention `base` with hooks, registered on first use.
 
-    Raises UnsupportedModelError for a base without a mask function: padding would be dropped silently.
+    Raises UnsupportedModelError for a base without a mask function: padding would silently be ignored.
     """
     if base not in ALL_MASK_ATTENTION_FUNCTIONS:
         raise UnsupportedModelError(
@@ -85,7 +87,7 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if given is None else given
     if hook.tap is not None:
         hook.tap(query, key, scale)
-    # Eager attention, and any override of a kernel, lives in the module that defines the attention class.
+    # Eager attention and overridden kernels are found in the module that defines the attention class.
     home = sys.modules[type(module).__module__]
     functions = getattr(home, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     forward = functions.get_interface(base, getattr(home, "eager_attention_forward", None))
@@ -93,7 +95,7 @@ def _attend(
     if weights is None:
         return forward(module, query, key, value, attention_mask, **kwargs)
     bias = weights.bias.to(query.device)
-    trained = torch.is_grad_enabled() and query.requires_grad  # attend carries no gradient
+    trained = torch.is_grad_enabled() and query.requires_grad  # attend has no gradient
     if base != "eager" and use_triton(query) and not trained and not _unusual(kwargs):
         first = None if weights.first is None else weights.first.to(query.device)
         return attend(query, key, value, bias, first, scale), None
@@ -105,12 +107,12 @@ def _attend(
 
 
 def _unusual(kwargs: dict[str, Any]) -> bool:
-    """Whether a model asks for something in its attention that ops/attend.py does not do."""
+    """Whether a model needs an attention feature that ops/attend.py does not have."""
     return kwargs.get("s_aux") is not None or any(kwargs.get(name) for name in ("dropout", "softcap", "sliding_window"))
 
 
 def _with_row(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bias [B, keys] as a mask [B, 1, 1, keys], on top of the boolean or additive mask that is there."""
+    """The bias [B, keys] as a mask [B, 1, 1, keys], combined with the given boolean or additive mask."""
     row = bias.to(dtype)[:, None, None]
     if mask is None:
         return row
@@ -118,7 +120,7 @@ def _with_row(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _widened(query: Tensor, key: Tensor, value: Tensor, extra: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v with EXTRA_DIMS more dimensions, so that q · k grows by extra [B, keys] and v by zeros."""
+    """q, k, v with EXTRA_DIMS more dimensions: q · k grows by `extra` [B, keys], v is padded with zeros."""
     high = extra.to(key.dtype)
     low = (extra - high.float()).to(key.dtype)
     parts = F.pad(torch.stack([high, low], dim=-1), (0, EXTRA_DIMS - 2))

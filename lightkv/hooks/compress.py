@@ -1,26 +1,27 @@
-"""compress(model, config): hooks in for a scope, hooks fully out after it.
+"""Compresses the prefills of a stock model inside a `with` block, the scope; all hooks are removed when it ends.
 
     with compress(model, LightKVConfig.for_model(model.config)) as report:
         model.generate(**inputs)
 
-How it works. A stage "after layer l" runs in a pre-hook of layer l + 1, on what layer l handed over; the layer's
-queries and keys are seen through a registered attention implementation. From there on every layer gets the shorter
-states, their own RoPE positions and a causal mask sized by its own cache, in prefill and in decoding, and, for methods
-that want it, the log of the tokens' sizes on its scores. Layers up to l keep the full cache, so `generate` goes on
-counting from the original length. After a stage on the embeddings (layer -1) no layer holds it; then layer 0's cache
-says so (cache.py).
+How it works. A stage "after layer l" runs in a pre-hook of layer l + 1, on the output of layer l. A registered
+attention implementation passes it layer l's queries and keys. All later layers get the shorter hidden states, the
+survivors' RoPE positions and a causal mask sized by their own cache, in prefill and in decode steps. For methods with
+proportional attention, they also add the log of the tokens' sizes to the scores.
 
-Prompts given as embeddings (vision encoded elsewhere, say chunk by chunk). Qwen-VL needs `input_ids` with the
-placeholders beside the embeddings, because `generate` derives the 3-D positions from them (without, it silently counts
-0, 1, 2, … on all three axes); the layouts come from the same grids:
+Layers up to l keep the full cache, so `generate` continues to count from the original length. After a stage on the
+embeddings (layer -1) no layer holds the full cache, so layer 0's cache reports the original length (cache.py).
+
+Prompts as embeddings (vision encoded elsewhere, for example chunk by chunk). Qwen-VL also needs `input_ids` with the
+placeholders, because `generate` derives the 3-D positions from them (without them it silently counts 0, 1, 2, … on all
+three axes). The layouts come from the same grids:
 
     model.generate(input_ids=ids, inputs_embeds=embeds, attention_mask=mask,
                    mm_token_type_ids=types, video_grid_thw=grid)             # types: 0 text, 1 image, 2 video
 
-Qwen3-VL adds vision features inside its first layers too, which embeddings do not hold: give it pixels, or what its
-encoder made of them as `mm_encoder_outputs={"video": …}` in place of `inputs_embeds`.
+Qwen3-VL also adds vision features inside its first layers, which embeddings do not contain: pass pixels, or the
+encoder's outputs as `mm_encoder_outputs={"video": …}` instead of `inputs_embeds`.
 
-Models with ordinary RoPE need no ids, only `layouts` (one VisionLayout per prompt, without the padding):
+Models with ordinary RoPE need only `layouts` (one VisionLayout per prompt, without padding), no ids:
 
     with compress(model, config, layouts=[VisionLayout.grids([(start, t, h, w)], length)]) as report:
         model.generate(inputs_embeds=embeds, attention_mask=mask)
@@ -57,10 +58,10 @@ ATTACHED: WeakSet[nn.Module] = WeakSet()
 def compress(
     model: PreTrainedModel, config: LightKVConfig, layouts: Sequence[VisionLayout] | None = None
 ) -> Iterator[Report]:
-    """Compress the vision tokens of every prefill of `model` inside the scope; yields the Report.
+    """Compresses the vision tokens of every prefill of `model` inside the scope; yields the Report.
 
-    `layouts` (one VisionLayout per prompt, without padding) replaces what would be read off `input_ids`.
-    Raises UnsupportedModelError or ConfigError on entry, UnsupportedCallError from a call that cannot be honoured.
+    `layouts` (one VisionLayout per prompt, without padding) replaces the layouts derived from `input_ids`.
+    Raises UnsupportedModelError or ConfigError on entry. Unsupported calls of the model raise UnsupportedCallError.
     """
     session = _Session(model, config, layouts)
     with ExitStack() as undo:
@@ -69,23 +70,23 @@ def compress(
 
 
 class _Session:
-    """The hooks of one scope and what they share."""
+    """The hooks of one scope and their shared state."""
 
     def __init__(self, model: PreTrainedModel, config: LightKVConfig, layouts: Sequence[VisionLayout] | None) -> None:
         if model in ATTACHED:
-            raise LightKVError("this model is already being compressed: leave the other scope first")
+            raise LightKVError("this model is already being compressed: end the other scope (with compress(...)) first")
         self.model = model
         self.config = config
         self.family = family_of(model.config) if layouts is None else FAMILIES.get(model.config.model_type)
         self.layouts = layouts
         self.decoder = model.get_decoder()
         self.report = Report()
-        self.expected: Sequence[VisionLayout] | None = None  # layouts of the prompt that is being generated from
+        self.expected: Sequence[VisionLayout] | None = None  # layouts of the prompts of a running `generate`
         self.prefill: Prefill | None = None  # of the forward in progress
-        self.step: dict[str, Any] = {}  # what is known about that forward
-        self.given: dict[int, dict[str, Any]] = {}  # arguments it gives to the layers after so many stages
-        self.weights: dict[int, KeyWeights | None] = {}  # how it weighs the keys of those layers
-        self.unheard: set[int] = set()  # layers whose attention has not asked for that yet
+        self.step: dict[str, Any] = {}  # layouts and positions of that forward
+        self.given: dict[int, dict[str, Any]] = {}  # number of stages before a layer → its arguments
+        self.weights: dict[int, KeyWeights | None] = {}  # the same → the weights of its keys
+        self.unread: set[int] = set()  # layers whose attention has not read its weights yet
         self.known: WeakKeyDictionary[Cache, Prefill] = WeakKeyDictionary()
         self.text_config = self.decoder.config
         self.signature = inspect.signature(model.forward)
@@ -102,7 +103,7 @@ class _Session:
             )
 
     def _check_attention(self, base: str) -> None:
-        """Raises UnsupportedModelError where a flash kernel has no room for the dimensions that carry the sizes."""
+        """Raises UnsupportedModelError if a flash kernel has no room for the dimensions that carry the sizes."""
         heads = self.text_config.num_attention_heads
         width = getattr(self.text_config, "head_dim", None) or self.text_config.hidden_size // heads
         crowded = "flash" in base and width + EXTRA_DIMS > FLASH_DIMS
@@ -113,7 +114,7 @@ class _Session:
             )
 
     def attach(self, undo: ExitStack) -> None:
-        """Switch on; `undo` switches everything off again in reverse order."""
+        """Installs everything; `undo` removes it again in reverse order."""
         ATTACHED.add(self.model)
         undo.callback(ATTACHED.discard, self.model)
         base = self.text_config._attn_implementation or "eager"
@@ -123,7 +124,7 @@ class _Session:
         self.text_config._attn_implementation = name
         layers = self.decoder.layers
         method = METHODS[self.config.method]
-        listened = {stage.layer for n, stage in enumerate(self.config.stages) if method.scorer(self.config, n)}
+        scored = {stage.layer for n, stage in enumerate(self.config.stages) if method.scorer(self.config, n)}
         first = self.config.stages[0].layer + 1 if self.config.stages else len(layers)
         hooks = [
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -131,7 +132,7 @@ class _Session:
             self.decoder.register_forward_hook(self._after_decoder),
         ]
         for index, layer in enumerate(layers):
-            tap = self._listen if index in listened else None
+            tap = self._score if index in scored else None
             weights = partial(self._weights, index) if index >= first and method.proportional else None
             if tap is not None or weights is not None:
                 HOOKS[layer.self_attn] = AttentionHook(tap, weights)
@@ -145,10 +146,10 @@ class _Session:
             undo.callback(_restore, self.model, "generate", self.model.__dict__.get("generate"))
             self.model.generate = wraps(self.model.generate)(partial(self._generate, self.model.generate))
 
-    # --- the caller's side: refuse what cannot be honoured, find out where vision lies ---
+    # --- the caller's side: refuse unsupported calls, find the vision tokens ---
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
-        """`generate`, with its arguments looked at first: here the images are still attached to their prompts."""
+        """`generate` after a check of its arguments; only here are images still assigned to their prompts."""
         inputs = dict(kwargs)
         if args:
             inputs["input_ids" if args[0].ndim == 2 else "inputs_embeds"] = args[0]
@@ -160,7 +161,7 @@ class _Session:
         layouts = self._layouts(inputs)
         prompt = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         if prompt is not None and _any_vision(layouts):
-            # Only for its refusals: before the images are encoded.
+            # Called only for its errors, so that they come before the images are encoded.
             rows_for_batch(layouts, inputs.get("attention_mask"), *prompt.shape[:2])
         self.expected = layouts
         try:
@@ -185,7 +186,7 @@ class _Session:
         if inputs.get("labels") is not None:
             raise UnsupportedCallError("labels cannot be used: the sequence gets shorter inside the model")
         self.step, self.given, self.weights = {}, {}, {}
-        self.unheard.clear()
+        self.unread.clear()
         if seen_tokens(inputs.get("past_key_values")) == 0:
             self.step["layouts"] = self.expected if self.expected is not None else self._layouts(inputs)
 
@@ -209,7 +210,7 @@ class _Session:
     def _begin(
         self, batch: int, length: int, positions: Tensor | None, device: torch.device, kwargs: Mapping[str, Any]
     ) -> Prefill | None:
-        """The state of a new prefill; None when nothing in it is vision, which leaves it alone bit for bit."""
+        """The state of a new prefill; None without vision tokens, which leaves the prefill unchanged bit for bit."""
         layouts = [layout.to(device) for layout in self.step["layouts"]]
         if not _any_vision(layouts):
             return None
@@ -219,7 +220,7 @@ class _Session:
         return Prefill(self.config, rows, length, positions)
 
     def _positions(self, given: Tensor | None, batch: int, length: int, past: int, device: torch.device) -> Tensor:
-        """RoPE positions as the decoder will use them: [B, S], or [3, B, S] for M-RoPE."""
+        """RoPE positions as the decoder uses them: [B, S], or [3, B, S] for M-RoPE."""
         if given is None:
             given = torch.arange(past, past + length, device=device)[None]
         if given.ndim == 3 and given.shape[0] == 4:  # Qwen-VL: text positions come first
@@ -228,12 +229,12 @@ class _Session:
             given = given[None].expand(3, -1, -1)
         return given.expand(*given.shape[:-2], batch, length)
 
-    def _listen(self, q: Tensor, k: Tensor, scale: float) -> None:
+    def _score(self, q: Tensor, k: Tensor, scale: float) -> None:
         if self.prefill is not None and self.prefill.running:
-            self.prefill.listen(q, k, scale)
+            self.prefill.score(q, k, scale)
 
     def _weights(self, index: int) -> KeyWeights | None:
-        self.unheard.discard(index)
+        self.unread.discard(index)
         return None if self.prefill is None else self.weights.get(self.prefill.group_of(index))
 
     def _before_layer(
@@ -252,11 +253,11 @@ class _Session:
         if number not in self.given:
             self.given[number] = self._inputs_of_group(number, index, hidden, kwargs)
         if self.weights[number] is not None:
-            self.unheard.add(index)
+            self.unread.add(index)
         return (hidden, *args[1:]), {**kwargs, **self.given[number]}
 
     def _inputs_of_group(self, number: int, index: int, hidden: Tensor, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Mask and positions for the layers after `number` stages; the same for all of them in one forward."""
+        """Mask and positions of the layers after `number` stages; all of them share these in one forward."""
         prefill, cache = self.prefill, kwargs["past_key_values"]
         assert prefill is not None
         group = prefill.groups[number]
@@ -279,14 +280,14 @@ class _Session:
             angles = self.decoder.rotary_emb(hidden, positions.to(hidden.device))
         elif prefill.running:
             angles = tuple(_rows_at(angle, group.origin) for angle in angles)
-        # Attention reads position_ids only to detect packed sequences; gaps between survivors would look like that.
+        # Attention reads position_ids only to detect packed sequences; it would take gaps between survivors for those.
         return {"attention_mask": mask, "position_embeddings": angles, "position_ids": None}
 
     def _after_decoder(self, decoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         prefill, cache = self.prefill, output.past_key_values
-        if self.unheard:
+        if self.unread:
             raise LightKVError(
-                f"layers {sorted(self.unheard)} did not run their attention through transformers' AttentionInterface"
+                f"layers {sorted(self.unread)} did not run their attention through transformers' AttentionInterface"
             )
         if prefill is not None and prefill.running:
             prefill.running = False
@@ -309,7 +310,7 @@ def _rows_at(angle: Tensor, index: Tensor) -> Tensor:
 
 
 def _restore(target: object, name: str, value: object | None) -> None:
-    """Put an instance attribute back to `value`, or away if there was none."""
+    """Sets an instance attribute back to `value`, or deletes it if there was none."""
     if value is None:
         target.__dict__.pop(name, None)
     else:

@@ -1,4 +1,4 @@
-"""The state of one compressed prefill and of the decoding after it: who is left, where, and under which mask."""
+"""Keeps the state of one compressed prefill and its decode steps: survivors, their positions, and masks per layer."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ from lightkv.vision.tokens import Compressed, Tokens
 
 @dataclass(frozen=True)
 class Group:
-    """What the layers between two stages hold; tensors [B, length] cover the batch with its padding on the left.
+    """The tokens of the layers between two stages; tensors [B, length] are padded on the left.
 
-    layout     of all rows, one after another
-    packing    which tokens of the batch are real
+    layout     layout of all rows, one after another
+    packing    lengths and padding of the rows
     origin     int64 [B, length] position of each token in the prompt; 0 for padding
-    size       fp32 [B, length] how many tokens of the prompt each stands for; 1 for padding
-    positions  int64 [..., B, length] RoPE positions, or None where positions are kept
-    closed     int64 [B] positions that have closed up before the next token
+    size       fp32 [B, length] number of prompt tokens that each token represents; 1 for padding
+    positions  int64 [..., B, length] RoPE positions; None if positions are kept
+    closed     int64 [B] number of positions that have been closed before the next token
     """
 
     layout: VisionLayout
@@ -43,7 +43,7 @@ class Group:
     closed: Tensor
 
     def mask(self, length: int) -> Tensor | None:
-        """Bool [B, length] of the real ones among the group's tokens and those decoded since; None if all are."""
+        """Bool [B, length], False at padding, over the group's tokens and those decoded since; None without padding."""
         first = self.packing.first
         if first is None:
             return None
@@ -51,23 +51,23 @@ class Group:
 
     @cached_property
     def log_size(self) -> Tensor | None:
-        """fp32 [B, length] log of the sizes; None where every token stands for itself alone."""
+        """fp32 [B, length] log of the sizes; None if all sizes are 1."""
         return self.size.log() if bool((self.size != 1).any()) else None
 
     def weights(self, length: int) -> KeyWeights | None:
-        """Of the group's keys (log of their sizes) and of later ones (0), `length` in all; None if all count alike."""
+        """Weights of `length` keys: log of the size for the group's, 0 for later ones; None if all sizes are 1."""
         if self.log_size is None:
             return None
         return KeyWeights(F.pad(self.log_size, (0, length - self.packing.width)), self.packing.first)
 
     @cached_property
     def vision_tokens(self) -> int:
-        """Of all rows together."""
+        """Number of vision tokens in all rows together."""
         return int(self.layout.is_vision.sum())
 
 
 class Prefill:
-    """Runs the stages of `config` over one batch and remembers, for each group of layers, what is left."""
+    """Runs the stages of `config` on one batch and keeps the resulting Group for each range of layers."""
 
     def __init__(
         self, config: LightKVConfig, layouts: Sequence[VisionLayout], length: int, positions: Tensor | None
@@ -87,27 +87,27 @@ class Prefill:
         self._after = [stage.layer for stage in config.stages]
 
     def group_of(self, layer: int) -> int:
-        """Number of stages that come before this decoder layer."""
+        """Number of stages before this decoder layer."""
         return bisect_left(self._after, layer)
 
-    def listen(self, q: Tensor, k: Tensor, scale: float) -> None:
-        """Take the scores of the coming stage from its layer's q [B, Hq, S, d] and k [B, Hkv, S, d]."""
+    def score(self, q: Tensor, k: Tensor, scale: float) -> None:
+        """Computes the scores of the next stage from its layer's q [B, Hq, S, d] and k [B, Hkv, S, d]."""
         group, scorer = self.groups[-1], self._scorer()
         assert scorer is not None
         self.scores = scorer(q, k, group.layout.to(q.device), group.packing, scale)
 
     def _scorer(self) -> Scorer | None:
-        """Of the coming stage."""
+        """The scorer of the next stage."""
         return self.method.scorer(self.config, len(self.groups) - 1)
 
     def compress(self, hidden: Tensor, stage: Stage) -> Tensor:
-        """Run `stage` on hidden [B, S, D] and open the next group; rows are padded left to the longest."""
+        """Runs `stage` on hidden [B, S, D] and adds the next group; rows are padded on the left to the longest."""
         group, packing, device = self.groups[-1], self.groups[-1].packing, hidden.device
         if self._scorer() is not None and self.scores is None:
             raise LightKVError(
                 f"layer {stage.layer} did not run its attention through transformers' AttentionInterface"
             )
-        layout = group.layout.to(device)  # the layers may be spread over several
+        layout = group.layout.to(device)  # layers may be on several devices
         layout = layout.squared() if self.config.windows == "released" else layout
         self._note_small_grids(layout, stage)
         score = self.scores.to(device) if self.scores is not None else None
@@ -130,8 +130,8 @@ class Prefill:
         return left.pad(result.hidden)
 
     def _note_survivors(self, origin: Tensor, packing: Packing, result: Compressed, left: Packing) -> None:
-        """Follow the tokens of every prompt through one more stage; origin [N] of what was there before it."""
-        target = torch.where(result.target < 0, -1, origin[result.target])  # by the tokens of this stage
+        """Extends every prompt's Survivors by one stage; origin [N] belongs to the tokens before it."""
+        target = torch.where(result.target < 0, -1, origin[result.target])  # as positions in the prompt
         kept = result.columns[0].split(left.lengths)
         before = zip(origin.split(packing.lengths), target.split(packing.lengths), strict=True)
         for row, (origin, target) in enumerate(before):
@@ -144,7 +144,7 @@ class Prefill:
             self.survivors[row].append(Survivors(kept[row] - pad, target))
 
     def retention(self, num_layers: int) -> float:
-        """Layer-averaged share of vision KV entries kept, as reached over all rows."""
+        """Share of vision KV entries that all rows really kept, averaged over layers."""
         counts = [group.vision_tokens for group in self.groups]
         held = sum(counts[self.group_of(layer)] for layer in range(num_layers))
         return held / (num_layers * counts[0])
@@ -157,7 +157,7 @@ class Prefill:
         )
 
     def record(self, report: Report, cache: Cache, num_layers: int) -> None:
-        """Put the figures of this prefill, which has just filled `cache`, into the report."""
+        """Writes the figures of this prefill, which has just filled `cache`, into the report."""
         counts = [group.vision_tokens for group in self.groups]
         asked = self.config.retention(num_layers)
         report.retention = self.retention(num_layers)
@@ -169,8 +169,8 @@ class Prefill:
         report.survivors = tuple(tuple(row) for row in self.survivors)
         if report.retention > asked + RETENTION_SLACK:
             report.notes += (
-                f"retention {report.retention:.3f} was reached, {asked:.3f} was asked: whole tokens cannot leave small "
-                "windows, and row ends stay",
+                f"retention {report.retention:.3f} was reached instead of {asked:.3f}: small windows round the "
+                "number of removed tokens down, and row ends stay",
             )
         report.prefills += 1
 
@@ -179,22 +179,22 @@ class Prefill:
         if bool(small.any()):
             grids = [tuple(grid) for grid in layout.grid[small, 1:].unique(dim=0).tolist()]
             self.notes.append(
-                f"stage after layer {stage.layer}: {stage.windows} windows per side shrunk to the grids {grids}"
+                f"stage after layer {stage.layer}: {stage.windows} windows per side exceed the grids {grids}"
             )
 
 
 def _close_up(before: Tensor, after: Tensor, packing: Packing, left: Packing) -> tuple[Tensor, Tensor]:
-    """Renumber positions: each value drops by the number of smaller values that no survivor holds any more.
+    """Renumbers positions: each value decreases by the number of smaller values that no survivor has any more.
 
-    For ordinary RoPE this gives 0 … S'-1. For M-RoPE the three axes share one numbering, so order, equality of a
-    text token's three coordinates, and gaps that were there before all stay.
+    For ordinary RoPE this gives 0 … S'-1. For M-RoPE the three axes share one numbering, so that order, earlier gaps,
+    and the equality of a text token's three coordinates are preserved.
 
-    before int64 [axes, N] of the tokens, after [axes, N'] of the survivors → [axes, N'], and how many values of each
-    sequence have vanished, [B].
+    before int64 [axes, N] of all tokens, after [axes, N'] of the survivors → new positions [axes, N'], and the number
+    of vanished values per sequence, [B].
     """
     closed_up, counts = [], []
     for old, new in zip(before.split(packing.lengths, dim=1), after.split(left.lengths, dim=1), strict=True):
-        values, new = old.unique(), new.contiguous()  # torch.isin wants that
+        values, new = old.unique(), new.contiguous()  # as torch.isin needs
         vanished = values[~torch.isin(values, new)]
         closed_up.append(new - torch.searchsorted(vanished, new))
         counts.append(len(vanished))
@@ -202,9 +202,9 @@ def _close_up(before: Tensor, after: Tensor, packing: Packing, left: Packing) ->
 
 
 def rows_for_batch(layouts: Sequence[VisionLayout], mask: Tensor | None, batch: int, length: int) -> list[VisionLayout]:
-    """Layouts of a padded batch without the padding, repeated for beams; one layout serves batch / len(layouts) rows.
+    """One layout per row of a padded batch, without padding; each is repeated for batch / len(layouts) beams.
 
-    Raises UnsupportedCallError when they do not fit, or when padding is not on the left.
+    Raises UnsupportedCallError if the layouts do not fit the batch, or if padding is not on the left.
     """
     if not layouts or batch % len(layouts):
         raise UnsupportedCallError(f"{len(layouts)} layouts do not fit a batch of {batch}; pass one per prompt")

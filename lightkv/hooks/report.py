@@ -1,4 +1,4 @@
-"""What a compressed prefill really reached: tokens, retention, bytes."""
+"""Defines Report: the tokens, retention and bytes that a compressed prefill reached."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -7,12 +7,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import Cache
 
-RETENTION_SLACK = 0.02  # above this, what was reached is no longer a matter of rounding in windows
+RETENTION_SLACK = 0.02  # a larger excess over the configured retention is more than rounding in windows
 
 
 @dataclass(frozen=True)
 class StageReport:
-    """Vision tokens of the whole batch before and after the stage that follows `layer` (-1: the embeddings)."""
+    """Vision tokens of all rows before and after the stage that follows `layer` (-1: the embeddings)."""
 
     layer: int
     tokens_before: int
@@ -21,10 +21,10 @@ class StageReport:
 
 @dataclass(frozen=True)
 class Survivors:
-    """What one stage has left of a prompt of S tokens, in positions of the prompt, its padding not counted.
+    """The tokens of a prompt of S tokens that are left after one stage, as positions in the prompt without padding.
 
-    kept   int64 [S']  ascending; text included
-    target int64 [S]   the survivor that each token of the prompt is part of by now; -1 if it was dropped
+    kept   int64 [S']  positions of the survivors, ascending, text included
+    target int64 [S]   the survivor that each prompt token has merged into so far; -1 if it was dropped
     """
 
     kept: "Tensor"
@@ -35,15 +35,15 @@ class Survivors:
 class Report:
     """Figures of the latest prefill under `compress`, summed over its batch rows; zero before the first.
 
-    retention              layer-averaged share of vision KV entries kept, as reached
+    retention              share of vision KV entries that were kept, averaged over layers
     kv_bytes               size of the cache after prefill, text and padding included
-    kv_bytes_uncompressed  size it would have had without compression
+    kv_bytes_uncompressed  its size without compression
     vision_tokens          vision tokens in the prompts
-    kept_tokens            of these, in the last layers
-    stages                 one entry per stage
-    notes                  what could not be done as asked
-    survivors              for each row of the batch, a Survivors per stage; on the model's device
-    prefills               prefills seen since the scope was entered
+    kept_tokens            vision tokens left in the last layers
+    stages                 one StageReport per stage
+    notes                  deviations from the configuration, such as fewer windows on small grids
+    survivors              one Survivors per stage for each batch row, on the model's device
+    prefills               number of prefills since the scope was entered
     """
 
     retention: float = 1.0
@@ -57,14 +57,14 @@ class Report:
     survivors: tuple[tuple[Survivors, ...], ...] = field(default=(), repr=False, compare=False)
 
     def record_text(self, cache: "Cache | None") -> None:
-        """Take over the figures of a prefill without vision, which was left alone."""
+        """Records a prefill without vision tokens, which was not compressed."""
         size = cache_bytes(cache) if cache is not None else 0
         prefills = self.prefills + 1
         self.__init__(kv_bytes=size, kv_bytes_uncompressed=size, prefills=prefills)  # type: ignore[misc]
 
 
 def cache_bytes(cache: "Cache", length: int | None = None) -> int:
-    """Bytes of all keys and values; with `length`, what they would take at that many positions per layer."""
+    """Bytes of all keys and values; with `length`, their bytes if every layer had that many positions."""
     total = 0
     for layer in cache.layers:
         for states in (layer.keys, layer.values):

@@ -1,4 +1,4 @@
-"""LightKVConfig: which method compresses where and how much; frozen, checked, and derivable from a target."""
+"""Defines LightKVConfig: the method, the stages and their drops; checks it and derives it from a retention."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 POSITIONS = ("keep", "compact")
 WINDOW_SCOPES = ("frame", "spatiotemporal", "released")
 BUDGETS = ("window", "item")
-DEFAULT_METHOD = "lightkv"  # of for_model; a configuration put together field by field is the paper's by default
-OF_EVERY_METHOD = frozenset({"stages", "positions", "method"})  # the other fields belong to the methods that read them
+DEFAULT_METHOD = "lightkv"  # of for_model; LightKVConfig(stages) itself defaults to the paper's method
+OF_EVERY_METHOD = frozenset({"stages", "positions", "method"})  # any other field must be in the method's `reads`
 
 
 @dataclass(frozen=True)
 class LightKVConfig(Settings):
-    """What `compress` does to a model: the fields of `Settings` (settings.py), checked.
+    """How `compress` and the engine compress a model; the fields are documented at `Settings` (settings.py).
 
-    Raises ConfigError for values that are impossible or that the method does not read.
+    Raises ConfigError for impossible values, and for values of fields that the method does not read.
     """
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class LightKVConfig(Settings):
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in OF_EVERY_METHOD | method.reads and value != field.default:
-                raise ConfigError(f"method={self.method!r} does not read {field.name}: leave it out, got {value!r}")
+                raise ConfigError(f"method={self.method!r} does not read {field.name}: omit it, got {value!r}")
         if "windows" not in method.reads and any(stage.windows != 1 for stage in self.stages):
             raise ConfigError(f"method={self.method!r} has no windows: leave Stage.windows at 1")
         if type(self.rounds) is not int or self.rounds < 1:
@@ -65,12 +65,12 @@ class LightKVConfig(Settings):
             raise ConfigError(f"{what} needs a layer before it, for its queries and keys: no stage at layer -1")
 
     def retention(self, num_layers: int) -> float:
-        """Layer-averaged share of vision KV entries kept by a decoder of `num_layers` layers (the paper's 55 %)."""
+        """Share of vision KV entries that a decoder of `num_layers` layers keeps, averaged over layers (paper: 55%)."""
         self.check_depth(num_layers)
         return kept_share([(stage.layer, stage.drop) for stage in self.stages], num_layers)
 
     def check_depth(self, num_layers: int, first_layer: int = EMBEDDINGS) -> None:
-        """Raises ConfigError unless every stage lies after `first_layer` or later and before the last layer."""
+        """Raises ConfigError unless every stage follows `first_layer` or a later layer, and precedes the last layer."""
         for stage in self.stages:
             if not first_layer <= stage.layer <= num_layers - 2:
                 where = "on the embeddings" if stage.layer == EMBEDDINGS else f"after layer {stage.layer}"
@@ -86,7 +86,7 @@ class LightKVConfig(Settings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LightKVConfig":
-        """The inverse of `to_dict`. Raises ConfigError for unknown and missing keys."""
+        """The inverse of `to_dict`. Raises ConfigError for unknown or missing keys."""
         _known(cls, values)
         stages = []
         for stage in values["stages"]:
@@ -103,13 +103,13 @@ class LightKVConfig(Settings):
         method: str = DEFAULT_METHOD,
         **options: Any,
     ) -> "LightKVConfig":
-        """The schedule by which `method` keeps `retention` (0.05 to 1) of the vision KV of this model.
+        """The configuration with which `method` keeps `retention` (0.05 to 1) of the vision KV of this model.
 
-        "lightkv" has a stage on the embeddings and one after a third of the layers; "published" has three unless told
-        otherwise, at about the paper's layers, and for less moves them towards the input, then drops more
-        (schedule.py). For "published", windows per side are 2^(stages - 1), …, 2, 1, and the budget is the
-        item's. `options` are further fields, e.g. positions="compact".
-        Raises ConfigError when the depth cannot reach the target, naming the least that it can.
+        "lightkv" has a stage on the embeddings and one after a third of the layers. "published" has three stages by
+        default, near the paper's layers; for a lower retention they move towards the input, then drop more
+        (schedule.py). Its windows per side are 2^(stages - 1), …, 2, 1, and its budget is "item". `options` are
+        further fields, e.g. positions="compact".
+        Raises ConfigError if the depth cannot reach the target, and names the least retention it can.
         """
         _one_of("method", method, METHODS)
         if not 0.05 <= retention <= 1.0:
@@ -127,14 +127,14 @@ class LightKVConfig(Settings):
 
     @classmethod
     def published(cls, model: str, **options: Any) -> "LightKVConfig":
-        """The paper's schedule for one of its models, e.g. "llava-1.5-7b". Raises ConfigError with the names."""
+        """The paper's schedule for one of its models, e.g. "llava-1.5-7b". Raises ConfigError for other names."""
         _one_of("model", model, PUBLISHED)
         layers, sides = PUBLISHED[model]
         stages = tuple(Stage(*stage, USUAL_DROP) for stage in zip(layers, sides, strict=True))
         return cls(stages, method="published", **options)
 
 
-# Layers after which a model is compressed and windows per side, as the release runs it; every stage drops half.
+# Layers that the stages follow, and windows per side, as the release runs them; every stage drops half.
 PUBLISHED: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "llava-1.5-7b": ((12, 18, 24), (4, 2, 1)),
     "llava-1.5-13b": ((15, 23, 31), (4, 2, 1)),
@@ -154,7 +154,7 @@ def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
 
 def _known(kind: type, values: Mapping[str, Any], required: Sequence[str] = ("stages",)) -> None:
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{kind.__name__} must be given by its fields, got {values!r}")
+        raise ConfigError(f"{kind.__name__} must be a mapping of its fields, got {values!r}")
     names = {field.name for field in fields(kind)}
     unknown, missing = sorted(set(values) - names), sorted(set(required) - set(values))
     if unknown or missing:

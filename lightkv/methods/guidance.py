@@ -1,4 +1,4 @@
-"""Scores of vision tokens from a layer's queries and keys; above all prompt guidance (method step 1)."""
+"""Computes scores of vision tokens from a layer's queries and keys, such as prompt guidance (the paper's step 1)."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,9 +12,9 @@ from lightkv.vision.packing import Packing
 
 
 def prompt_guidance(q: Tensor, k: Tensor, is_text: Tensor, scale: float) -> Tensor:
-    """g_i = Σ_heads Σ_{j∈text} softmax over queries i of (q_i · k_j · scale).
+    """Prompt guidance g_i = Σ_heads Σ_{j∈text} softmax over queries i of (q_i · k_j · scale).
 
-    Every text key hands out a vote of 1 per head, without the causal mask, so Σ_i g_i = heads · |text|.
+    Every text key distributes one vote per head over all queries, without the causal mask: Σ_i g_i = heads · |text|.
 
     q [Hq, S, d] and k [Hkv, S, d] after RoPE (a key head serves Hq/Hkv query heads), is_text bool [S] → fp32 [S].
     """
@@ -23,7 +23,7 @@ def prompt_guidance(q: Tensor, k: Tensor, is_text: Tensor, scale: float) -> Tens
 
 
 def _prompt_votes(q: Tensor, k: Tensor, voters: Tensor, packing: Packing, scale: float) -> Tensor:
-    """`prompt_guidance` of every sequence of a batch by itself: q [B, Hq, S, d], voters bool [N] → fp32 [N]."""
+    """`prompt_guidance` for each sequence of a batch separately: q [B, Hq, S, d], voters bool [N] → fp32 [N]."""
     queries, keys = _Side.of(torch.ones_like(voters), packing), _Side.of(voters, packing)
     return softmax_votes(
         q, k, queries.index, queries.starts, keys.index, keys.starts, scale, "sum", queries.most, keys.most
@@ -32,10 +32,12 @@ def _prompt_votes(q: Tensor, k: Tensor, voters: Tensor, packing: Packing, scale:
 
 @dataclass(frozen=True)
 class _Side:
-    """Some of the packed tokens, as `softmax_votes` wants them.
+    """A selection of n packed tokens, in the form that `softmax_votes` takes.
 
-    token int64 [n] among the packed ones · index int64 [n] in the flattened batch · starts int64 [B + 1] where each
-    sequence begins among the n · most of any sequence
+    token   int64 [n] index among the packed tokens
+    index   int64 [n] index in the flattened batch
+    starts  int64 [B + 1] where each sequence begins among the n
+    most    largest number of selected tokens in a sequence
     """
 
     token: Tensor
@@ -47,7 +49,7 @@ class _Side:
     def of(cls, chosen: Tensor, packing: Packing) -> "_Side":
         token = torch.nonzero(chosen).flatten()
         row, index = packing.row.to(token.device)[token], packing.index.to(token.device)[token]
-        counts = row.new_zeros(len(packing.lengths)).index_add(0, row, torch.ones_like(row))  # unlike bincount, no wait
+        counts = row.new_zeros(len(packing.lengths)).index_add(0, row, torch.ones_like(row))  # bincount would wait
         return cls(token, index, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), int(counts.max()))
 
 
@@ -55,12 +57,12 @@ class Guidance(Protocol):
     """A source of merge weights: the positions whose keys vote, or None for equal weights."""
 
     def voters(self, layout: VisionLayout, row: Tensor | None = None) -> Tensor | None:
-        """Bool [S]; row int64 [S] is the sequence of each token, None where all are of one."""
+        """Bool [S]; row int64 [S] is the sequence of each token, None for a single sequence."""
 
 
 @dataclass(frozen=True)
 class PromptGuidance:
-    """All text votes: system prompt, template, and the user's words before and after the vision tokens."""
+    """All text votes: system prompt, template, and the user's text before and after the vision tokens."""
 
     def voters(self, layout: VisionLayout, row: Tensor | None = None) -> Tensor:
         return layout.is_text
@@ -80,7 +82,7 @@ class QuestionGuidance:
 
 @dataclass(frozen=True)
 class UniformGuidance:
-    """Nobody votes; every token weighs the same."""
+    """No token votes; all weights are equal."""
 
     def voters(self, layout: VisionLayout, row: Tensor | None = None) -> None:
         return None
@@ -94,18 +96,18 @@ GUIDANCES: dict[str, Guidance] = {
 
 
 class Scorer(Protocol):
-    """What a stage wants to know of the layer before it."""
+    """Computes the scores that a stage needs from the layer before it."""
 
     def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, packing: Packing, scale: float) -> Tensor:
-        """q [B, Hq, S, d] and k [B, Hkv, S, d] after RoPE, the packed tokens' layout and place → fp32 [N]."""
+        """Scores fp32 [N] of the packed tokens, from q [B, Hq, S, d] and k [B, Hkv, S, d] after RoPE."""
 
     def pairs(self, tokens: int, text_tokens: int) -> int:
-        """Query–key products per head in a sequence of `tokens`, for cost estimates."""
+        """Query–key products per head for a sequence of `tokens` tokens, for cost estimates."""
 
 
 @dataclass(frozen=True)
 class Votes:
-    """Prompt guidance with the voters of one of GUIDANCES; nobody votes: all weigh the same."""
+    """Prompt guidance with the voters of one of GUIDANCES; equal weights if none vote."""
 
     rule: Guidance
 
@@ -121,10 +123,10 @@ class Votes:
 
 @dataclass(frozen=True)
 class QuestionAttention:
-    """The most that any token of the question, in any head, attends to a vision token; softmax over vision alone.
+    """The largest attention that any question token, in any head, pays to a vision token; softmax over vision only.
 
-    The question is the text after the last vision token: by causality the only text that sees all of them. Where
-    there is none, all score the same. How many tokens a merged one stands for does not count.
+    The question is the text after the last vision token: by causality the only text that attends to all of them.
+    Without such text all scores are equal. Sizes of merged tokens do not count.
     """
 
     def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, packing: Packing, scale: float) -> Tensor:
@@ -136,21 +138,23 @@ class QuestionAttention:
         return torch.zeros(len(layout), device=q.device).index_copy(0, keys.token, best)
 
     def of_keys(self, q: Tensor, k: Tensor, vision: Tensor, scale: float) -> Tensor:
-        """The same for the queries of a question, q [Hq, T, d], and any keys, k [Hkv, n, d], of which `vision` int64
-        says which are vision's: fp32 [n]."""
+        """The same scores for given keys: fp32 [n], 0 except at vision keys.
+
+        q [Hq, T, d] are the question's queries, k [Hkv, n, d] any keys, `vision` int64 the indices of vision keys.
+        """
         ends = [torch.tensor([0, count], device=q.device) for count in (len(vision), q.shape[1])]
         text = torch.arange(q.shape[1], device=q.device)
         best = softmax_votes(k[None], q[None], vision, ends[0], text, ends[1], scale, "max", len(vision), q.shape[1])
         return torch.zeros(k.shape[1], device=q.device).index_copy(0, vision, best)
 
     def pairs(self, tokens: int, text_tokens: int) -> int:
-        """As if all text came after the vision."""
+        """Counts all text as if it came after the vision tokens."""
         return (tokens - text_tokens) * text_tokens
 
 
 @dataclass(frozen=True)
 class LastQuery:
-    """The attention that the last prompt token pays to every token, mean over heads."""
+    """The attention that the last prompt token pays to every token, averaged over heads."""
 
     def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, packing: Packing, scale: float) -> Tensor:
         queries = q[:, :, -1].float().unflatten(1, (k.shape[1], -1))  # [B, Hkv, Hq / Hkv, d]

@@ -1,4 +1,4 @@
-"""The published method's stage on one sequence: windows, matching and merging put together."""
+"""Runs one stage of the published method: cuts windows, matches tokens in each, and merges the pairs."""
 
 import math
 from dataclasses import replace
@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from lightkv.errors import ConfigError
-from lightkv.methods.settings import Budget, Settings, Stage, check_stage
+from lightkv.methods.settings import Budget, check_stage
 from lightkv.methods.windows import Windows, match
 from lightkv.ops.merge import merge
 from lightkv.vision.layout import VisionLayout
 from lightkv.vision.tokens import Compressed, Tokens, removal, removals
 
 
-def published(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
-    """The method "published": one stage of the paper, its guidance being the merge weight (equal weights without)."""
+def published(tokens: Tokens, windows: int, drop: float, frames: int | None, budget: Budget) -> Compressed:
+    """The method "published": one stage of the paper, with the guidance as merge weight (equal weights without)."""
     weight = torch.ones_like(tokens.size) if tokens.score is None else tokens.score
-    return in_windows(tokens, weight, stage.windows, stage.drop, config.frames_per_window, config.budget)
+    return in_windows(tokens, weight, windows, drop, frames, budget)
 
 
 def compress_tokens(
@@ -32,13 +32,13 @@ def compress_tokens(
 ) -> Compressed:
     """Merge floor(drop · m) of the m vision tokens in each of `windows` × `windows` windows per frame.
 
-    One matching removes at most half of a window; what is beyond that is met by matching again what is left, each
-    token then weighing what has merged into it. `frames` consecutive frames share a window (None: the whole video).
-    With budget="item" it is floor(drop · M) of an item's M tokens, spread over its windows (`spread_removals`).
+    One matching removes at most half of a window. If `drop` asks for more, the rest is matched again; a token then
+    weighs the sum of what has merged into it. `frames` consecutive frames share a window (None: the whole video).
+    With budget="item", floor(drop · M) of an item's M tokens are removed, spread over its windows (`spread_removals`).
 
     hidden [S, D], guidance fp32 [S] of weights ≥ 0 (only vision entries count), layout of the same S positions.
-    The sizes count this call's tokens.
-    Raises ConfigError when shapes disagree or windows < 1 or drop is outside [0, 1).
+    Sizes in the result count the tokens of this call.
+    Raises ConfigError if shapes disagree, windows < 1, or drop is outside [0, 1).
     """
     length = len(layout)
     if hidden.shape[:1] != (length,) or guidance.shape != (length,):
@@ -53,7 +53,7 @@ def compress_tokens(
 def in_windows(
     tokens: Tokens, weight: Tensor, windows: int, drop: float, frames: int | None, budget: Budget
 ) -> Compressed:
-    """`compress_tokens` of tokens that stand for several, whose sizes add up; weight [S] is its guidance."""
+    """`compress_tokens` for tokens that may already be merged: their sizes add up. weight [S] is the merge weight."""
     hidden, weight = tokens.hidden, weight.float()
     target = torch.arange(len(hidden), device=hidden.device)
     removed = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -67,7 +67,7 @@ def in_windows(
         removed = removed.index_fill(0, source, True)
         quota = quota - torch.minimum(quota, cut.sizes // 2)
         more = bool(quota.any())
-        if more:  # else these are the last merges, which go with the survivors
+        if more:  # the last merges are done by `tokens.left`, together with the selection of the survivors
             if hidden is tokens.hidden:
                 hidden, weight = hidden.clone(), weight.clone()
             merge(hidden, weight, source, into)
@@ -78,36 +78,37 @@ def in_windows(
 
 
 def spread_removals(windows: Windows, drop: float) -> Tensor:
-    """floor(drop · M) removals per item, spread over its windows like the tokens these can give, m - 1 each; int64.
+    """Removals per window, int64 [W]: floor(drop · M) per item, in proportion to the m - 1 tokens a window can lose.
 
-    Rounding down in each window instead would miss the budget where windows are small: a quarter of 2 tokens is 0.
+    Rounding down per window would miss the budget if windows are small: a quarter of 2 tokens is 0.
     """
     count = int(windows.item.max()) + 1 if len(windows.item) else 0
     spare = windows.sizes - 1
     tokens, room = (spare.new_zeros(count).index_add(0, windows.item, part) for part in (windows.sizes, spare))
     wanted = torch.minimum(removals(tokens, drop), room)
-    until = spare.cumsum(0) - (room.cumsum(0) - room)[windows.item]  # spare tokens of the item up to this window
+    until = spare.cumsum(0) - (room.cumsum(0) - room)[windows.item]  # removable in the item up to this window
     share, room = wanted[windows.item], room[windows.item].clamp(min=1)
     return share * until // room - share * (until - spare) // room
 
 
-def published_cost(vision: int, stage: Stage, config: Settings, frames: int, width: int) -> tuple[int, int]:
-    """Of `vision` tokens in `frames` equal grids: how many are left, and FLOPs of the similarities.
+def published_cost(
+    vision: int, windows: int, drop: float, span: int | None, budget: Budget, frames: int, width: int
+) -> tuple[int, int]:
+    """(tokens left, FLOPs of the similarities) for `vision` tokens in `frames` equal grids.
 
-    Windows are taken as equal as the count allows. The release takes a whole video for one image.
+    `span` frames share a window (None: all). Windows are taken as equal as the count allows.
     """
-    span = config.frames_per_window if config.windows != "released" else None
-    count = (math.ceil(frames / span) if span else 1) * stage.windows**2
+    count = (math.ceil(frames / span) if span else 1) * windows**2
     room = max(0, vision - count)  # every window keeps a token
-    budget = min(int(vision * stage.drop + 1e-9), room)
+    wanted = min(int(vision * drop + 1e-9), room)
     left, flops = 0, 0
-    for size, windows in ((vision // count + 1, vision % count), (vision // count, count - vision % count)):
-        quota, now = removal(size, stage.drop), size
-        if config.budget == "item":
-            quota = math.ceil(budget * max(0, size - 1) / max(1, room))
+    for size, number in ((vision // count + 1, vision % count), (vision // count, count - vision % count)):
+        quota, now = removal(size, drop), size
+        if budget == "item":
+            quota = math.ceil(wanted * max(0, size - 1) / max(1, room))
         while quota > 0:
-            flops += windows * 2 * ((now + 1) // 2) * (now // 2) * width
+            flops += number * 2 * ((now + 1) // 2) * (now // 2) * width
             step = min(quota, now // 2)
             quota, now = quota - step, now - step
-        left += windows * now
-    return (vision - budget if config.budget == "item" else left), flops
+        left += number * now
+    return (vision - wanted if budget == "item" else left), flops

@@ -1,18 +1,18 @@
-"""Which layers to compress after, and how much, so that a given share of the vision KV is kept: plain arithmetic."""
+"""Derives schedules: the layers that stages follow and their drops, for a given retention of the vision KV."""
 
 from collections.abc import Callable, Iterator, Sequence
 
 from lightkv.errors import ConfigError
 
-Plan = list[tuple[int, float]]  # (layer a stage follows, share it drops), in ascending layer order
+Plan = list[tuple[int, float]]  # (layer that a stage follows, share that it drops), in ascending layer order
 
-USUAL_DROP = 0.5  # what one matching removes at most, and the drop that rounding in small windows hurts least
+USUAL_DROP = 0.5  # the most that one matching removes, and the drop that rounding in small windows changes least
 FRACTIONS = (12 / 32, 24 / 32)  # the paper's first and last stage as a share of the depth
 SECOND_STAGE, SECOND_DROP = 1 / 3, 0.2  # of derive_early, chosen on the embedded model's validation split
 
 
 def kept_share(plan: Sequence[tuple[int, float]], depth: int) -> float:
-    """Layer-averaged share of vision KV entries that a decoder of `depth` layers holds (the paper's retention)."""
+    """The retention of `plan`: share of vision KV entries that `depth` layers hold, averaged over layers."""
     share, total, done = 1.0, 0.0, 0
     for layer, drop in plan:
         total, done = total + (layer + 1 - done) * share, layer + 1
@@ -23,9 +23,9 @@ def kept_share(plan: Sequence[tuple[int, float]], depth: int) -> float:
 def derive(depth: int, first: int, stages: int, target: float) -> Plan:
     """A plan of `stages` stages after layers `first` … depth - 2 that keeps exactly `target`.
 
-    Stages drop half and are spread like the paper's, as late as the target allows; the last stage's drop takes up
-    what is left over, or all drops alike where that would be much.
-    Raises ConfigError when there are too few layers, or when even dropping everything keeps more.
+    Stages drop half and are spread like the paper's, as late as the target allows. The last stage's drop is adjusted
+    to meet the target, or all drops are if one would change too much.
+    Raises ConfigError if there are too few layers, or if even the largest drops keep more than `target`.
     """
     if depth - 1 - first < stages:
         raise ConfigError(
@@ -44,11 +44,11 @@ def derive(depth: int, first: int, stages: int, target: float) -> Plan:
 
 
 def derive_early(depth: int, first: int, stages: int | None, target: float) -> Plan:
-    """A plan of one or two stages (None: two) that keeps exactly `target`, down to any where first is -1.
+    """A plan of one or two stages (None: two) that keeps exactly `target`; any target can be met if first is -1.
 
-    The first stage comes as early as the model allows, where merging what repeats itself helps all layers. The second
-    follows a third of the layers, when the question has had time to look, and drops 0.2 · (1 - target); the first
-    drops what is then left to be dropped.
+    The first stage comes as early as the model allows, so that merging repeated content saves memory in all layers.
+    The second comes after a third of the layers, when the question's attention is informative. It drops
+    0.2 · (1 - target); the first stage drops the rest.
     """
     if stages not in (None, 1, 2):
         raise ConfigError(f"this method has one or two stages, got stages={stages}")
@@ -62,10 +62,10 @@ def derive_early(depth: int, first: int, stages: int | None, target: float) -> P
 
 
 def derive_single(layer: int, depth: int, first: int, stages: int | None, target: float) -> Plan:
-    """One stage after `layer`, or after the first layer that the model allows, dropping what `target` needs."""
+    """A plan of one stage, after `layer` or the first later layer that the model allows, that keeps `target`."""
     if stages not in (None, 1):
         raise ConfigError(
-            f"this method is published with 1 stage, got stages={stages}: for more, give LightKVConfig the stages"
+            f"this method is published with 1 stage, got stages={stages}: for more, pass the stages to LightKVConfig"
         )
     at = max(first, layer)
     if at > depth - 2:
@@ -78,13 +78,13 @@ def _halving(layers: Sequence[int]) -> Plan:
 
 
 def _fractions(stages: int) -> list[float]:
-    """Where the paper's stages lie in the depth, for any number of them."""
+    """Places of `stages` stages as shares of the depth, spread like the paper's."""
     low, high = FRACTIONS
     return [low + (high - low) * number / max(1, stages - 1) for number in range(stages)]
 
 
 def _rounded(places: Sequence[float], first: int, depth: int) -> list[int]:
-    """Distinct layers near `places`, from `first` on, that leave room for those after them."""
+    """Distinct layers near `places`, none before `first`, each leaving room for the later ones."""
     layers: list[int] = []
     for number, place in enumerate(places):
         least = layers[-1] + 1 if layers else first
@@ -93,7 +93,7 @@ def _rounded(places: Sequence[float], first: int, depth: int) -> list[int]:
 
 
 def _placements(depth: int, first: int, stages: int) -> Iterator[list[int]]:
-    """Stage layers from the latest possible ones, over an even spread like the paper's, down to the earliest."""
+    """Yields stage layers from the latest possible, through an even spread like the paper's, to the earliest."""
     latest = [float(depth - stages - 1 + number) for number in range(stages)]
     even = _fractions(stages)
     spread = [place * (depth - 2) / even[-1] for place in even]
@@ -104,7 +104,7 @@ def _placements(depth: int, first: int, stages: int) -> Iterator[list[int]]:
 
 
 def _as_late_as(target: float, layers: list[int], depth: int) -> list[int]:
-    """Move stages later, the last one first, while halving there still keeps no more than `target`."""
+    """Moves stages later, the last one first, while halving there still keeps no more than `target`."""
     layers = list(layers)
     for number in reversed(range(len(layers))):
         limit = layers[number + 1] - 1 if number + 1 < len(layers) else depth - 2
@@ -117,7 +117,7 @@ def _as_late_as(target: float, layers: list[int], depth: int) -> list[int]:
 
 
 def _solve(plan: Callable[[float], Plan], depth: int, target: float) -> Plan:
-    """The plan of the family that keeps `target`, by bisection over its drop."""
+    """The plan that keeps `target`, found by bisection over the drop that `plan` takes."""
     low, high = 0.0, 1.0 - 1e-9
     if kept_share(plan(high), depth) > target:
         raise ConfigError(

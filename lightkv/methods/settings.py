@@ -1,10 +1,11 @@
-"""A stage and the settings of a configuration, as methods read them; config.py checks them and derives them."""
+"""Defines Stage and the fields of LightKVConfig, which the table of methods reads; config.py checks them."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 from lightkv.errors import ConfigError
 from lightkv.methods.schedule import USUAL_DROP
+from lightkv.methods.spacetime import DISTANCE, ROUNDS
 from lightkv.vision.families import EMBEDDINGS
 
 Positions = Literal["keep", "compact"]
@@ -16,7 +17,7 @@ Budget = Literal["window", "item"]
 class Stage:
     """Compression after decoder layer `layer` (0-based; -1: on the embeddings) that removes the share `drop`.
 
-    `windows` per side are for the published method, which works window by window.
+    `windows` is the number of windows per side of a frame, for the published method only.
     """
 
     layer: int
@@ -30,32 +31,32 @@ class Stage:
         if type(self.drop) not in (int, float):
             raise ConfigError(f"Stage.drop must be a number, got {self.drop!r}")
         if self.layer < EMBEDDINGS:
-            raise ConfigError(f"Stage.layer is the 0-based decoder layer it runs after, or -1, got {self.layer}")
+            raise ConfigError(f"Stage.layer must be the 0-based decoder layer that it follows, or -1, got {self.layer}")
         check_stage(self.windows, self.drop)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a stage is told, beside the stage itself. `LightKVConfig` is these fields, checked.
+    """The fields of `LightKVConfig`, unchecked.
 
-    stages        in ascending layer order; none leaves the model as it is
-    positions     "keep": every survivor keeps its RoPE position and decoding continues from the original length;
-                  "compact": vanished positions close up per stage and decoding continues from the compacted length
-    method        a name in METHODS (table.py): "lightkv", ours: merging in space and time, guided by the question;
-                  "spacetime", the same without the question; "asked", which drops what the question passes over
-                  instead of merging it; "published", the paper's; or a baseline (baselines.py). The fields below
-                  belong to the methods named; elsewhere they stay as they are
+    stages        in ascending layer order; an empty tuple leaves the model unchanged
+    positions     "keep": every survivor keeps its RoPE position, and decoding continues from the original length;
+                  "compact": each stage closes the gaps, and decoding continues from the compacted length
+    method        a name in METHODS (table.py). "lightkv" (ours) merges in space and time, guided by the question;
+                  "spacetime" does so without the question; "asked" drops what the question does not attend to,
+                  instead of merging it; "published" is the paper's method; the others are baselines (baselines.py).
+                  A field below applies to the methods in brackets; for other methods it must keep its default
 
     windows       (published) "frame": windows lie on each frame; "spatiotemporal": they span consecutive frames of an
-                  item; "released": the published code's fictional square grid, laid anew before each stage
-    window_frames (published) frames a spatiotemporal window spans; None: the whole item
-    budget        (published) "window": every window gives floor(drop · m) of its m tokens, as published; "item": an
-                  image or video gives floor(drop · M) in all, spread over its windows, which small windows need
-    guidance      (published) "prompt" (all text votes), "question" (text after the vision tokens), "uniform" (equal
-                  weights, which alone need no layer before the stage)
-    rounds        (lightkv, spacetime, asked) rounds of merging per stage
-    distance      (lightkv, spacetime, asked) what a grid step between two tokens adds to their difference
-    seed          (random) of the draw
+                  item; "released": the published code's fictional square grid, laid out anew before each stage
+    window_frames (published) frames that a spatiotemporal window spans; None: the whole item
+    budget        (published) "window": each window removes floor(drop · m) of its m tokens, as published; "item": an
+                  item removes floor(drop · M) of its M tokens, spread over its windows; small windows need this
+    guidance      (published) "prompt": all text votes; "question": only text after the vision tokens votes;
+                  "uniform": equal weights, the only choice that needs no layer before the stage
+    rounds        (lightkv, spacetime, asked) merging rounds per stage
+    distance      (lightkv, spacetime, asked) what one grid step between two tokens adds to their difference
+    seed          (random) seed of the draw
     """
 
     stages: tuple[Stage, ...]
@@ -65,8 +66,8 @@ class Settings:
     guidance: str = "prompt"
     budget: Budget = "window"
     method: str = "published"
-    rounds: int = 10
-    distance: float = 0.02
+    rounds: int = ROUNDS
+    distance: float = DISTANCE
     seed: int = 0
 
     @property

@@ -1,4 +1,7 @@
-"""Windows, sets A and B, feature divergence and the choice of pairs (method steps 2–4), without a loop per window."""
+"""Cuts windows, splits them into sets A and B, and chooses the pairs to merge (steps 2–4 of the published method).
+
+All windows are processed together, without a loop per window.
+"""
 
 from dataclasses import dataclass
 
@@ -10,7 +13,7 @@ from lightkv.vision.layout import VisionLayout
 
 
 def bands(position: Tensor, extent: Tensor, count: int) -> Tensor:
-    """Band of each position when `extent` rows are cut into `count` near-equal bands, the first ones one taller."""
+    """Band of each position if `extent` rows are cut into `count` near-equal bands; the first ones are a row taller."""
     height, taller = extent // count, extent % count
     edge = taller * (height + 1)
     return torch.where(position < edge, position // (height + 1), taller + (position - edge) // height.clamp(min=1))
@@ -18,10 +21,11 @@ def bands(position: Tensor, extent: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Windows:
-    """The mergeable tokens sorted by window and, inside one, row by row.
+    """The mergeable tokens sorted by window and, within a window, in raster order.
 
-    order [N] position in the sequence · sizes [W] tokens per window, none empty · item [W] whose windows they are,
-    ascending
+    order [N]  position in the sequence
+    sizes [W]  tokens per window; no window is empty
+    item  [W]  item of each window, ascending
     """
 
     order: Tensor
@@ -30,7 +34,7 @@ class Windows:
 
     @classmethod
     def cut(cls, layout: VisionLayout, count: int, frames: int | None = 1) -> "Windows":
-        """`count` × `count` windows on every frame's grid, spanning `frames` consecutive frames (None: all)."""
+        """Cuts every frame's grid into `count` × `count` windows, each over `frames` consecutive frames (None: all)."""
         index = torch.nonzero(layout.mergeable).flatten()
         tokens = layout.take(index)
         if not len(index):
@@ -45,14 +49,17 @@ class Windows:
         return cls(index[by_window], sizes, tokens.item[by_window][sizes.cumsum(0) - sizes])
 
     def without(self, removed: Tensor) -> "Windows":
-        """The windows after the positions marked in `removed` (bool [S]) have left; one token of each stays."""
+        """The windows without the positions marked in `removed` (bool [S]), which must leave one token per window."""
         stays = ~removed[self.order]
         window = torch.repeat_interleave(self.sizes)
         return Windows(self.order[stays], torch.bincount(window[stays], minlength=len(self.sizes)), self.item)
 
     def sets(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """As `nearest` wants them: order by window, tokens 0, 2, 4 … (A) before 1, 3, 5 … (B); where windows and their
-        B begin; the largest A."""
+        """The sets A and B in the form that `nearest` takes: (order, starts, middles, size of the largest A).
+
+        order is sorted by window, tokens 0, 2, 4 … (A) before 1, 3, 5 … (B); starts and middles say where windows and
+        their B begin.
+        """
         window = torch.repeat_interleave(self.sizes)
         starts = torch.cat([self.sizes.new_zeros(1), self.sizes.cumsum(0)])
         odd = (torch.arange(len(window), device=window.device) - starts[window]) % 2
@@ -62,7 +69,7 @@ class Windows:
 
 
 def mixed_radix(*digits: Tensor) -> Tensor:
-    """One int64 that sorts like the tuple of non-negative digits, whose shapes broadcast."""
+    """Int64 keys that sort like the tuples of the non-negative `digits`, whose shapes broadcast."""
     value = torch.zeros_like(digits[0])
     for digit in digits:
         value = value * (digit.max() + 1 if digit.numel() else 1) + digit
@@ -72,8 +79,8 @@ def mixed_radix(*digits: Tensor) -> Tensor:
 def match(hidden: Tensor, windows: Windows, quota: Tensor) -> tuple[Tensor, Tensor]:
     """The pairs of one round: sources (set A) and the targets (set B) they merge into, positions int64 [R] each.
 
-    In a window, tokens 0, 2, 4 … are A and 1, 3, 5 … are B. Every a looks at the b with the largest cosine; the
-    `quota` [W] a's with the largest are taken, at most half of the window. Ties go to the lower index.
+    In a window, tokens 0, 2, 4 … are A and 1, 3, 5 … are B. Every a is paired with the b of largest cosine. The
+    `quota` [W] pairs of largest cosine are taken, at most half of the window. Ties go to the lower index.
     """
     order, starts, middles, most = windows.sets()
     closest, apart = nearest(hidden, _unit(hidden, windows.order), None, order, starts, middles, most, 0.0)

@@ -1,1 +1,1 @@
-"""What a vision token is and where it lies in the prompt, for every model family."""
+"""Finds the vision tokens of a prompt and their place in the token grids, for every model family."""

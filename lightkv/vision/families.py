@@ -1,7 +1,7 @@
-"""The table of model families: which tokens are vision and how they lie in their grids.
+"""The table of model families: which tokens are vision tokens and how they lie in their grids.
 
-A family is one row of FAMILIES. Everything else (the hooks, positions, masks) is the same for all of them.
-A decoder-only model, or a family that is not in the table, works when the caller passes `layouts=` to `compress`.
+A family is one row of FAMILIES. Everything else (hooks, positions, masks) is the same for all families. A decoder-only
+model, or a family that is not in the table, needs `layouts=` in the call of `compress`.
 """
 
 from collections.abc import Callable
@@ -29,16 +29,16 @@ from lightkv.vision.layout import VisionLayout
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-EMBEDDINGS = -1  # the "layer" that a stage on the embeddings follows
+EMBEDDINGS = -1  # `layer` of a stage on the embeddings
 
 
 @dataclass(frozen=True)
-class Stream:
-    """Placeholder tokens of one kind, and the images or videos of a batch that fill them, in order.
+class Placeholders:
+    """Placeholder tokens of one kind and, in order, the images or videos of a batch that fill them.
 
     token  config field with the token's id
     items  (model config, inputs of generate or forward) → one Item per image or video
-    needs  inputs that `items` reads; named in the error when they are absent
+    needs  inputs that `items` reads; the error names those that are missing
     """
 
     token: str
@@ -48,29 +48,29 @@ class Stream:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: `model_type` of its config, its streams, and the first layer a stage may follow."""
+    """One architecture: `model_type` of its config, its placeholders, and the first layer that a stage may follow."""
 
     model_type: str
-    streams: tuple[Stream, ...]
+    placeholders: tuple[Placeholders, ...]
     first_layer: Callable[["PreTrainedConfig"], int] = lambda config: EMBEDDINGS
 
     def layouts(self, config: "PreTrainedConfig", input_ids: Tensor, inputs: Inputs) -> list[VisionLayout]:
         """One VisionLayout per row of input_ids [B, S], padding included as text.
 
-        Raises UnsupportedCallError when the inputs do not say how the vision tokens lie.
+        Raises UnsupportedCallError if the inputs do not determine the places of the vision tokens.
         """
         ids = input_ids.cpu()
         pending: list[tuple[str, int, list[Item]]] = []
-        for stream in self.streams:
-            token = getattr(config, stream.token)
+        for kind in self.placeholders:
+            token = getattr(config, kind.token)
             present = bool((ids == token).any())
-            missing = [name for name in stream.needs if inputs.get(name) is None]
+            missing = [name for name in kind.needs if inputs.get(name) is None]
             if present and missing:
                 raise UnsupportedCallError(
-                    f"the prompt has tokens of {stream.token} but {missing} was not given; "
-                    "pass the processor's whole output, or say where vision lies with layouts="
+                    f"the prompt has tokens of {kind.token} but {missing} was not given; "
+                    "pass all outputs of the processor, or pass the places of vision tokens as layouts="
                 )
-            pending.append((stream.token, token, list(stream.items(config, inputs)) if present else []))
+            pending.append((kind.token, token, list(kind.items(config, inputs)) if present else []))
         rows = []
         for row in ids:
             found = [(name, (row == token).nonzero().flatten(), items) for name, token, items in pending]
@@ -84,7 +84,7 @@ class Family:
 
 
 def family_of(model_config: "PreTrainedConfig") -> Family:
-    """The row of the table for this model. Raises UnsupportedModelError, which lists what there is."""
+    """The row of the table for this model. Raises UnsupportedModelError, which lists the families, if there is none."""
     family = FAMILIES.get(model_config.model_type)
     if family is None:
         raise UnsupportedModelError(
@@ -95,16 +95,16 @@ def family_of(model_config: "PreTrainedConfig") -> Family:
 
 
 def first_stage_layer(model_config: "PreTrainedConfig") -> int:
-    """The first decoder layer a stage may follow; EMBEDDINGS (-1) where it may come before all of them.
+    """The first decoder layer that a stage may follow; EMBEDDINGS (-1) if it may come before all layers.
 
-    Models that are not in the table are taken to get all of their vision through the embeddings.
+    Models that are not in the table are assumed to take vision features through the embeddings only.
     """
     family = FAMILIES.get(model_config.model_type)
     return family.first_layer(model_config) if family else EMBEDDINGS
 
 
 def check_attention(decoder: Any) -> None:
-    """Raises UnsupportedModelError unless all layers have full attention through a `self_attn`."""
+    """Raises UnsupportedModelError unless all layers have a `self_attn` with full attention."""
     layers = getattr(decoder, "layers", None)
     if layers is None or not all(hasattr(layer, "self_attn") for layer in layers):
         raise UnsupportedModelError(f"{type(decoder).__name__} has no decoder layers with self_attn")
@@ -116,37 +116,37 @@ def check_attention(decoder: Any) -> None:
 
 
 def _last_deepstack_layer(config: "PreTrainedConfig") -> int:
-    """Qwen3-VL adds vision features at full length after each of its first layers; a stage may follow the last."""
+    """The last layer after which Qwen3-VL adds vision features at full length: no stage may come before that."""
     return len(config.vision_config.deepstack_visual_indexes) - 1
 
 
 QWEN_VL = (
-    Stream("image_token_id", merged_grids("image_grid_thw"), ("image_grid_thw",)),
-    Stream("video_token_id", merged_grids("video_grid_thw"), ("video_grid_thw",)),
+    Placeholders("image_token_id", merged_grids("image_grid_thw"), ("image_grid_thw",)),
+    Placeholders("video_token_id", merged_grids("video_grid_thw"), ("video_grid_thw",)),
 )
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llava", (Stream("image_token_id", llava_images, ("pixel_values",)),)),
-        Family("llava_next", (Stream("image_token_id", anyres_images, ("image_sizes",)),)),
+        Family("llava", (Placeholders("image_token_id", llava_images, ("pixel_values",)),)),
+        Family("llava_next", (Placeholders("image_token_id", anyres_images, ("image_sizes",)),)),
         Family(
             "llava_next_video",
             (
-                Stream("image_token_id", anyres_images, ("image_sizes",)),
-                Stream("video_token_id", pooled_videos, ("pixel_values_videos",)),
+                Placeholders("image_token_id", anyres_images, ("image_sizes",)),
+                Placeholders("video_token_id", pooled_videos, ("pixel_values_videos",)),
             ),
         ),
         Family(
             "llava_onevision",
             (
-                Stream("image_token_id", anyres_shrunk_images, ("image_sizes",)),
-                Stream("video_token_id", halved_videos, ("pixel_values_videos",)),
+                Placeholders("image_token_id", anyres_shrunk_images, ("image_sizes",)),
+                Placeholders("video_token_id", halved_videos, ("pixel_values_videos",)),
             ),
         ),
-        Family("internvl", (Stream("image_token_id", shuffled_tiles, ("pixel_values",)),)),
-        Family("idefics3", (Stream("image_token_id", folded_tiles, ("pixel_values",)),)),
-        Family("smolvlm", (Stream("image_token_id", folded_tiles, ("pixel_values",)),)),
+        Family("internvl", (Placeholders("image_token_id", shuffled_tiles, ("pixel_values",)),)),
+        Family("idefics3", (Placeholders("image_token_id", folded_tiles, ("pixel_values",)),)),
+        Family("smolvlm", (Placeholders("image_token_id", folded_tiles, ("pixel_values",)),)),
         Family("qwen2_vl", QWEN_VL),
         Family("qwen2_5_vl", QWEN_VL),
         Family("qwen3_vl", QWEN_VL, first_layer=_last_deepstack_layer),

@@ -1,4 +1,4 @@
-"""Vision items as the token sequence holds them: grids, views joined to one image, row ends."""
+"""Builds items (tokens of an image or video) from grids, joined views and row ends; places them in a sequence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from lightkv.vision.layout import FIXED, TEXT, VisionLayout, coordinates
 class Item:
     """The tokens of one image or video in sequence order.
 
-    place int64 [N, 4]  (part, t, y, x) of each token; part counts the item's grids from 0, FIXED marks row ends
+    place int64 [N, 4]  (part, t, y, x) of each token; part numbers the item's grids from 0, FIXED marks row ends
     grid  int64 [P, 3]  extent (t, h, w) of each part
     """
 
@@ -26,27 +26,27 @@ class Item:
 
 
 def block(t: int, h: int, w: int) -> Item:
-    """One grid of t·h·w tokens, row-major."""
+    """An item of one grid of t·h·w tokens, row-major."""
     place = coordinates(t, h, w)
     return Item(torch.cat([torch.zeros(len(place), 1, dtype=torch.int64), place], dim=1), torch.tensor([[t, h, w]]))
 
 
 def fixed(count: int = 1) -> Item:
-    """Tokens without a place in a grid: class tokens, row ends, separators."""
+    """An item of `count` tokens without a place in a grid: class tokens, row ends, separators."""
     place = torch.zeros(count, 4, dtype=torch.int64)
     place[:, 0] = FIXED
     return Item(place, torch.zeros(0, 3, dtype=torch.int64))
 
 
 def rows_with_ends(h: int, w: int) -> Item:
-    """A grid of h rows of w tokens, each row followed by one row-end token."""
+    """An item of h rows of w tokens, each row followed by one row-end token."""
     place = block(1, h, w + 1).place
     place[w :: w + 1] = torch.tensor([FIXED, 0, 0, 0])
     return Item(place, torch.tensor([[1, h, w]]))
 
 
 def joined(parts: Sequence[Item]) -> Item:
-    """Parts one after the other; windows never span two of them."""
+    """The parts one after another as one item; windows never span two parts."""
     places, first = [], 0
     for part in parts:
         place = part.place.clone()
@@ -56,22 +56,22 @@ def joined(parts: Sequence[Item]) -> Item:
     return Item(torch.cat(places), torch.cat([part.grid for part in parts]))
 
 
-def place_items(length: int, streams: Sequence[tuple[str, Tensor, list[Item]]]) -> VisionLayout:
-    """The layout of one sequence; each stream is (name, positions of its tokens, items still to place).
+def place_items(length: int, placeholders: Sequence[tuple[str, Tensor, list[Item]]]) -> VisionLayout:
+    """The layout of one sequence; each kind is (name, positions of its tokens, items not yet placed).
 
-    Items are taken from the front of each list until its positions are used up.
-    Raises UnsupportedCallError when tokens and items do not add up.
+    Items are removed from the front of each list until all positions of the kind are filled.
+    Raises UnsupportedCallError if the numbers of tokens and items do not match.
     """
     columns = torch.zeros(length, 4, dtype=torch.int64)
     columns[:, 0] = TEXT
     grids: list[Tensor] = []
-    for name, positions, items in streams:
+    for name, positions, items in placeholders:
         start = 0
         while start < len(positions):
             if not items or start + len(items[0]) > len(positions):
                 raise UnsupportedCallError(
                     f"a sequence has {len(positions)} tokens of {name}, of which {len(positions) - start} belong to no "
-                    f"image or video given (the next one has {len(items[0]) if items else 0}): check that the "
+                    f"given image or video (the next one has {len(items[0]) if items else 0}): check that the "
                     "prompt was expanded by this model's processor, or pass layouts="
                 )
             item = items.pop(0)

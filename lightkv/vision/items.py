@@ -1,7 +1,7 @@
-"""How each architecture turns images and videos into tokens: (model config, inputs) → one Item per image or video.
+"""Computes the items of each architecture: (model config, inputs) → one Item per image or video.
 
-The inputs are what a processor returns. Counting and unpadding follow transformers' own model code, whose helpers are
-called where they exist, so that a token's place here is the place its feature came from.
+The inputs are the outputs of the processor. Counting and unpadding follow the model code of transformers and call its
+helpers if there are any, so that a token's place here is the place that its feature came from.
 """
 
 import math
@@ -23,7 +23,7 @@ TOWERS_WITH_CLASS_TOKEN = {"clip_vision_model"}
 
 
 def merged_grids(field: str) -> Items:
-    """Qwen-VL: `field` holds (t, h, w) in patches; spatial_merge_size × spatial_merge_size of them make one token."""
+    """Qwen-VL: `field` holds (t, h, w) in patches; spatial_merge_size × spatial_merge_size patches make one token."""
 
     def items(config: "PreTrainedConfig", inputs: Inputs) -> list[Item]:
         merge = config.vision_config.spatial_merge_size
@@ -33,7 +33,7 @@ def merged_grids(field: str) -> Items:
 
 
 def llava_images(config: "PreTrainedConfig", inputs: Inputs) -> list[Item]:
-    """LLaVA-1.5: one grid of patches per image; with Pixtral's tower each image has a size of its own."""
+    """LLaVA-1.5: one grid of patches per image; with Pixtral's tower each image has its own size."""
     sizes = inputs.get("image_sizes")
     if sizes is None:
         pixels = inputs["pixel_values"]
@@ -50,9 +50,9 @@ def anyres_images(config: "PreTrainedConfig", inputs: Inputs) -> list[Item]:
 
 
 def anyres_shrunk_images(config: "PreTrainedConfig", inputs: Inputs) -> list[Item]:
-    """LLaVA-OneVision: as LLaVA-NeXT, with a tiled grid of more than N base images' worth of tokens resized to it.
+    """LLaVA-OneVision: as LLaVA-NeXT, but a tiled grid larger than N base images is resized to that many tokens.
 
-    N comes from vision_aspect_ratio "anyres_max_N". In a sample of several images each has its base view only.
+    N comes from vision_aspect_ratio "anyres_max_N". In a sample of several images each has only its base view.
     """
     most = int((inputs.get("vision_aspect_ratio") or config.vision_aspect_ratio).removeprefix("anyres_max_"))
     sizes = inputs["image_sizes"].tolist()
@@ -79,14 +79,14 @@ def pooled_videos(config: "PreTrainedConfig", inputs: Inputs) -> list[Item]:
 
 
 def halved_videos(config: "PreTrainedConfig", inputs: Inputs) -> list[Item]:
-    """LLaVA-OneVision: every frame's grid resized to its half, rounded up; one separator after the last frame."""
+    """LLaVA-OneVision: every frame's grid halved per side, rounded up; one separator after the last frame."""
     videos, frames = inputs["pixel_values_videos"].shape[:2]
     side = math.ceil(_side(config) / 2)
     return [joined([block(frames, side, side), fixed()])] * videos
 
 
 def shuffled_tiles(config: "PreTrainedConfig", inputs: Inputs) -> list[Item]:
-    """InternVL: one grid per tile, patches folded 1/downsample_ratio to the side. Video frames arrive as tiles too."""
+    """InternVL: one grid per tile, each side times downsample_ratio. Video frames are tiles too."""
     pixels = inputs["pixel_values"]
     patch_h, patch_w = config.vision_config.patch_size
     h, w = pixels.shape[-2] // patch_h, pixels.shape[-1] // patch_w
@@ -94,7 +94,7 @@ def shuffled_tiles(config: "PreTrainedConfig", inputs: Inputs) -> list[Item]:
 
 
 def folded_tiles(config: "PreTrainedConfig", inputs: Inputs) -> list[Item]:
-    """Idefics3, SmolVLM: one grid per tile, patches folded scale_factor to the side; all-zero tiles are filling."""
+    """Idefics3, SmolVLM: one grid per tile, each side divided by scale_factor; all-zero tiles are padding."""
     pixels = inputs["pixel_values"]
     real = int((pixels != 0).flatten(2).any(dim=-1).sum())
     side = config.vision_config.patch_size * config.scale_factor
@@ -107,7 +107,7 @@ def _side(config: "PreTrainedConfig") -> int:
 
 
 def _class_token(config: "PreTrainedConfig") -> Item:
-    """The tower's class token where the model keeps it."""
+    """The tower's class token if the model keeps it, else an item without tokens."""
     kept = config.vision_feature_select_strategy == "full"
     return fixed(int(kept and config.vision_config.model_type in TOWERS_WITH_CLASS_TOKEN))
 
@@ -117,7 +117,7 @@ def _base(config: "PreTrainedConfig") -> Item:
 
 
 def _unpadded(config: "PreTrainedConfig", size: list[int]) -> tuple[int, int]:
-    """Token grid (h, w) of an image of `size` (height, width) px cut into tiles, without the padding around it."""
+    """Token grid (h, w) of an image of `size` (height, width) px cut into tiles, without its padding."""
     rows, columns = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
     canvas = torch.empty(1, rows * _side(config), columns * _side(config), device="meta")
     h, w = unpad_image(canvas, size).shape[1:]

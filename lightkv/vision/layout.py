@@ -1,4 +1,4 @@
-"""Which positions of a sequence are vision, and where each sits in its image or video."""
+"""Defines VisionLayout: which positions of a sequence are vision tokens, and the place of each in its item."""
 
 import math
 from collections.abc import Sequence
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from lightkv.errors import ConfigError
 
-TEXT = -1  # a position that may vote in the guidance: prompt, template, padding excluded by the caller
-FIXED = -2  # a vision position that has no place in a grid (row end, separator): never merged, never votes
+TEXT = -1  # a text position, which may vote in the guidance; the caller excludes padding
+FIXED = -2  # a vision position without a place in a grid (row end, separator): never merged, never votes
 
 Span = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class VisionLayout:
-    """Coordinates of every position of one sequence, int64 tensors [S].
+    """Item and coordinates of every position of a sequence, int64 tensors [S].
 
-    item   image or video the token belongs to, 0-based; TEXT (-1) for text, FIXED (-2) for row ends and the like
-    t y x  frame (or temporal patch), row and column in the token grid; 0 where item < 0
-    grid   [I, 3] extent (t, h, w) of each item's grid, so that windows stay put when their tokens become fewer
+    item   0-based image or video that the token belongs to; TEXT (-1) for text, FIXED (-2) for row ends and the like
+    t y x  frame (or temporal patch), row and column in the token grid; 0 if item < 0
+    grid   [I, 3] extent (t, h, w) of each item's grid, so that windows keep their places while tokens become fewer
     """
 
     item: Tensor
@@ -50,7 +50,7 @@ class VisionLayout:
 
     @property
     def is_vision(self) -> Tensor:
-        """Every position that came from an image or video, row ends included."""
+        """Every position of an image or video, row ends included."""
         return self.item != TEXT
 
     @property
@@ -59,11 +59,11 @@ class VisionLayout:
 
     @property
     def columns(self) -> Tensor:
-        """int64 [4, S]: item, t, y and x. With the grid they make the layout again."""
+        """int64 [4, S]: item, t, y and x. Together with `grid` they determine the layout."""
         return torch.stack([self.item, self.t, self.y, self.x])
 
     def take(self, index: Tensor) -> "VisionLayout":
-        """The layout of the positions in `index` (int64 [S'] or bool [S]); grids keep their true extent."""
+        """The layout of the positions in `index` (int64 [S'] or bool [S]); grids keep their extent."""
         return VisionLayout(self.item[index], self.t[index], self.y[index], self.x[index], self.grid)
 
     def to(self, device: torch.device | str) -> "VisionLayout":
@@ -72,7 +72,7 @@ class VisionLayout:
 
     @classmethod
     def packed(cls, layouts: Sequence["VisionLayout"]) -> "VisionLayout":
-        """The layouts one after another as one, their items numbered through."""
+        """The layouts one after another as one layout, with items numbered consecutively."""
         items, first = [], 0
         for layout in layouts:
             items.append(torch.where(layout.mergeable, layout.item + first, layout.item))
@@ -84,9 +84,9 @@ class VisionLayout:
     def from_coordinates(
         cls, item: Tensor, t: Tensor, y: Tensor, x: Tensor, grid: Tensor | None = None
     ) -> "VisionLayout":
-        """Any layout; the extent of each item's grid is its largest coordinate + 1 unless `grid` says more.
+        """A layout from coordinates; each grid's extent is the largest coordinate + 1 unless `grid` is given.
 
-        Raises ConfigError for coordinates outside the grid and for item numbers with no row in it.
+        Raises ConfigError for coordinates outside the grid and for item numbers without a row in it.
         """
         vision = item >= 0
         place = torch.stack([t, y, x], dim=-1) * vision[:, None]
@@ -106,9 +106,9 @@ class VisionLayout:
 
     @classmethod
     def grids(cls, spans: Sequence[Span], length: int) -> "VisionLayout":
-        """Spans (start, t, h, w) of t·h·w row-major tokens in a sequence of `length`; the rest is text.
+        """A layout from spans (start, t, h, w) of t·h·w row-major tokens in a sequence of `length`; the rest is text.
 
-        Raises ConfigError when a span is empty, overlaps another or ends after the sequence.
+        Raises ConfigError if a span is empty, overlaps another, or ends after the sequence.
         """
         item = torch.full((length,), TEXT, dtype=torch.int64)
         place = torch.zeros(length, 3, dtype=torch.int64)
@@ -131,9 +131,9 @@ class VisionLayout:
         return cls.grids(spans, length).squared()
 
     def squared(self) -> "VisionLayout":
-        """Every item's tokens, in sequence order, re-laid on a square of side ceil(sqrt(n)) (the release's rule).
+        """The layout with each item's n tokens, in sequence order, on a square grid of side ceil(sqrt(n)).
 
-        The release does this again before every stage, for the n tokens that are then left.
+        This is the release's rule. It applies it anew before every stage, to the n tokens that are then left.
         """
         vision = torch.nonzero(self.mergeable).flatten()
         item = self.item[vision]

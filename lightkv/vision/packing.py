@@ -1,4 +1,4 @@
-"""The sequences of a left-padded batch, one after another without the padding: the form in which stages see them."""
+"""Packs a left-padded batch into one row of tokens without padding, the form that stages work on, and back."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """Row r of a batch [B, width] holds a sequence of lengths[r] tokens at its end; packed, they are N = Σ lengths."""
+    """Row r of a batch [B, width] ends with a sequence of lengths[r] tokens; packed they are N = Σ lengths tokens."""
 
     lengths: tuple[int, ...]
     width: int
@@ -22,24 +22,24 @@ class Packing:
 
     @cached_property
     def first(self) -> Tensor | None:
-        """int64 [B]: the column at which each row begins; None where nothing is padding."""
+        """int64 [B]: the column at which each sequence begins; None without padding."""
         return torch.tensor(self.pads, device=self.device) if any(self.pads) else None
 
     @cached_property
     def row(self) -> Tensor:
-        """int64 [N]: whose token each is."""
+        """int64 [N]: the row of each token."""
         return rows_of(self.lengths, self.device)
 
     @cached_property
     def index(self) -> Tensor:
-        """int64 [N]: where each token lies in the flattened batch."""
+        """int64 [N]: the index of each token in the flattened batch."""
         ends = accumulate(self.lengths)
-        before = [self.width * (row + 1) - end for row, end in enumerate(ends)]  # padding up to and in the row
+        before = [self.width * (row + 1) - end for row, end in enumerate(ends)]  # padding up to the row's sequence
         place = torch.arange(sum(self.lengths), device=self.device)
         return place + torch.tensor(before, device=self.device)[self.row]
 
     def pack(self, padded: Tensor) -> Tensor:
-        """[B, width, …] → [N, …], on its own device."""
+        """[B, width, …] → [N, …], on the device of `padded`."""
         flat = padded.flatten(0, 1)
         return flat if not any(self.pads) else flat[self.index.to(flat.device)]
 
@@ -52,7 +52,7 @@ class Packing:
         return flat.index_copy_(0, self.index.to(flat.device), packed).view(shape)
 
     def after(self, kept: Tensor) -> "Packing":
-        """What the packing is when only the packed positions `kept` (int64 [N'], ascending) are left."""
+        """The packing if only the packed positions `kept` (int64 [N'], ascending) are left."""
         counts = torch.bincount(self.row.to(kept.device)[kept], minlength=len(self.lengths)).tolist()
         return Packing(tuple(counts), max(counts), kept.device)
 

@@ -1,4 +1,4 @@
-"""What a stage gets and what it leaves: the two ends of every method."""
+"""Defines Tokens, the input of a stage, and Compressed, its result."""
 
 from dataclasses import dataclass
 
@@ -14,12 +14,12 @@ from lightkv.vision.packing import rows_of
 class Tokens:
     """S tokens before a stage: one sequence, or several one after another, without padding.
 
-    hidden [S, D]  the hidden states
-    layout         the place of each token; no item belongs to two sequences
-    size [S]       fp32: how many tokens of the prompt each stands for
-    score [S]      fp32, from the layer before; None for a method that does not ask for one
-    lengths        tokens of each sequence; None for a single one
-    columns [C, S] int64: what else goes along with each token, such as its positions; None for nothing
+    hidden [S, D]  hidden states
+    layout         place of each token; no item belongs to two sequences
+    size [S]       fp32, number of prompt tokens that each token represents
+    score [S]      fp32, computed in the layer before the stage; None for a stage without a scorer
+    lengths        tokens of each sequence; None for a single sequence
+    columns [C, S] int64, further values per token, such as its positions, which survivors keep; None for none
     """
 
     hidden: Tensor
@@ -37,10 +37,10 @@ class Tokens:
     def left(
         self, hidden: Tensor, weight: Tensor, source: Tensor, into: Tensor, target: Tensor, kept: Tensor
     ) -> "Compressed":
-        """What is left at the end of a stage, its last merges included: hidden[source[r]] into hidden[into[r]].
+        """Does the last merges of a stage, hidden[source[r]] into hidden[into[r]], and selects the survivors.
 
-        hidden [S, D] and weight fp32 [S] as the merges before these have left them: they stay as they are. The size of
-        a survivor is what its weights add up to · target [S] and kept [S'] as in Compressed.
+        hidden [S, D] and weight fp32 [S] are the results of the earlier merges; they are not changed. The size of a
+        survivor is the sum of its weights. target [S] and kept [S'] are as in Compressed.
         """
         columns = self.layout.columns
         if self.columns is not None:
@@ -53,14 +53,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a stage leaves of its S tokens.
+    """The S' survivors of a stage's S tokens, in their original order.
 
-    hidden [S', D]   the survivors in their original order
+    hidden [S', D]   hidden states
     kept [S']        original index of each survivor, ascending
-    target [S]       original index of the token each position ended up in: itself if it survived, -1 if it was dropped
-    size [S']        fp32: how many tokens each survivor stands for
-    layout           their places
-    columns [C, S']  what else went along with them
+    target [S]       original index of the survivor that each token merged into; itself if it survived, -1 if dropped
+    size [S']        fp32, number of prompt tokens that each survivor represents
+    layout           place of each survivor
+    columns [C, S']  `Tokens.columns` of the survivors
     """
 
     hidden: Tensor
@@ -72,13 +72,13 @@ class Compressed:
 
 
 def removals(sizes: Tensor, drop: float) -> Tensor:
-    """floor(drop · m) for each count m in `sizes`, int64; 0.29 · 100 counts as 29 although it is below in binary.
+    """floor(drop · m) for each count m in `sizes`, int64; 0.29 · 100 gives 29 although the binary product is less.
 
-    At most m - 1: a drop just below 1 must not ask for the last token, which nothing can be merged into.
+    At most m - 1: even with a drop just below 1, the last token must stay, because it has none to merge into.
     """
     return torch.minimum((sizes.double() * drop + 1e-9).floor().long(), (sizes - 1).clamp(min=0))
 
 
 def removal(count: int, drop: float) -> int:
-    """`removals` of one count, for cost estimates."""
+    """`removals` for one count, for cost estimates."""
     return min(int(count * drop + 1e-9), max(0, count - 1))

@@ -1,4 +1,4 @@
-"""The method as slow, obvious loops over Python numbers: the definition of truth for every faster form."""
+"""Implements the published method as plain loops over Python numbers: the reference for the fast code."""
 
 import math
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def guidance(q: list[list[Vector]], k: list[list[Vector]], text: Sequence[bool],
 
 
 def asked(q: list[list[Vector]], k: list[list[Vector]], items: Sequence[int], scale: float) -> Vector:
-    """Per position the most that a head of a text token after all vision gives it of its attention to vision."""
+    """Per position, the largest attention from a text token after all vision, over heads; softmax over vision only."""
     length, group = len(items), len(q) // len(k)
     vision = [i for i in range(length) if items[i] != -1]
     asking = [i for i in range(length) if items[i] == -1 and all(j < i for j in vision)]
@@ -48,7 +48,7 @@ def asked(q: list[list[Vector]], k: list[list[Vector]], items: Sequence[int], sc
 
 
 def band(position: int, extent: int, count: int) -> int:
-    """Which of `count` bands holds a row, when the first `extent mod count` bands are one row taller."""
+    """The band of a row, if the first `extent mod count` of `count` bands are one row taller."""
     first = 0
     for number in range(count):
         first += extent // count + (1 if number < extent % count else 0)
@@ -67,7 +67,7 @@ def stage(
     frames: int | None = 1,
     budget: str = "window",
 ) -> tuple[list[Vector], list[int], list[int]]:
-    """→ (hidden of the survivors, their original indices, where each token ended up)."""
+    """→ (hidden states of the survivors, their original indices, target of each token)."""
     x, weight = [list(vector) for vector in hidden], list(g)
     target = list(range(len(x)))
     cells: dict[tuple[int, ...], list[int]] = {}
@@ -91,7 +91,7 @@ def stage(
 
 
 def spread(cells: dict[tuple[int, ...], list[int]], drop: float) -> dict[tuple[int, ...], int]:
-    """How many tokens each window gives when an item gives floor(drop · M) of its M, and no window its last one."""
+    """Removals per window if an item removes floor(drop · M) of its M tokens, and no window its last one."""
     shares = {}
     for item in {cell[0] for cell in cells}:
         own = sorted(cell for cell in cells if cell[0] == item)
@@ -106,7 +106,7 @@ def spread(cells: dict[tuple[int, ...], list[int]], drop: float) -> dict[tuple[i
 
 
 def match_once(x: list[Vector], weight: Vector, members: list[int], count: int) -> dict[int, int]:
-    """Merge the `count` least divergent a's of one window into their b's, in place; → {a: b}."""
+    """Merges the `count` least divergent a's of one window into their b's, in place; → {a: b}."""
     set_a, set_b = members[0::2], members[1::2]
     choices = []
     for order, a in enumerate(set_a):
@@ -128,7 +128,7 @@ def match_once(x: list[Vector], weight: Vector, members: list[int], count: int) 
 
 
 def squared(places: Sequence[Place]) -> tuple[list[Place], list[tuple[int, int, int]]]:
-    """The release's grid: each item's tokens re-laid row by row on a square of side ceil(sqrt(n))."""
+    """The release's grid: each item's n tokens, row by row, on a square of side ceil(sqrt(n))."""
     count: dict[int, int] = {}
     for item, *_ in places:
         if item >= 0:

@@ -1,4 +1,4 @@
-"""By hand: a whole compressed generation (dense masks, no cache, no hooks), and the loops of spacetime merging."""
+"""Reference implementations: compressed generation (dense masks, no cache, no hooks) and spacetime merging by loops."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from lightkv.methods.table import METHODS
 
 @dataclass
 class Prompt:
-    """What the decoder receives for one prompt: embeds [1, S, D], RoPE positions [1, S] or [3, 1, S], the layout."""
+    """The decoder's inputs for one prompt: embeds [1, S, D], RoPE positions [1, S] or [3, 1, S], the layout."""
 
     embeds: Tensor
     positions: Tensor
@@ -22,7 +22,7 @@ class Prompt:
 
 
 def prompt_of(model, sample):
-    """Look at a plain forward to learn what reaches the decoder."""
+    """Records the decoder's inputs in a plain forward."""
     seen = {}
     handle = model.get_decoder().register_forward_pre_hook(
         lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
@@ -78,7 +78,7 @@ def logits(model, prompt, config, generated):
 
 
 def score_of(config, first, layer, hidden, angles, layout):
-    """What the stage after `layer` is told, fp32 [S] or None: votes of the prompt, attention of its end."""
+    """The scores of the stage after `layer`, fp32 [S] or None: votes of the prompt, or attention of its end."""
     q, k, scale = queries_and_keys(layer, hidden, angles)
     if config.method in ("lightkv", "asked") and not first:
         scores = q @ k.repeat_interleave(len(q) // len(k), 0).transpose(1, 2) * scale
@@ -125,8 +125,8 @@ def spacetime(hidden, size, layout, drop, rounds, distance, limit):
         (ta, ya, xa), (tb, yb, xb) = place[a], place[b]
         return math.sqrt((ta - tb) ** 2 / 4 + (ya - yb) ** 2 + (xa - xb) ** 2)
 
-    def turns(i, alive):
-        """For each axis: how many of those alive come before i in its row, which shares the other two coordinates."""
+    def ranks(i, alive):
+        """For each axis: the rank of i among the alive tokens of its row, which share the other two coordinates."""
         rows = (
             [j for j in alive if place[j][:axis] + place[j][axis + 1 :] == place[i][:axis] + place[i][axis + 1 :]]
             for axis in range(3)
@@ -137,20 +137,20 @@ def spacetime(hidden, size, layout, drop, rounds, distance, limit):
         alive = [i for i in range(len(layout)) if layout.item[i] == item]
         wanted = min(math.floor(len(alive) * drop + 1e-9), len(alive) - 1)
         scale = sum(float(x[i] @ x[i]) for i in alive) / len(alive) or 1.0
-        done, turn = 0, 0
+        done, number = 0, 0
 
         def differ(a, b, scale=scale):
             return float((x[a] - x[b]) @ (x[a] - x[b])) / (2 * scale) + distance * apart(a, b)
 
         while done < wanted:
-            share = wanted * min(turn + 1, rounds) // rounds - done
+            share = wanted * min(number + 1, rounds) // rounds - done
             found = []
             for block in halved(alive, place, limit):
-                counted = ((1, 1, 1), (1, 0, 0), (1, 1, 0), (1, 0, 1))[turn % 4]
-                a_set = [i for i in block if (sum(map(mul, counted, turns(i, alive))) + turn) % 2 == 0]
+                counted = ((1, 1, 1), (1, 0, 0), (1, 1, 0), (1, 0, 1))[number % 4]
+                a_set = [i for i in block if (sum(map(mul, counted, ranks(i, alive))) + number) % 2 == 0]
                 b_set = [i for i in block if i not in a_set]
                 if not a_set or not b_set:
-                    a_set, b_set = block[turn % 2 :: 2], block[1 - turn % 2 :: 2]
+                    a_set, b_set = block[number % 2 :: 2], block[1 - number % 2 :: 2]
                 if not b_set:
                     continue
                 for a in a_set:
@@ -164,13 +164,13 @@ def spacetime(hidden, size, layout, drop, rounds, distance, limit):
                 n[b] = total
                 target = [b if now in members else now for now in target]
                 alive = [i for i in alive if i not in members]
-            done, turn = done + len(merges), turn + 1
+            done, number = done + len(merges), number + 1
     kept = [i for i in range(len(layout)) if target[i] == i]
     return [x[i].tolist() for i in kept], kept, target, [n[i] for i in kept]
 
 
 def halved(tokens, place, limit):
-    """Blocks of at most `limit` tokens: the longest axis is cut at the middle token, a frame being half a step long."""
+    """Blocks of at most `limit` tokens, halved by count along the longest axis; a frame counts as half a step."""
     if len(tokens) <= limit:
         return [tokens]
     extents = [

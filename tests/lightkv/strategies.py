@@ -1,4 +1,4 @@
-"""What hypothesis draws: layouts of any shape."""
+"""Strategies for hypothesis: layouts of any shape."""
 
 import torch
 from hypothesis import strategies as st
@@ -8,7 +8,7 @@ from lightkv import VisionLayout
 
 @st.composite
 def layouts(draw):
-    """Several items of any size, text before, between and after them, sometimes thinned by an earlier stage."""
+    """Several items of any size, with text before, between and after them; some tokens may already be removed."""
     spans, length = [], draw(st.integers(0, 3))
     for _ in range(draw(st.integers(0, 3))):
         t, h, w = draw(st.integers(1, 3)), draw(st.integers(1, 7)), draw(st.integers(1, 7))

@@ -33,7 +33,7 @@ def decoder():
         hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=128, max_position_embeddings=2048,
     )  # fmt: skip
-    return LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()  # its products are all counted
+    return LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()  # all its products are counted
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

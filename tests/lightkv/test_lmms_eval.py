@@ -1,4 +1,4 @@
-"""lmms-eval runs a local task of six generated images on tiny random checkpoints; skipped where it is not installed."""
+"""Tests lmms-eval on a local task of six generated images and tiny random checkpoints; skipped if not installed."""
 
 import tomllib
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ from tests.lightkv.tiny import IMAGE, VIDEO, tiny_model
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install 'lightkv[lmms-eval]'")
 datasets = pytest.importorskip("datasets")
 
-from lmms_eval.evaluator import simple_evaluate  # noqa: E402  # only once it is known to be there
+from lmms_eval.evaluator import simple_evaluate  # noqa: E402  # only if it is installed
 from lmms_eval.models import MODEL_REGISTRY_V2, get_model  # noqa: E402
 from lmms_eval.models.model_utils.gen_metrics import reset_logged_metrics  # noqa: E402
 from lmms_eval.tasks import TaskManager  # noqa: E402
@@ -65,13 +65,13 @@ def visual(doc):
 
 @pytest.fixture(scope="module", autouse=True)
 def plugin():
-    """Registered as the entry point does it, also where this project is not installed."""
+    """Registers the model like the entry point, even if this project is not installed."""
     MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    """A folder with a task of six images of noise, two sizes, and questions of different length."""
+    """A folder with a task of six noise images of two sizes, and questions of different length."""
     folder, rng = tmp_path_factory.mktemp("task"), np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 255, (40 + 8 * (n % 2), 48, 3), np.uint8)) for n in range(6)]
     rows = {"image": pictures, "question": [f"w11 w{12 + n} " + "w9 " * n for n in range(6)], "answer": ["w1"] * 6}
@@ -82,7 +82,7 @@ def task(tmp_path_factory):
 
 
 def tokenizer(family):
-    """Word level, w0 … w95; the names that a family's processor looks for stand where the tiny model has their ids."""
+    """A word-level tokenizer, w0 … w95; special tokens of a family's processor have the ids of the tiny model."""
     named = {
         "llava": {IMAGE: "<image>"},
         "llava_next": {IMAGE: "<image>"},
@@ -139,7 +139,7 @@ def processor(family):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """family → folder of its tiny model with a processor, as `from_pretrained` reads it."""
+    """family → folder of its tiny model and processor, for `from_pretrained`."""
 
     def saved(family):
         folder = tmp_path_factory.getbasetemp() / f"checkpoint-{family}"
@@ -158,12 +158,12 @@ def arguments(family, folder, **ours):
 
 
 def tasks_in(folder):
-    """Without lmms-eval's own tasks: reading their 1,400 files takes most of a minute."""
+    """A task manager without lmms-eval's own tasks: reading their 1,400 files takes most of a minute."""
     return TaskManager(include_path=str(folder), include_defaults=False)
 
 
 def evaluate(model, args, task, batch_size=1):
-    """Answers by document, and the results that lmms-eval would write."""
+    """Runs the task: the answers per document, and the results that lmms-eval would write."""
     reset_logged_metrics()
     if model != "lightkv":
         args += ",device_map=cpu"
@@ -258,7 +258,7 @@ def test_schedules():
     assert schedule(shallow, "none").stages == ()
     with pytest.raises(ConfigError, match="this decoder has 5"):
         schedule(shallow, "published")
-    with pytest.raises(ConfigError, match=r"method=none compresses nothing: leave out \['positions', 'retention'\]"):
+    with pytest.raises(ConfigError, match=r"method=none compresses nothing: omit \['positions', 'retention'\]"):
         schedule(deep, "none", retention=0.3, positions="compact")
     with pytest.raises(ConfigError, match=r"method must be one of \['published', 'lightkv',.* 'none'\]"):
         schedule(deep, "default")

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, and processor-like inputs for them: nothing is downloaded."""
+"""Makes tiny random models of every family, and inputs like their processors', without downloads."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ def text_config(kind: str, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Tiny:
-    """A family: its model, and what its processor would make of image number `n` (they differ in content and size).
+    """A family: its model, and its processor's output for image number `n`; images differ in content and size.
 
     typed         the processor adds mm_token_type_ids
     frames_apart  a word stands between the frames of a video
@@ -238,7 +238,7 @@ TINY: dict[str, Tiny] = {
 
 @cache
 def tiny_model(family: str) -> Any:
-    """The family's model in fp32 with fixed random weights; shared by all tests, which must leave it as it was."""
+    """The family's model in fp32 with fixed random weights; all tests share it and must not change it."""
     torch.manual_seed(0)
     model = getattr(transformers, TINY[family].model)(TINY[family].config()).eval()
     model.generation_config.eos_token_id = None
@@ -286,7 +286,7 @@ def typed(family: str, inputs: Pixels) -> Pixels:
 
 
 def merged(parts: Sequence[Pixels]) -> Pixels:
-    """Tensors of the same name joined along their first axis; tiles are filled up with zeros to the most there are."""
+    """Joins tensors of the same name along their first axis; tiles are padded with zeros to the largest number."""
     out: Pixels = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         tensors = [part[name] for part in parts if name in part]
@@ -298,5 +298,5 @@ def merged(parts: Sequence[Pixels]) -> Pixels:
 
 
 def scored(scorer, q, k, layout, scale):
-    """What a scorer says of one sequence: q [Hq, S, d], k [Hkv, S, d]."""
+    """The scores of a scorer for one sequence: q [Hq, S, d], k [Hkv, S, d]."""
     return scorer(q[None], k[None], layout, Packing((len(layout),), len(layout), q.device), scale)

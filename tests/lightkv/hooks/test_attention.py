@@ -15,7 +15,7 @@ CONFIG = LightKVConfig((Stage(0, 2, 0.5), Stage(2, 1, 0.5)))
 
 
 def rows_apart(module, q, k, v, attention_mask, scaling, position_ids=None, **_):
-    """Attention with the interface of a flash kernel: the mask is None or [B, keys] and says only what is padding.
+    """Attention with the interface of a flash kernel: the mask is None or [B, keys] and marks only padding.
 
     Where such a kernel gets position_ids it looks for packed sequences in them: they must fit the queries.
     """
@@ -65,14 +65,14 @@ def test_names_are_registered_in_both_tables(base):
 
 @pytest.fixture
 def attention():
-    """An attention module of 4 query heads that share 2 key heads; hooks set on it leave with the test."""
+    """An attention module with 4 query heads and 2 key heads; its hooks are removed after the test."""
     module = tiny_model("llava").get_decoder().layers[0].self_attn
     yield module
     HOOKS.pop(module, None)
 
 
 def by_hand(q, k, v, bias, pads, scale):
-    """softmax(q · k · scale + bias) v in fp32, causal from the lower right, keys left of a row's padding unseen."""
+    """softmax(q · k · scale + bias) v in fp32, causal from the lower right, padding keys on the left masked."""
     group, (queries, keys) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
     k, v = (states.float().repeat_interleave(group, 1) for states in (k, v))
     column = torch.arange(keys)
@@ -104,13 +104,13 @@ def test_a_bias_per_key_is_added_to_the_scores(attention, base, dtype, tolerance
     HOOKS[attention] = AttentionHook(weights=lambda: KeyWeights(bias, None))
     out, _ = ALL_ATTENTION_FUNCTIONS[hooked(base)](attention, q, k, v, mask, scaling=0.3, is_causal=queries > 1)
     assert (out.dtype, out.shape) == (dtype, (2, queries, 4, 8))
-    expected, real = by_hand(q, k, v, bias, pads, 0.3), seen[:, -queries:]  # what padding itself sees does not matter
+    expected, real = by_hand(q, k, v, bias, pads, 0.3), seen[:, -queries:]  # outputs at padding do not matter
     torch.testing.assert_close(out.float()[real], expected[real], atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("scale", [8**-0.5, 0.02])
 def test_half_precision_scores_lose_nothing_of_the_bias(attention, scale):
-    """Two keys of opposite bias and equal scores share the attention in the exact ratio of their sizes."""
+    """Two keys of equal scores and opposite bias get attention in the exact ratio of their sizes."""
     q, k, v = torch.zeros(1, 4, 2, 8).bfloat16(), torch.zeros(1, 2, 2, 8).bfloat16(), torch.zeros(1, 2, 2, 8).bfloat16()
     v[:, :, 1] = 1.0
     HOOKS[attention] = AttentionHook(weights=lambda: KeyWeights(torch.tensor([[1000.0, 1003.0]]).log(), None))
@@ -133,7 +133,7 @@ def test_half_precision_scores_lose_nothing_of_the_bias(attention, scale):
 @pytest.mark.parametrize("queries", [5, 1])
 def test_equal_tokens_merged_into_one_of_their_size_attend_as_before(attention, queries):
     q, k, v = (random(1, heads, n, 8, seed=heads) for heads, n in ((4, queries), (2, 9), (2, 9)))
-    same = torch.tensor([0, 1, 1, 1, 2, 3, 3, 4, 5])  # which of 6 tokens each of 9 is; the queries follow them all
+    same = torch.tensor([0, 1, 1, 1, 2, 3, 3, 4, 5])  # 9 copies of 6 tokens; the queries come after all of them
     forward = ALL_ATTENTION_FUNCTIONS[hooked("sdpa")]
     mask = torch.ones(1, 1, queries, 9, dtype=torch.bool)
     before, _ = forward(attention, q, k[:, :, same], v[:, :, same], mask)

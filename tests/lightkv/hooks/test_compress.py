@@ -1,4 +1,4 @@
-"""The scope: what it changes, that it changes it back, what it refuses, what it reports."""
+"""Tests the scope of compress: its changes, their removal, the calls that it refuses, and its report."""
 
 import contextlib
 import copy
@@ -28,7 +28,7 @@ EARLY = LightKVConfig((Stage(-1, drop=0.5), Stage(1, drop=0.5)), method="lightkv
 
 
 def state(model):
-    """Everything a scope might leave behind: hooks, attributes, attention names, taps."""
+    """Everything that a scope must restore: hooks, attributes, attention names, taps."""
     found = {}
     for name, module in model.named_modules():
         found[name, "attributes"] = sorted(vars(module))
@@ -52,7 +52,7 @@ def state(model):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm"])
 def test_the_model_is_as_before_after_leaving(family, config):
     model = tiny_model(family)
-    model.generate(**tiny_sample(family, 0), max_new_tokens=1)  # transformers leaves hooks of its own at the first call
+    model.generate(**tiny_sample(family, 0), max_new_tokens=1)  # the first call of transformers installs its own hooks
     before = state(model)
     with compress(model, config):
         assert state(model) != before
@@ -171,12 +171,12 @@ def test_the_report_follows_every_token_to_its_survivor():
             if method == "random":
                 assert int(gone.sum()) == 64 - vision
             elif method == "asked" and stage is row[1]:
-                assert torch.equal(gone, ~torch.isin(row[0].target, stage.kept))  # all of whom a dropped one was made
+                assert torch.equal(gone, ~torch.isin(row[0].target, stage.kept))  # with what merged into it
             else:
                 assert not gone.any()
             assert torch.isin(stage.target[~gone], stage.kept).all()
         merged = row[0].target[row[0].target >= 0]
-        assert torch.equal(row[1].target[row[0].target >= 0], row[1].target[merged])  # who merged once stays together
+        assert torch.equal(row[1].target[row[0].target >= 0], row[1].target[merged])  # merged tokens stay together
     with compress(model, EARLY) as report, torch.no_grad():
         model(**sample)
         model(input_ids=sample["input_ids"][:, -3:])
@@ -213,7 +213,7 @@ def test_the_question_decides_what_survives_and_nothing_without_it(guided):
                 model(**tiny_sample("llava", 0, question=question))
             survivors.setdefault(method, []).append(report.survivors[0])
     (one, other), (merged, merged_too) = survivors[guided], survivors["spacetime"]
-    assert torch.equal(one[0].kept, other[0].kept)  # the embeddings know nothing of the question
+    assert torch.equal(one[0].kept, other[0].kept)  # a stage on the embeddings does not depend on the question
     assert not torch.equal(one[1].kept, other[1].kept)
     assert all(torch.equal(a.target, b.target) for a, b in zip(merged, merged_too, strict=True))
 
@@ -248,8 +248,8 @@ def test_what_could_not_be_done_as_asked_is_noted():
     config = LightKVConfig((Stage(0, 5, 0.5), Stage(1, 5, 0.5)))
     with compress(model, config) as report:
         model.generate(**tiny_sample("qwen2_5_vl", 1), max_new_tokens=1)
-    assert "stage after layer 0: 5 windows per side shrunk to the grids [(4, 6)]" in report.notes
-    assert any("was asked" in note for note in report.notes)
+    assert "stage after layer 0: 5 windows per side exceed the grids [(4, 6)]" in report.notes
+    assert any("was reached instead of" in note for note in report.notes)
 
 
 def refused(model, sample, match, **options):

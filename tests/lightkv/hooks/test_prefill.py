@@ -8,7 +8,7 @@ from tests.lightkv.tiny import scored
 
 
 def run(positions, layout, drop=0.5):
-    """One stage over hidden states that make every a merge into the b after it; → the group after the stage."""
+    """The group after one stage, on hidden states that make every a merge into the next b."""
     length = len(layout)
     prefill = Prefill(LightKVConfig((Stage(0, 1, drop),)), [layout], length, positions)
     prefill.scores = torch.ones(length)
@@ -29,7 +29,7 @@ def test_gaps_that_were_there_before_stay():
     layout = VisionLayout.grids([(0, 1, 1, 4)], 6)
     group = run(torch.tensor([[0, 10, 20, 30, 41, 42]]), layout)
     assert group.origin.tolist() == [[1, 3, 4, 5]]
-    assert group.positions.tolist() == [[9, 28, 39, 40]]  # the values 0 and 20 are gone
+    assert group.positions.tolist() == [[9, 28, 39, 40]]  # no survivor has the values 0 and 20
 
 
 def test_axes_of_mrope_share_one_numbering():
@@ -42,7 +42,7 @@ def test_axes_of_mrope_share_one_numbering():
 
 
 def test_rows_of_a_batch_close_up_by_themselves():
-    """M-RoPE, two rows of unlike length: each is what it is alone, behind its padding."""
+    """M-RoPE, two rows of different length: each gives the same result as alone, after its padding."""
     layouts = [VisionLayout.grids([(1, 2, 2, 2)], 11), VisionLayout.grids([(0, 1, 2, 2)], 6)]
     positions = torch.randint(0, 60, (3, 2, 11), generator=torch.Generator().manual_seed(0))
     prefill = Prefill(LightKVConfig((Stage(0, 1, 0.5),)), layouts, 11, positions)
@@ -83,7 +83,7 @@ def test_prepared_masks_are_refused():
 
 
 def test_a_row_is_scored_without_the_padding_of_its_batch():
-    """Poison in the padded queries and keys would show in every score."""
+    """NaN in the padded queries and keys would appear in every score if padding were read."""
     layouts = [VisionLayout.grids([(1, 1, 2, 2)], 7), VisionLayout.grids([(0, 1, 1, 3)], 4)]
     config = LightKVConfig((Stage(-1, drop=0.0), Stage(0, drop=0.5)), method="lightkv")
     random = torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def test_a_row_is_scored_without_the_padding_of_its_batch():
     q[1, :, :3] = k[1, :, :3] = torch.nan
     prefill = Prefill(config, layouts, 7, None)
     prefill.compress(torch.zeros(2, 7, 2), config.stages[0])
-    prefill.listen(q, k, 0.35)
+    prefill.score(q, k, 0.35)
     alone = scored(QuestionAttention(), q[1, :, 3:], k[1, :, 3:], layouts[1], 0.35)
     assert torch.equal(prefill.scores[7:], alone)
     assert alone[:3].gt(0).all()

@@ -1,4 +1,4 @@
-"""What defines each baseline, on inputs made by hand, and the schedules they are used with."""
+"""Tests the defining property of each baseline on hand-made inputs, and the schedules of the baselines."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_tome_merges_alternate_tokens_by_content_and_weighs_by_size():
     axis = torch.eye(4)
     hidden = torch.stack([axis[0], axis[1], axis[2], axis[0], axis[3], axis[1] * 3])
     result = run("tome", hidden, layout, 1 / 6)
-    assert result.target.tolist() == [3, 1, 2, 3, 4, 5]  # token 0 is like token 3, though not beside it
+    assert result.target.tolist() == [3, 1, 2, 3, 4, 5]  # token 0 equals token 3, which is not a neighbour
     sizes = torch.tensor([3.0, 1, 1, 1, 1, 1])
     stage = Stage(0, drop=1 / 6)
     hidden[0] = 2 * axis[0]
@@ -74,7 +74,7 @@ def test_tome_merges_alternate_tokens_by_content_and_weighs_by_size():
 
 
 def test_fastv_keeps_what_the_last_token_attends_to():
-    """Scores are the last row of the causal attention, mean over query heads that share keys."""
+    """Scores are the last row of the causal attention, averaged over heads; query heads share keys."""
     layout = VisionLayout.grids([(1, 1, 2, 3)], 9)
     q, k = torch.randn(4, 9, 8, generator=generator(0)), torch.randn(2, 9, 8, generator=generator(1))
     score = scored(LastQuery(), q, k, layout, 0.35)
@@ -91,11 +91,11 @@ def test_evs_drops_what_repeats_the_frame_before():
     layout = VisionLayout.grids([(0, 3, 1, 4)], 12)
     frames = torch.eye(8)[:4].repeat(3, 1, 1)
     frames[1, 2] = torch.eye(8)[6]  # appears in frame 1 …
-    frames[2, 0] = torch.eye(8)[7]  # … is gone in frame 2, where another appears
+    frames[2, 0] = torch.eye(8)[7]  # … and is replaced by another in frame 2
     kept = run("evs", frames.flatten(0, 1), layout, 5 / 12).kept.tolist()
     assert kept == [0, 1, 2, 3, 6, 8, 10]
     kept = run("evs", frames.flatten(0, 1), layout, 9 / 12).kept.tolist()
-    assert kept == [0, 1, 2]  # the first frame goes last
+    assert kept == [0, 1, 2]  # the first frame is dropped last
 
 
 def test_evs_refuses_images():

@@ -41,7 +41,7 @@ def test_a_published_schedule_for_any_depth_meets_its_target(depth, retention, s
 @pytest.mark.parametrize("retention", [0.25, 0.35, 0.55, 0.7])
 @pytest.mark.parametrize("depth", [24, 28, 32, 40, 80])
 def test_stages_about_halve_at_usual_targets(depth, retention):
-    """Half is the drop that loses least to rounding in small windows."""
+    """A drop of one half loses least to rounding in small windows."""
     stages = LightKVConfig.for_model(LlamaConfig(num_hidden_layers=depth), retention, method="published").stages
     assert all(0.48 <= stage.drop <= 0.5 for stage in stages[:-1])
     assert 0.25 <= stages[-1].drop <= 0.5
@@ -119,7 +119,7 @@ def test_lightkv_has_one_stage_or_two():
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("lightkv", {"windows": "spatiotemporal"}, "method='lightkv' does not read windows: leave it out"),
+        ("lightkv", {"windows": "spatiotemporal"}, "method='lightkv' does not read windows: omit it"),
         ("lightkv", {"guidance": "uniform"}, "does not read guidance"),
         ("tome", {"rounds": 2}, "method='tome' does not read rounds"),
         ("published", {"seed": 1}, "method='published' does not read seed"),
@@ -148,7 +148,7 @@ def test_what_asks_the_layer_before_cannot_run_on_the_embeddings():
     with pytest.raises(ConfigError, match="method='fastv' needs a layer before it"):
         LightKVConfig((Stage(-1),), method="fastv")
     assert LightKVConfig(stages, guidance="uniform").retention(4) == 0.5
-    assert LightKVConfig((Stage(-1), Stage(0)), method="lightkv").retention(4) == 0.3125  # its second stage asks
+    assert LightKVConfig((Stage(-1), Stage(0)), method="lightkv").retention(4) == 0.3125  # only stage 1 needs scores
 
 
 def test_a_stage_on_the_embeddings_counts_for_every_layer():
@@ -176,7 +176,7 @@ def test_dictionaries_round_trip():
         ({"stages": [], "guidance": "attention"}, "guidance must be one of"),
         ({"stages": [], "windows": "image"}, "windows must be one of"),
         ({"stages": [], "window_frames": 2}, "needs windows="),
-        ({"stages": [[1, 2, 0.5]]}, r"Stage must be given by its fields, got \[1, 2, 0.5\]"),
+        ({"stages": [[1, 2, 0.5]]}, r"Stage must be a mapping of its fields, got \[1, 2, 0.5\]"),
         ({"stages": [{"layer": "1", "windows": 2, "drop": 0.5}]}, "Stage.layer must be a whole number, got '1'"),
         ({"stages": [{"layer": 1, "windows": 2.0, "drop": 0.5}]}, "Stage.windows must be a whole number"),
         ({"stages": [{"layer": 1, "windows": 2, "drop": "half"}]}, "Stage.drop must be a number"),

@@ -74,7 +74,7 @@ def test_who_votes():
     scale=st.sampled_from([0.1, 1.0]),
 )
 def test_the_questions_attention_is_what_the_loops_say(layout, heads, at_once, seed, scale):
-    """Whatever stands before, between and after the items, in one block of scores or in many."""
+    """For any text before, between and after the items, with scores computed in one block or in several."""
     q = torch.randn(heads[0], len(layout), 4, generator=generator(seed))
     k = torch.randn(heads[1], len(layout), 4, generator=generator(seed + 1))
     with pytest.MonkeyPatch.context() as patch:
@@ -85,11 +85,11 @@ def test_the_questions_attention_is_what_the_loops_say(layout, heads, at_once, s
 
 
 def test_one_head_of_one_word_is_enough():
-    """A word that looks at the second token alone, in one of four heads; the others look at all alike."""
+    """One word attends only to the second token, in one of four heads; the other heads attend uniformly."""
     layout, q, k = VisionLayout.grids([(1, 1, 1, 4)], 8), torch.zeros(4, 8, 4), torch.zeros(2, 8, 4)
     k[:, 1:5] = torch.eye(4)
     q[2, 6, 1] = 50.0
-    q[:, 0, 3] = q[:, 3, 3] = 50.0  # the system prompt and the vision tokens themselves do not ask
+    q[:, 0, 3] = q[:, 3, 3] = 50.0  # queries of the system prompt and of vision tokens do not count
     assert scored(QuestionAttention(), q, k, layout, 1.0).tolist() == pytest.approx([0, 0.25, 1, 0.25, 0.25, 0, 0, 0])
 
 

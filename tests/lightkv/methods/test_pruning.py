@@ -1,11 +1,11 @@
-"""What the second stage of asked keeps: the ranking over all images together. The other rules: test_baselines.py."""
+"""Tests which tokens the second stage of asked keeps, over all images together; other methods: test_baselines.py."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightkv import LightKVConfig, Stage, Tokens, VisionLayout
+from lightkv import Tokens, VisionLayout
 from lightkv.methods.guidance import QuestionAttention
 from lightkv.methods.pruning import asked
 from tests.lightkv.strategies import generator, layouts
@@ -13,11 +13,9 @@ from tests.lightkv.tiny import scored
 
 
 def run(layout, score, drop, hidden=None, size=None):
-    stage = Stage(1, drop=drop)
     hidden = torch.zeros(len(layout), 2) if hidden is None else hidden
     size = torch.ones(len(layout)) if size is None else size
-    config = LightKVConfig((Stage(0, drop=0.5), stage), method="asked")
-    return asked(Tokens(hidden, layout, size, score), stage, config)
+    return asked(Tokens(hidden, layout, size, score), drop)
 
 
 @settings(max_examples=80)
@@ -44,7 +42,7 @@ def test_the_best_of_each_item_stay_and_then_the_best_of_all(layout, drop, level
     assert result.kept.tolist() == kept
     assert result.target.tolist() == [i if i in kept else -1 for i in range(len(items))]
     assert torch.equal(result.hidden, hidden[kept])
-    assert torch.equal(result.size, size[kept])  # who stands for several goes on doing so
+    assert torch.equal(result.size, size[kept])  # survivors keep their sizes
 
 
 def test_the_budget_goes_to_the_image_that_is_asked_about():
@@ -62,14 +60,14 @@ def test_row_ends_and_text_stay_whatever_they_score():
 
 
 def test_without_a_question_the_first_tokens_stay():
-    """Nothing is known of what matters: ties go to the lower index."""
+    """All scores are equal, and ties go to the lower index."""
     layout = VisionLayout.grids([(1, 1, 2, 4)], 9)
     assert run(layout, torch.zeros(9), 0.5).kept.tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("wanted", [(3,), (0, 7), (2, 5, 6)])
 def test_another_question_keeps_other_tokens(wanted):
-    """Every vision token has a key of its own, every word of the question the query of the token it is after."""
+    """Every vision token has its own key; every question word has the query that matches its wanted token."""
     layout, q, k = VisionLayout.grids([(1, 1, 2, 4)], 12), torch.zeros(2, 12, 8), torch.zeros(1, 12, 8)
     k[0, 1:9] = torch.eye(8)
     for word, token in enumerate(wanted, start=9):

@@ -105,7 +105,7 @@ def test_permuting_images_permutes_the_result():
         layout = VisionLayout.grids(spans, start)
         result = compress_tokens(hidden, weight, layout, windows=2, drop=0.5)
         owner = layout.item[result.kept]
-        assert (layout.item[result.target] == layout.item).all()  # nothing crosses from one image to another
+        assert (layout.item[result.target] == layout.item).all()  # no merge across images
         return {n: result.hidden[owner == place] for place, n in enumerate(order)}
 
     straight = run([0, 1, 2])
@@ -130,7 +130,7 @@ def test_first_bands_are_the_taller_ones():
 
 
 def test_windows_keep_their_place_when_tokens_have_left():
-    layout = VisionLayout.grids([(0, 1, 4, 4)], 16).take(torch.arange(8))  # the lower half is gone
+    layout = VisionLayout.grids([(0, 1, 4, 4)], 16).take(torch.arange(8))  # without the lower half
     assert Windows.cut(layout, 2).sizes.tolist() == [4, 4]
 
 

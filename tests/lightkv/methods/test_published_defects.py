@@ -1,4 +1,4 @@
-"""What the published code does wrong, in the order of method.md section 2; each test shows that ours does not."""
+"""Tests that our code does not have the faults of the published code; the order is that of method.md section 2."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ def test_2_attention_of_the_first_stage_layer_is_causal(attention, monkeypatch):
     for last in (13, 57):
         with compress(model, CONFIG), torch.no_grad():
             caches.append(model(**tiny_sample("llava", 0, question=[11, 12, last])).past_key_values)
-    for layer in range(3):  # layer 2 is the first to get merged tokens; what merged depends on the whole prompt
+    for layer in range(3):  # from layer 2 on tokens are merged, which depends on the whole prompt
         keys = [cache.layers[layer].keys[..., :-1, :] for cache in caches]
         if layer < 2:
             torch.testing.assert_close(keys[0], keys[1])
@@ -48,10 +48,10 @@ def test_2_attention_of_the_first_stage_layer_is_causal(attention, monkeypatch):
 
 
 def cosines_per_layer(model, sample, config):
-    """The RoPE cosines [1, S', d] that each layer works with, forward after forward."""
+    """The RoPE cosines [1, S', d] that each layer uses, for every forward."""
     seen, handles = [], []
     with compress(model, config):
-        for layer in model.get_decoder().layers:  # after compress's hooks, so what the layers really get
+        for layer in model.get_decoder().layers:  # after the hooks of compress: what the layers get
             note = lambda _, args, kwargs: seen.append(kwargs["position_embeddings"][0].clone())  # noqa: E731
             handles.append(layer.register_forward_pre_hook(note, with_kwargs=True))
         model.generate(**sample, **GREEDY)
@@ -74,13 +74,13 @@ def test_3_mrope_keeps_three_axes_and_new_tokens_come_after_all_keys():
         for layer in range(len(decoder.layers)):
             prefill, step = seen[layer][0].tolist(), seen[len(decoder.layers) + layer][0].tolist()
             places = [place_of[tuple(cosine)] for cosine in prefill]
-            assert len(places) == len(set(places))  # nothing collapsed onto the same place
-            assert any(len(set(place)) > 1 for place in places)  # vision is still in three dimensions
+            assert len(places) == len(set(places))  # no two tokens share a place
+            assert any(len(set(place)) > 1 for place in places)  # vision tokens keep three dimensions
             assert place_of[tuple(step[0])] == (max(max(place) for place in places) + 1,) * 3
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor any operation makes."""
+    """Number of elements of the largest tensor that any operation makes."""
 
     def __init__(self):
         super().__init__()
@@ -130,7 +130,7 @@ def test_5_batches_unequal_images_and_text_prompts_all_work():
 def test_6_windows_lie_on_the_true_grid():
     """A 2 × 8 image cut in two: the released square grid of side 4 would pair columns 0 and 4."""
     layout = VisionLayout.grids([(0, 1, 2, 8)], 16)
-    hidden = torch.eye(8)[layout.x % 4]  # columns c and c + 4 look alike
+    hidden = torch.eye(8)[layout.x % 4]  # columns c and c + 4 are equal
     ours = compress_tokens(hidden, torch.ones(16), layout, windows=2, drop=0.5)
     assert ((layout.x < 4) == (layout.x[ours.target] < 4)).all()
     released = layout.squared()

@@ -1,4 +1,4 @@
-"""The two-stage plan of lightkv and spacetime. What derives the published schedules is met in test_config.py."""
+"""Tests the two-stage plan of lightkv and spacetime; test_config.py tests the derived published schedules."""
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +20,7 @@ def test_any_target_is_met_at_any_depth(depth, target, stages):
 
 
 def test_the_plans_of_usual_models():
-    first = 1 - 0.25 * 28 / (9 + 19 * 0.85)  # nine of 28 layers come before the second stage, which leaves 0.85
+    first = 1 - 0.25 * 28 / (9 + 19 * 0.85)  # nine of 28 layers precede the second stage, which keeps 0.85
     assert derive_early(28, -1, None, 0.25) == [(-1, pytest.approx(first)), (8, pytest.approx(0.15))]
     first = 1 - 0.55 * 32 / (11 + 21 * 0.91)
     assert derive_early(32, -1, None, 0.55) == [(-1, pytest.approx(first)), (10, pytest.approx(0.09))]

@@ -1,4 +1,4 @@
-"""Merging in space and time against its loops, and what it promises."""
+"""Tests spacetime merging against the loops of reference.py, and its guaranteed properties."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightkv import LightKVConfig, Stage, Tokens, VisionLayout
+from lightkv import Tokens, VisionLayout
 from lightkv.methods import spacetime as module
 from lightkv.methods.spacetime import Field, blocks, spacetime
 from tests.lightkv import reference
@@ -16,9 +16,7 @@ DROPS = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.75, 0.97])
 
 
 def run(hidden, layout, drop, size=None, rounds=10, distance=0.02):
-    stage = Stage(0, drop=drop)
-    config = LightKVConfig((stage,), method="spacetime", rounds=rounds, distance=distance)
-    return spacetime(Tokens(hidden, layout, torch.ones(len(layout)) if size is None else size), stage, config)
+    return spacetime(Tokens(hidden, layout, torch.ones(len(layout)) if size is None else size), drop, rounds, distance)
 
 
 @settings(max_examples=40)
@@ -37,7 +35,7 @@ def test_any_layout_is_merged_as_the_loops_say(layout, drop, rounds, distance, l
         patch.setattr(module, "BLOCK_TOKENS", limit)
         patch.setattr(
             "lightkv.ops.nearest.SCORES_AT_ONCE", 40
-        )  # so that blocks come in several batches, and these in parts
+        )  # so that blocks are searched in several batches, and batches in parts
         result = run(hidden, layout, drop, size, rounds, distance)
     wanted, kept, target, sizes = reference.spacetime(hidden, size, layout, drop, rounds, distance, limit)
     assert result.kept.tolist() == kept
@@ -84,19 +82,19 @@ def test_dropping_nothing_changes_nothing():
 
 
 def test_what_stands_still_merges_along_time_and_what_moves_stays():
-    """Four frames of a still background, one token differs in every frame: at half of all it survives each time."""
+    """Four frames of a still background; one token per frame differs and survives a drop of half."""
     layout = VisionLayout.grids([(0, 4, 3, 3)], 36)
     background = torch.eye(16)[:9].repeat(4, 1)
     moving = torch.arange(4) * 9 + 4
     background[moving] = torch.eye(16)[9:13]
     result = run(background, layout, 18 / 36, distance=0.01)
     assert set(moving.tolist()) <= set(result.kept.tolist())
-    assert torch.equal(result.hidden, background[result.kept])  # only equal tokens have merged
+    assert torch.equal(result.hidden, background[result.kept])  # only equal tokens merged
     assert result.size[torch.isin(result.kept, moving)].tolist() == [1.0] * 4
 
 
 def test_a_token_looks_nearby_first():
-    """All tokens alike: with a price on distance each merge is between direct neighbours in space or time."""
+    """All tokens are equal: with a weight on distance, each merge joins direct neighbours in space or time."""
     layout = VisionLayout.grids([(0, 2, 4, 4)], 32)
     result = run(torch.ones(32, 3), layout, 0.5, rounds=1)
     place = torch.stack([layout.t / 2, layout.y, layout.x], dim=-1)
@@ -106,7 +104,7 @@ def test_a_token_looks_nearby_first():
 
 
 def test_the_rate_goes_where_the_redundancy_is():
-    """Half of the image is one colour, half is noise: at half the budget hardly any noise is touched."""
+    """Half of the image is one colour, half is noise: at a drop of half, hardly any noise merges."""
     layout = VisionLayout.grids([(0, 1, 8, 8)], 64)
     hidden = torch.randn(64, 16, generator=generator(1))
     hidden[:32] = torch.ones(16)
@@ -126,11 +124,11 @@ def test_long_items_are_searched_in_blocks_of_one_item_each(shape):
     assert sizes[block[tokens]] == 4
     place = torch.stack([layout.t / 2, layout.y, layout.x])
     spans = [int((place[:, block == number].amax(1) - place[:, block == number].amin(1)).max()) for number in range(2)]
-    assert max(spans) <= 60  # compact: no block spans what it could halve
+    assert max(spans) <= 60  # blocks are compact: the longest axis is always halved
 
 
 class Waits(TorchDispatchMode):
-    """The operations in its scope for whose result a GPU's host waits."""
+    """Records the operations in its scope that would make the host wait for a GPU."""
 
     OPERATIONS = ("_local_scalar_dense", "_unique2", "unique_consecutive", "nonzero", "bincount", "lift_fresh")
 
@@ -157,9 +155,9 @@ def test_searching_a_long_item_in_blocks_waits_once_per_halving():
 def test_the_sets_of_a_round_wait_for_who_takes_part_alone():
     field = Field.of(VisionLayout.grids([(0, 4, 6, 6)], 144))
     alive = torch.ones(144, dtype=torch.bool)
-    for turn in range(4):
+    for number in range(4):
         with Waits() as waits:
-            field.sets(alive, alive, turn)
+            field.sets(alive, alive, number)
         assert waits.found == ["nonzero"]
 
 
@@ -180,7 +178,7 @@ def test_half_precision_similarities_are_taken_in_fp32():
 
 
 def test_what_is_left_of_even_steps_alone_still_merges_along_time():
-    """A still video without its odd steps: half of what is left can go, and only equal tokens merge."""
+    """A still video without its odd steps: half of the rest can merge, and only equal tokens merge."""
     layout = VisionLayout.grids([(0, 8, 3, 3)], 72)
     even = layout.take(layout.t % 2 == 0)
     still = torch.randn(9, 16, generator=generator(5)).repeat(4, 1)

@@ -72,7 +72,7 @@ def test_a_text_only_prompt_is_untouched_bit_for_bit(family):
 @pytest.mark.parametrize("family", ["llava_next", "llava_next_video"])
 @pytest.mark.parametrize("n", range(3))
 def test_anyres_tokens_lie_where_their_features_come_from(family, n):
-    """transformers' own packing moves the coordinates, written into the features, to the tokens."""
+    """Features hold their own coordinates; the packing of transformers moves them to the tokens."""
     model = tiny_model(family).model
     rows, columns = [(1, 2), (2, 1), (2, 2)][n]
     base = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij"), -1).reshape(1, 36, 2)
@@ -88,7 +88,7 @@ def test_anyres_tokens_lie_where_their_features_come_from(family, n):
     ends = packed[0][:, 0] < 0
     assert torch.equal(layout.item == FIXED, ends)
     corner = torch.zeros(len(layout), 2)
-    corner[36:] = packed[0][36:][~ends[36:]].amin(0)  # unpadding cuts rows or columns off the tiled grid
+    corner[36:] = packed[0][36:][~ends[36:]].amin(0)  # unpadding removes rows or columns of the tiled grid
     found = torch.stack([layout.y, layout.x], -1) + corner
     assert torch.equal(found[~ends], packed[0][~ends])
     assert layout.item[:36].tolist() == [0] * 36
@@ -101,10 +101,10 @@ def test_onevision_shrinks_large_grids_and_tiles_single_images_only():
     layout = layout_of("llava_onevision", sample)[0]
     assert layout.grid.tolist() == [[1, 6, 6], [1, 8, 8]]
     config = TINY["llava_onevision"].config()
-    items = FAMILIES["llava_onevision"].streams[0].items(config, {**sample, "batch_num_images": [1]})
+    items = FAMILIES["llava_onevision"].placeholders[0].items(config, {**sample, "batch_num_images": [1]})
     assert len(items[0]) == 36 + 8 * 9
     both = {"image_sizes": sample["image_sizes"].repeat(2, 1), "batch_num_images": [2]}
-    assert [len(item) for item in FAMILIES["llava_onevision"].streams[0].items(config, both)] == [37, 37]
+    assert [len(item) for item in FAMILIES["llava_onevision"].placeholders[0].items(config, both)] == [37, 37]
 
 
 def test_onevision_videos_end_with_a_separator():
@@ -112,8 +112,10 @@ def test_onevision_videos_end_with_a_separator():
     assert layout.grid.tolist() == [[4, 3, 3]]
     assert layout.item[layout.is_vision].tolist() == [0] * 36 + [FIXED]
     odd = TINY["llava_onevision"].config()
-    odd.vision_config.image_size = 28  # 7 patches to the side are resized to 4
-    items = FAMILIES["llava_onevision"].streams[1].items(odd, {"pixel_values_videos": torch.zeros(2, 3, 3, 28, 28)})
+    odd.vision_config.image_size = 28  # 7 patches per side are resized to 4
+    items = (
+        FAMILIES["llava_onevision"].placeholders[1].items(odd, {"pixel_values_videos": torch.zeros(2, 3, 3, 28, 28)})
+    )
     assert [item.grid.tolist() for item in items] == [[[3, 4, 4]]] * 2
 
 

@@ -46,7 +46,7 @@ def test_items_of_packed_layouts_are_numbered_through():
     seed=st.integers(0, 10**6),
 )
 def test_sequences_do_not_see_each_other(several, name, drop, seed):
-    """Packed and alone, a sequence keeps and merges the same tokens."""
+    """A sequence keeps and merges the same tokens whether it is packed with others or alone."""
     random = generator(seed)
     stage = Stage(0, drop=drop)
     config = LightKVConfig((stage,), method=name)

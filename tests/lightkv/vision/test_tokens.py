@@ -1,4 +1,4 @@
-"""What every method hands back beside the states: places and whatever else goes along with a token."""
+"""Tests what every method returns besides the hidden states: places and columns of the survivors."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_survivors_bring_their_places_and_what_goes_along(several, name, drop, a
     try:
         done = METHODS[name].compress(Tokens(*states, lengths, columns), stage, LightKVConfig((stage,), method=name))
     except UnsupportedCallError:
-        assert name == "evs"  # of an image
+        assert name == "evs"  # evs refuses images
         return
     same_layout(done.layout, layout.take(done.kept))
     assert torch.equal(done.columns, torch.zeros(0, len(done.kept)) if columns is None else columns[:, done.kept])
