@@ -166,7 +166,7 @@ def test_a_job_that_stands_still_ends_with_the_reason(videos, tmp_path):
     overrides = ["decode.backend=tests.integration.backends:dangerous", "run.stall_s=45", "decode.timeout_s=600"]
     done = run("caption", f"source.uri={tmp_path}", f"sink.uri={tmp_path / 'out'}", *overrides, check=False)
     assert done.returncode == 2
-    assert "the job stands still: waiting" in done.stderr
+    assert "the job has stalled: waiting" in done.stderr
     assert "for frames" in done.stderr
 
 

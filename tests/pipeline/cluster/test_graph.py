@@ -33,7 +33,7 @@ class _Stopped:
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (RunError("the job stands still: waiting 600 s for frames"), "^the job stands still"),
+        (RunError("the job has stalled: waiting 600 s for frames"), "^the job has stalled"),
         (RayError("Traceback\n  in a worker\nOSError: the disk is full"), "cannot go on: OSError: the disk is full;"),
     ],
 )
