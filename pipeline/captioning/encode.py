@@ -116,7 +116,7 @@ class QwenEncoder(FrameEncoder):
                 yield Vision(features, grid)
 
     def _without_repeats(self, frames: np.ndarray) -> tuple[np.ndarray, tuple[int, ...] | None]:
-        """Frames [T, H, W, 3] without time steps that repeat the last kept one, and the number of steps per kept one."""
+        """Frames [T, H, W, 3] without time steps that repeat the last kept one, and the step count of each kept one."""
         if self.repeat_tolerance is None:
             return frames, None
         kept, counts = [0], [1]

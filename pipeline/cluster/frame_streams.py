@@ -150,7 +150,7 @@ class FrameStream:
         self._tell()
 
     def end_if_late(self, now: float) -> None:
-        """End a decode task that has worked on one message for too long. Waits for a CPU or the reader have no limit."""
+        """End a decode task that has worked on one message too long. Waits for a CPU or the reader have no limit."""
         works = self._running_at is not None and self._came - self._read < AHEAD
         if works and now - self._busy_since > self._streams.timeout_s:
             ray.cancel(self.refs, force=True)
