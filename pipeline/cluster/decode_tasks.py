@@ -12,8 +12,8 @@ Why every unit gets a CPU to be decoded on, in finite time:
    `decode.max_retries` times.
 3. After each message the task ends, waits without a CPU, or decodes the next one. A unit has finitely many messages, so
    the task ends or waits in finite time. No CPU is held for ever.
-4. Every unit whose frames were requested therefore gets a CPU. This does not depend on which units the reader reads,
-   nor on the order in which Ray starts the tasks.
+4. So every task that needs a CPU, new or woken by its reader, gets one, and every unit whose frames were requested is
+   started. This does not depend on which units the reader reads, nor on the order in which Ray starts the tasks.
 """
 
 import asyncio
