@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Debian packages of the integration tests: Ceph's S3 gateway with a monitor and an OSD, and a browser with its driver.
-# Installs those that are missing, which takes root or sudo; does nothing where all are there.
+# Installs the Debian packages of the integration tests: Ceph's S3 gateway with a monitor and an OSD, and a browser with
+# its driver. Needs root or sudo; does nothing if all are installed.
 set -euo pipefail
 wanted=(ceph-common ceph-mon ceph-osd radosgw chromium chromium-driver)
 
@@ -9,7 +9,7 @@ is_installed() {
 }
 
 if ! command -v dpkg-query apt-get >/dev/null; then
-    echo "error: expected Debian or a relative of it (dpkg-query, apt-get); install by hand: ${wanted[*]}" >&2
+    echo "error: expected Debian or a derivative (dpkg-query, apt-get); install by hand: ${wanted[*]}" >&2
     exit 2
 fi
 missing=()
@@ -17,14 +17,14 @@ for package in "${wanted[@]}"; do
     is_installed "$package" || missing+=("$package")
 done
 if ((${#missing[@]} == 0)); then
-    echo "test packages: all there (${wanted[*]})"
+    echo "test packages: all installed (${wanted[*]})"
     exit 0
 fi
 
 as_root=()
 if ((EUID != 0)); then
     if ! command -v sudo >/dev/null; then
-        echo "error: ${missing[*]} must be installed, which takes root or sudo; got neither" >&2
+        echo "error: installing ${missing[*]} needs root or sudo; got neither" >&2
         exit 2
     fi
     as_root=(sudo --non-interactive)

@@ -1,1 +1,1 @@
-"""From frames to answers: the model, its prompts, its memory, and the row that a unit gets."""
+"""From frames to rows: the model, its prompts, its memory, and the captioner that makes a unit's row."""

@@ -1,6 +1,6 @@
-"""Turns units' frames into output rows with a resident model, one row per unit. Knows nothing of Ray.
+"""Turns units' frames into output rows with a loaded model, one row per unit. Independent of Ray.
 
-A unit that fails gives an error row with stage, type and message; only what makes the process useless (a lost
+A unit that fails gets an error row with stage, type and message. Only an error that makes the process unusable (a lost
 GPU context) is raised.
 """
 
@@ -32,7 +32,7 @@ from pipeline.version import code_version
 
 
 def lightkv_config(job: JobConfig, model_config: Any) -> LightKVConfig | None:
-    """The compression this job asks of this model; None when switched off."""
+    """The compression settings of this job for this model; None if compression is switched off."""
     if not job.lightkv.enabled:
         return None
     try:
@@ -43,10 +43,10 @@ def lightkv_config(job: JobConfig, model_config: Any) -> LightKVConfig | None:
 
 @dataclass(frozen=True)
 class Given:
-    """A unit and its frame batches, None where the next one is not ready yet.
+    """A unit and its frame batches; `batches` yields None while the next batch is not ready.
 
-    alone     with no other unit in the model
-    waited_s  for its first batch, while no unit was in the model
+    alone     the unit runs with no other unit in the model
+    waited_s  seconds its first batch was waited for while no unit was in the model
     """
 
     unit: dict[str, Any]
@@ -59,10 +59,11 @@ class Given:
 class _Open:
     """A unit in the model.
 
-    grids      of its items so far, in tokens
-    times_s    of its frames
-    wait_s     for frames, while the model had nothing else to compute
-    encode_s   in the vision tower, and in reading the batches (read_s)
+    grids      token grids (t, y, x) of its items so far
+    times_s    times of its frames
+    wait_s     seconds waited for frames before it entered the model, while the model was empty
+    read_s     seconds spent reading its frame batches
+    encode_s   seconds in the vision tower, read_s included
     """
 
     unit: dict[str, Any]
@@ -78,13 +79,13 @@ class _Open:
 
 
 class Captioner:
-    """Holds one model; `rows` captions units, several at a time."""
+    """Holds one model; `rows` answers units, several at a time."""
 
     def __init__(self, job: JobConfig, run_id: str, sampling: Sampling | None = None) -> None:
         self.job = job
         self.run_id = run_id
         self._sampling = sampling
-        self.lightkv = lightkv_config(job, describe(job.model).config)  # refused before the weights are loaded
+        self.lightkv = lightkv_config(job, describe(job.model).config)  # raises before the weights are loaded
         self.resident = Resident(job.model)
         self._encoder = self.resident.encoder
         self._encoder.repeat_tolerance = job.frames.repeat_tolerance
@@ -96,7 +97,7 @@ class Captioner:
 
     @property
     def sizing(self) -> Sizing:
-        """The sizes decoders must give frames."""
+        """The frame sizes that decoders must produce."""
         return self._encoder.sizing(self.job.frames)
 
     def row(self, unit: dict[str, Any], batches: Iterable[FrameBatch | None]) -> dict[str, Any]:
@@ -105,7 +106,7 @@ class Captioner:
         return row
 
     def refusal(self, unit: dict[str, Any]) -> UnitError | None:
-        """Why a unit cannot be answered, as far as its plan shows; such a unit need not be decoded."""
+        """Why a unit cannot be answered, as far as its plan shows. Such a unit need not be decoded."""
         return self.resident.context.refusal(unit, self.job.frames)
 
     def rows(
@@ -114,10 +115,10 @@ class Captioner:
         beat: Callable[[], None] | None = None,
         wait: Callable[[float], None] = time.sleep,
     ) -> Iterator[dict[str, Any]]:
-        """Output rows (`ROW_SCHEMA`) as they are complete, in any order; failures of a unit are in its row.
+        """Yield output rows (`ROW_SCHEMA`) as they are finished, in any order. A unit's failure is in its row.
 
-        A unit is taken when there is room for it; None says that there is none yet. `beat` and `wait` as in
-        `Engine.run`. A lost device context is raised.
+        The next unit is taken when the engine has room for it; `units` yields None while none is ready. `beat` and
+        `wait` are passed to `Engine.run`. A lost device context is raised.
         """
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -135,7 +136,7 @@ class Captioner:
         in_model[unit["id"]] = open_
         try:
             frames = [self.resident.prompts.frame(prompt["prompt"], open_.modality) for prompt in unit["prompts"]]
-        except UnitError as error:  # a request of its own, so that the unit's end is told as any other
+        except UnitError as error:  # a request that fails, so that this unit ends like any other
             return Request(unit["id"], _raising(error), [torch.zeros(1, dtype=torch.int64)])
         longest = max(len(frame.after) for frame in frames)
         return Request(
@@ -145,14 +146,14 @@ class Captioner:
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seeds=[_seed(settings.seed, unit["id"], prompt["prompt_id"]) for prompt in unit["prompts"]],
-            traced=sample is not None and self.job.frames.repeat_tolerance is None,  # else patches have no place
+            traced=sample is not None and self.job.frames.repeat_tolerance is None,  # else patches have no position
             alone=given.alone,
         )
 
     def _segments(
         self, open_: _Open, batches: Iterable[FrameBatch | None], frame: Frame, longest: int
     ) -> Iterator[Segment | None]:
-        """The prompt except its questions, as the frames arrive. Raises `UnitError` where it does not fit."""
+        """Yield the prompt except its questions, as the frames arrive. Raise `UnitError` if it exceeds the context."""
         yield Text(frame.before)
         text, kind = len(frame.before) + longest, open_.unit["kind"]
         parts = iter(self._encoder.parts(self.resident.model, kind, _read(open_, batches)))
@@ -177,10 +178,10 @@ class Captioner:
             self.resident.context.check(text, open_.grids)
             yield self._timed(part, open_)
         if not open_.grids:
-            raise UnitError("decode", "NoFrames", "expected at least one frame, the decoder gave none")
+            raise UnitError("decode", "NoFrames", "expected at least one frame, got none from the decoder")
 
     def _timed(self, part: Vision, open_: _Open) -> Vision:
-        """With the seconds from step to step, where the unit is a video whose frames have times."""
+        """The part with its seconds per time step, if the unit is a video with a known frame interval."""
         if open_.unit["kind"] != "video" or open_.interval_s is None:
             return part
         return replace(part, interval_s=open_.interval_s * self._encoder.temporal_patch)
@@ -260,7 +261,7 @@ class Captioner:
 
 
 def error_fields(error: UnitError) -> dict[str, Any]:
-    """The columns of a row that tell a failure."""
+    """The columns of a row that describe a failure."""
     return {
         "status": "skipped" if isinstance(error, SkippedError) else "error",
         "error_stage": error.stage,
@@ -270,7 +271,7 @@ def error_fields(error: UnitError) -> dict[str, Any]:
 
 
 def _read(open_: _Open, batches: Iterable[FrameBatch | None]) -> Iterator[tuple[int, np.ndarray] | None]:
-    """(item, frames) as the encoder takes them: checked to be the unit's own, their times noted in `open_`."""
+    """Yield (item, frames) for the encoder. Checks that a batch belongs to the unit; notes times in `open_`."""
     batches = iter(batches)
     while True:
         started = time.perf_counter()
@@ -295,10 +296,10 @@ def _read(open_: _Open, batches: Iterable[FrameBatch | None]) -> Iterator[tuple[
 
 
 def _merges(stages: Sequence[Tensor]) -> tuple[tuple[np.ndarray, np.ndarray], ...] | None:
-    """What became of a unit's V vision tokens, per stage: (target, size), int64 [V] each; None: nothing was traced.
+    """What happened to a unit's V vision tokens per stage: (target, size), int64 [V] each. None: nothing was traced.
 
-    target: the token that each is part of by now (itself: it survived; -1: it was dropped). size: how many are together
-    in that one (0: dropped).
+    target: index of the token that this token is now part of (itself: kept; -1: dropped).
+    size: number of tokens merged into that token (0: dropped).
     """
     found = []
     for stage in stages:
@@ -313,7 +314,7 @@ def _status(answer: Generated) -> str:
 
 
 def _seed(seed: int, *names: str) -> int:
-    """A seed per unit and prompt, so that sampling does not depend on the order of the units."""
+    """A seed per unit and prompt, so that sampling does not depend on the order of units."""
     return int.from_bytes(hashlib.sha256(repr((seed, *names)).encode()).digest()[:4])
 
 

@@ -1,6 +1,6 @@
-"""Which units fit the model's context: checked exactly as their frames come in, and beforehand as far as a plan shows.
+"""Checks whether units fit the model's context: exactly as their frames arrive, and beforehand as far as a plan shows.
 
-Compression does not change this: a merged token keeps its position, so positions count all vision tokens that came in.
+Compression does not change this: a merged token keeps its position, so all vision tokens before compression count.
 """
 
 import math
@@ -13,25 +13,25 @@ from pipeline.errors import UnitError
 from pipeline.planning.estimate import expected_frames
 
 _SURE = (
-    0.9  # of the expected frames: a header's length and rate are not exact, and a unit that fits must not be refused
+    0.9  # share of the expected frames: a header's length and rate are inexact, and no unit that fits may be refused
 )
 
 
 class ContextLimit:
-    """The model's positions, of which a unit needs some for its text, its vision and its answer."""
+    """The positions of the model's context, which a unit's text, vision tokens and answer must share."""
 
     def __init__(self, model_config: Any, encoder: FrameEncoder, max_new_tokens: int) -> None:
         self._limit: int = model_config.get_text_config().max_position_embeddings
         self._encoder, self._new = encoder, max_new_tokens
 
     def check(self, text_tokens: int, grids: Sequence[tuple[int, int, int]]) -> None:
-        """Raise `UnitError` (prepare, ContextTooLong) where text, items of these grids and the answer do not fit."""
+        """Raise `UnitError` (prepare, ContextTooLong) if the text, items of these grids and the answer do not fit."""
         needed = text_tokens + self._encoder.positions(grids) + self._new
         if needed > self._limit:
             raise self._error(f"got {needed}")
 
     def refusal(self, unit: dict[str, Any], frames: Frames) -> UnitError | None:
-        """The same error for a row of UNIT_SCHEMA that cannot fit, whatever its prompts; None where that is open."""
+        """The same error for a row of UNIT_SCHEMA that cannot fit whatever its prompts; None if it may fit."""
         sizing = self._encoder.sizing(frames)
         if unit["kind"] == "images":
             smallest = sizing.of(1, 1)

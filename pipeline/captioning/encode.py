@@ -1,7 +1,7 @@
-"""Frames to vision tokens, per model family: sizes, token grids, normalisation and patches on the model's device.
+"""Encodes frames as vision tokens, per model family: sizes, token grids, normalisation and patches on the device.
 
-Frames stay uint8 until they reach the device. A video is encoded batch by batch as its frames arrive, so only
-vision tokens accumulate, never frames. The arithmetic equals the families' own image processors.
+Frames stay uint8 until they reach the device. A video is encoded batch by batch as its frames arrive, so only vision
+tokens accumulate in memory, never frames. The arithmetic equals that of the families' own image processors.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,22 +18,22 @@ from pipeline.errors import ConfigError
 
 
 class FrameEncoder:
-    """What a family does with frames; one subclass per way of making tokens."""
+    """Encodes frames for one family of models; one subclass per way of making tokens."""
 
-    temporal_patch: ClassVar[int] = 1  # frames that become one step in time
+    temporal_patch: ClassVar[int] = 1  # frames per time step
 
     def __init__(self, config: Any, preprocessor: dict[str, Any]) -> None:
         self.config = config
         self.preprocessor = preprocessor
-        self.repeat_tolerance: float | None = None  # Frames.repeat_tolerance, for encoders that know of it
-        self.images_together = 16  # images of a set that go through the tower in one call
+        self.repeat_tolerance: float | None = None  # Frames.repeat_tolerance; only some encoders use it
+        self.images_together = 16  # images of a set per call of the vision tower
 
     def sizing(self, frames: Frames) -> Sizing:
-        """The sizes frames may have."""
+        """The frame sizes that the model accepts under these settings."""
         raise NotImplementedError
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Tokens (t, y, x) of `frames` frames of `height` × `width` pixels."""
+        """Token grid (t, y, x) of `frames` frames of `height` × `width` pixels."""
         raise NotImplementedError
 
     def positions(self, grids: Iterable[tuple[int, int, int]]) -> int:
@@ -41,13 +41,13 @@ class FrameEncoder:
         raise NotImplementedError
 
     def modality(self, kind: str) -> str:
-        """Which placeholder stands for the items of a unit of this kind (video | images)."""
+        """Which placeholder (video | image) represents the items of a unit of this kind (video | images)."""
         raise NotImplementedError
 
     def parts(self, model: Any, kind: str, items: Iterable[tuple[int, np.ndarray] | None]) -> Iterator[Vision | None]:
-        """Vision tokens of a unit as its frames arrive: (item, uint8 [T, H, W, 3]) in order, batch by batch.
+        """Yield vision tokens of a unit as its frames arrive: (item, uint8 [T, H, W, 3]) in order, batch by batch.
 
-        None says that the next frames are not there yet, and is passed on.
+        `items` yields None while the next frames are not ready, and so does this.
         """
         raise NotImplementedError
 
@@ -56,13 +56,13 @@ class FrameEncoder:
         mean = torch.tensor(self.preprocessor["image_mean"], device=device).view(3, 1, 1)
         std = torch.tensor(self.preprocessor["image_std"], device=device).view(3, 1, 1)
         scale = self.preprocessor.get("rescale_factor", 1 / 255)
-        # Ray hands out read-only views; torch wants to own what it wraps.
+        # Ray returns read-only views; torch needs writable memory.
         tensor = torch.from_numpy(np.array(frames, copy=True)).to(device).permute(0, 3, 1, 2).float()
         return (tensor * scale - mean) / std
 
 
 class QwenEncoder(FrameEncoder):
-    """Qwen2-VL, Qwen2.5-VL: any size in steps of patch × merge, two frames per step in time, 3-D positions."""
+    """Qwen2-VL, Qwen2.5-VL: frame sides in multiples of patch × merge, two frames per time step, 3-D positions."""
 
     def __init__(self, config: Any, preprocessor: dict[str, Any]) -> None:
         super().__init__(config, preprocessor)
@@ -116,7 +116,7 @@ class QwenEncoder(FrameEncoder):
                 yield Vision(features, grid)
 
     def _without_repeats(self, frames: np.ndarray) -> tuple[np.ndarray, tuple[int, ...] | None]:
-        """Frames [T, H, W, 3] without the steps in time that repeat the last one left, and how many each stands for."""
+        """Frames [T, H, W, 3] without time steps that repeat the last kept one, and the step count of each kept one."""
         if self.repeat_tolerance is None:
             return frames, None
         kept, counts = [0], [1]
@@ -134,9 +134,9 @@ class QwenEncoder(FrameEncoder):
         return steps[kept].reshape(-1, *frames.shape[1:]), tuple(counts)
 
     def _tower(self, model: Any, items: list[np.ndarray]) -> tuple[list[Tensor], list[tuple[int, int, int]]]:
-        """Features and grids in tokens of items [T, H, W, 3], T a multiple of the temporal patch, in one call.
+        """Features and token grids of items [T, H, W, 3] in one call; T must be a multiple of the temporal patch.
 
-        The tower's attention never crosses items nor temporal patches, so batches of a video are exact, too.
+        The tower's attention crosses neither items nor temporal patches, so encoding a video in batches is exact.
         """
         patches, grids = zip(*(self.patchify(self.pixels(frames, model.device)) for frames in items), strict=True)
         grid_thw = torch.tensor(grids, device=model.device)
@@ -155,7 +155,7 @@ class QwenEncoder(FrameEncoder):
 
 
 class LlavaEncoder(FrameEncoder):
-    """LLaVA-1.5: every frame is an image, cropped to the tower's square; 1-D positions."""
+    """LLaVA-1.5: each frame is an image, cropped to the tower's square; 1-D positions."""
 
     def __init__(self, config: Any, preprocessor: dict[str, Any]) -> None:
         super().__init__(config, preprocessor)
@@ -201,9 +201,9 @@ def encoder_for(config: Any, preprocessor: dict[str, Any]) -> FrameEncoder:
 
 
 def _grouped(items: Iterable[tuple[int, np.ndarray] | None], count: int) -> Iterator[list[np.ndarray] | None]:
-    """Images in groups of `count`, the last one of what is left; None where the next image is not there yet.
+    """Yield images in groups of `count`; the last group may be smaller. Yields None while the next image is not ready.
 
-    Groups do not depend on when images come, so neither do the tower's results.
+    Groups do not depend on when images arrive, so neither do the tower's results.
     """
     group: list[np.ndarray] = []
     for item in items:
@@ -221,7 +221,7 @@ def _grouped(items: Iterable[tuple[int, np.ndarray] | None], count: int) -> Iter
 def _rechunk(
     batches: Iterable[tuple[int, np.ndarray] | None], multiple: int
 ) -> Iterator[tuple[int, np.ndarray] | None]:
-    """The same frames in batches whose length is a multiple; the last frame is repeated to fill the last one."""
+    """The same frames in batches of a multiple of `multiple`; the last frame is repeated to fill the last batch."""
     rest: np.ndarray | None = None
     for batch in batches:
         if batch is None:

@@ -10,13 +10,13 @@ from lightkv.cost import Shape
 from pipeline.config import JobConfig, Limits
 from pipeline.errors import ConfigError as JobError
 
-CACHES, PIECE = 0.6, 0.25  # shares of what the weights leave; the rest is the vision tower's and the allocator's
+CACHES, PIECE = 0.6, 0.25  # shares of the memory beside the weights; the rest is for the vision tower and the allocator
 LEAST_PIECE = 256  # tokens
 
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes on the device: all that may be used, and what the weights take of it."""
+    """Bytes on the device: how many this process may use, and how many the weights take."""
 
     total: int
     weights: int
@@ -27,9 +27,9 @@ class Room:
 
 
 def bound_device(limits: Limits, device: torch.device) -> Room | None:
-    """Make the device refuse more than `limits.gpu_memory_bytes`; what there is then. None on a CPU.
+    """Limit the device's memory to `limits.gpu_memory_bytes` and return what there is. None on a CPU.
 
-    To be called with the weights loaded. Raises `ConfigError` where these leave nothing.
+    Call it after the weights are loaded.
     """
     if device.type != "cuda":
         return None
@@ -40,9 +40,9 @@ def bound_device(limits: Limits, device: torch.device) -> Room | None:
 
 
 def memory_of(job: JobConfig, model_config: Any, dtype: torch.dtype, room: Room | None) -> Memory:
-    """The engine's `Memory` for this job, model and room (None: as the job says, unbounded).
+    """The engine's `Memory` for this job, model and room (None: the job's settings, unbounded).
 
-    Raises `ConfigError` where the room is too small for a piece of LEAST_PIECE tokens, or the budget for a token.
+    Raises `ConfigError` if the room is too small for a piece of LEAST_PIECE tokens, or the budget for one token.
     """
     engine, shape = job.engine, Shape.of(model_config)
     try:
@@ -55,7 +55,7 @@ def memory_of(job: JobConfig, model_config: Any, dtype: torch.dtype, room: Room 
         if fits < LEAST_PIECE:
             raise JobError(
                 f"limits.gpu_memory_bytes: the weights take {room.weights:,} of {room.total:,} bytes, which leaves too "
-                f"little for a piece of {LEAST_PIECE} tokens; raise it, or take a smaller model or dtype"
+                f"little for a piece of {LEAST_PIECE} tokens; raise the limit, or use a smaller model or dtype"
             )
         chunk_tokens = min(chunk_tokens, fits)
         cache_bytes = cache_bytes or int(room.left * CACHES)
@@ -78,6 +78,6 @@ def memory_of(job: JobConfig, model_config: Any, dtype: torch.dtype, room: Room 
 
 
 def piece_bytes_per_token(shape: Shape, dtype: torch.dtype) -> int:
-    """What a token takes on its way through a layer at most: states, projections, the MLP, and fp32 in a stage."""
+    """Most bytes a token takes while it runs through a layer: states, projections, MLP, and fp32 states in a stage."""
     states = 6 * shape.hidden + 3 * shape.intermediate + 2 * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     return states * dtype.itemsize + 4 * 3 * shape.hidden

@@ -1,4 +1,4 @@
-"""Finding and loading vision-language models: the embedded one, a local folder, or a name on the hub."""
+"""Finds and loads vision-language models: the embedded one, a local folder, or a name on the hub."""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from pipeline.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is known of a model without its weights."""
+    """What is known of a model without loading its weights."""
 
     name: str
     location: str  # a folder or a hub name
@@ -28,9 +28,9 @@ class ModelCard:
 
 
 def describe(model: Model) -> ModelCard:
-    """Configuration and preprocessing of `model`; raises `ConfigError` in one line when it is not to be had."""
+    """Configuration and preprocessing of `model`; raises `ConfigError` with one line if they cannot be loaded."""
     location = _location(model)
-    # A hub that is away shall be told once, by the error below, not by every one of its retries.
+    # An unreachable hub is reported once, by the error below, not by each of its retries.
     huggingface_hub.utils.logging.set_verbosity_error()
     try:
         config = transformers.AutoConfig.from_pretrained(location, revision=model.revision, trust_remote_code=False)
@@ -45,7 +45,7 @@ def describe(model: Model) -> ModelCard:
 
 
 def load_tokenizer(card: ModelCard) -> Any:
-    """The tokenizer with its chat template, wherever the repository keeps that one."""
+    """The tokenizer with its chat template, whichever file of the repository holds it."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(
         card.location, revision=card.revision, trust_remote_code=False
     )
@@ -57,7 +57,7 @@ def load_tokenizer(card: ModelCard) -> Any:
 
 
 def load_model(card: ModelCard, model: Model) -> Any:
-    """The model in evaluation mode on its device; weights come from safetensors only."""
+    """The model in evaluation mode on its device; reads weights from safetensors only."""
     transformers.utils.logging.disable_progress_bar()
     device = pick_device(model.device)
     dtype = pick_dtype(model.dtype, device)
@@ -76,16 +76,16 @@ def load_model(card: ModelCard, model: Model) -> Any:
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is the GPU where there is one."""
+    """Resolve the device; `auto` is the GPU if there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"model.device: {device} was asked for, and torch {torch.__version__} sees no GPU here")
+        raise ConfigError(f"model.device: expected a GPU for {device}, but torch {torch.__version__} finds none")
     return torch.device(device)
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    """`auto` is the checkpoint's own type on a GPU, and float32 on a CPU, where bfloat16 is slow."""
+    """Resolve the dtype; `auto` is the checkpoint's own on a GPU, and float32 on a CPU, where bfloat16 is slow."""
     if dtype != "auto":
         return getattr(torch, dtype)
     return "auto" if device.type == "cuda" else torch.float32
@@ -97,7 +97,7 @@ def _location(model: Model) -> str:
             raise ConfigError(f"model.path: expected a folder with a model, got {model.path}")
         return model.path
     if model.name == "mini":
-        from pipeline.mini import weights_path  # the one model that lives in the package
+        from pipeline.mini import weights_path  # the only model that is part of the package
 
         return str(weights_path())
     return model.name

@@ -1,4 +1,4 @@
-"""Chat prompts with vision: the model's own template, and one placeholder token per vision token."""
+"""Builds chat prompts with vision from the model's own template; each item is one placeholder token."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from pipeline.errors import ConfigError, UnitError
 
 @dataclass(frozen=True)
 class Frame:
-    """The text around a unit's items, as token ids int64: before the first, between two, and after the last."""
+    """The text around a unit's items as token ids, int64: before the first, between two, and after the last."""
 
     before: Tensor
     between: Tensor
@@ -27,10 +27,10 @@ class ChatPrompts:
         self._card = card
 
     def frame(self, prompt: str, modality: str) -> Frame:
-        """The text around items that are not known yet, however many there will be.
+        """The text around the items, for any number of items.
 
-        Read off the template's prompts for one and for two items. Raises `UnitError` (prepare) as `ids` does, and
-        where the template writes something else around a second item than around the first.
+        Derived from the template's prompts for one and for two items. Raises `UnitError` (prepare) like `ids`, and if
+        the template's text around a second item differs from that around the first.
         """
         placeholder = self.placeholder(modality)
         one, two = (_parts(self.ids(prompt, modality, count), placeholder) for count in (1, 2))
@@ -38,20 +38,20 @@ class ChatPrompts:
             raise UnitError(
                 "prepare",
                 "PromptTemplate",
-                "expected a chat template that treats every item alike, this one numbers or counts them",
+                "expected a chat template with the same text around every item, got one that numbers or counts them",
             )
         return Frame(*(torch.tensor(ids, dtype=torch.int64) for ids in two))
 
     def ids(self, prompt: str, modality: str, count: int) -> list[int]:
         """Token ids with one placeholder per item.
 
-        Raises `UnitError` (prepare) when the template does not give every item its placeholder.
+        Raises `UnitError` (prepare) if the template does not write one placeholder per item.
         """
         content = [{"type": modality}] * count + [{"type": "text", "text": prompt}]
         text = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        # Some templates write the first token themselves, some leave it to the tokenizer.
+        # Some templates write the first token (BOS), others leave it to the tokenizer.
         begins = bool(self._tokenizer.bos_token) and text.startswith(self._tokenizer.bos_token)
         ids: list[int] = self._tokenizer(text, add_special_tokens=not begins)["input_ids"]
         found = ids.count(self.placeholder(modality))
@@ -60,12 +60,12 @@ class ChatPrompts:
                 "prepare",
                 "PromptTemplate",
                 f"expected {count} {modality} placeholder(s) in the chat prompt, got {found}; "
-                "a prompt must not hold special tokens",
+                "a prompt must not contain special tokens",
             )
         return ids
 
     def placeholder(self, modality: str) -> int:
-        """The id of the token that stands for vision of this modality (image | video)."""
+        """The id of the placeholder token for this modality (image | video)."""
         for name in (f"{modality}_token_id", f"{modality}_token_index"):
             if getattr(self._card.config, name, None) is not None:
                 return int(getattr(self._card.config, name))
@@ -73,7 +73,7 @@ class ChatPrompts:
 
 
 def _parts(ids: list[int], placeholder: int) -> list[list[int]]:
-    """The runs of ids around the placeholders."""
+    """Split ids at the placeholders."""
     parts: list[list[int]] = [[]]
     for token in ids:
         if token == placeholder:

@@ -1,4 +1,4 @@
-"""Loads a vision-language model with what feeds it: tokenizer, chat prompts, frame encoder, limit of its context."""
+"""Loads a vision-language model with its tokenizer, chat prompts, frame encoder and context limit."""
 
 from collections.abc import Sequence
 
@@ -22,6 +22,6 @@ class Resident:
         self.model = load_model(self.card, settings)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Token ids as text, special tokens left out."""
+        """Decode token ids to text, without special tokens."""
         decoded: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
         return decoded.strip()

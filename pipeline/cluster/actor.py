@@ -1,4 +1,7 @@
-"""The model actor: a resident captioner, fed by frame streams. It may die at any moment; what it worked on is known."""
+"""The model actor: a captioner kept loaded, which answers blocks of units with frames from decode tasks.
+
+Its process may die at any time. `Attempts` then knows which units were in the model.
+"""
 
 import faulthandler
 import logging
@@ -34,21 +37,21 @@ from pipeline.run.samples import Sampling
 from pipeline.schema import rows_table
 
 _LOG = logging.getLogger(__name__)
-# The last units of one are answered while those of the next enter, and others are at hand. A power of two: Ray Data
-# rounds the share of a GPU that each has, and with thirds of one asks for a node too few.
+# Blocks an actor holds at once, so that the next block's units enter while the last one's finish. Must be a power of
+# two: Ray Data divides the actor's GPU share by it, and rounding with thirds asks for one node too few.
 BLOCKS_AT_ONCE = 4
-_LEAVE_S = 0.25  # rows that are given back have left this process by then
+_LEAVE_S = 0.25  # within this time finished rows have left the process
 _REPORT_EVERY_S = 2.0
 _NOT_YET = Turn(go=False)
 
 
 @dataclass
 class _Block:
-    """Units that came together, in the order in which they enter the model, and their rows so far.
+    """A block of units in the order in which they enter the model, and their rows so far.
 
-    begun   of the units with starts that have no end: how many
-    open    units that have no row yet
-    result  the rows, or what keeps them from coming
+    begun   unit id → how many earlier starts never ended (its process died)
+    open    number of units without a row
+    result  the rows, or the exception that prevents them
     """
 
     units: deque[dict[str, Any]]
@@ -60,7 +63,7 @@ class _Block:
 
 @dataclass(eq=False)
 class _Unit:
-    """A unit whose frames are asked for, and its turn."""
+    """A unit whose frames are requested, and its permission to start."""
 
     unit: dict[str, Any]
     block: _Block
@@ -71,19 +74,19 @@ class _Unit:
 
     @property
     def alone(self) -> bool:
-        """Whether it was in a model that ended: then it has the next one to itself."""
+        """Whether the unit is a suspect, which runs alone in the model."""
         return self.unit["id"] in self.block.begun
 
 
 class CaptionActor:
-    """What Ray Data keeps alive: takes blocks of units, gives blocks of rows, one row per unit.
+    """The class that Ray Data calls: takes blocks of units, returns blocks of rows, one row per unit.
 
-    Blocks come in threads of their own, `BLOCKS_AT_ONCE`; one further thread serves them with the model, so that units
-    of the next block enter while the last ones of the block before are answered, `ray.actors.batch_units` in all.
+    Ray Data calls it from `BLOCKS_AT_ONCE` threads at once. One further thread runs the model for all of them, so that
+    units of the next block enter while the last units of the previous one are answered. The model holds at most
+    `ray.actors.batch_units` units.
 
-    Only a unit that `attempts` lets pass enters the model; while the job drains, units give no row and stay open. A
-    unit that was in the model when a process ended has the next one to itself: so the one that ends processes is told
-    from those that were beside it.
+    A unit enters the model only with permission from `attempts`. While the job drains, units get no row and stay open.
+    A suspect runs alone in the model: if the process dies again, the suspect is the cause and no other unit is charged.
     """
 
     def __init__(self, job: JobConfig, run_id: str, attempts: ActorHandle, sampling: Sampling | None = None) -> None:
@@ -91,14 +94,14 @@ class CaptionActor:
         self._sampling = sampling
         self._turns = Turns(attempts)
         self._arrived: SimpleQueue[_Block] = SimpleQueue()
-        self._blocks: deque[_Block] = deque()  # not through, in the order in which they came
+        self._blocks: deque[_Block] = deque()  # not finished, in the order in which they arrived
         self._in_model: dict[str, _Unit] = {}
-        self._draining = False  # for good, once a turn has said so
-        self._gave_at = 0.0  # when rows were given back last
-        self._idle_since: float | None = None  # since when no unit is in the model although some are asked for
+        self._draining = False  # once True, stays True
+        self._gave_at = 0.0  # time.monotonic() when rows were last returned
+        self._idle_since: float | None = None  # time since which units wait for frames and the model is empty
         self._activity = Activity()
         self._metrics = ActorMetrics(run_id)
-        self._logs = ExitStack()  # open as long as this process
+        self._logs = ExitStack()  # open for the life of this process
         context = ray.get_runtime_context()
         self._id = context.get_actor_id()
         folder = Path(context.get_temp_dir(), context.get_session_name(), "logs")
@@ -117,7 +120,7 @@ class CaptionActor:
     def __call__(self, batch: pa.Table) -> pa.Table:
         units = batch.to_pylist()
         begun = self._turns.begun([unit["id"] for unit in units])
-        # Suspects first: what ends this process then takes the least with it.
+        # Suspects first: if one kills this process, the fewest finished rows are lost with it.
         units.sort(key=lambda unit: -begun.get(unit["id"], 0))
         block = _Block(deque(units), begun, len(units))
         if units:
@@ -127,7 +130,7 @@ class CaptionActor:
         return rows_table(block.result.result())
 
     def _serve(self) -> None:
-        """Answer blocks as they come, for as long as this process lives."""
+        """Answer blocks as they arrive, for the life of this process."""
         while True:
             if not self._blocks:
                 self._blocks.append(self._arrived.get())
@@ -136,7 +139,7 @@ class CaptionActor:
                     for row in self._captioner.rows(given, watch.beat, self._activity.wait):
                         self._ended(row)
             except torch.AcceleratorError:
-                # The device is lost to this process: a new one gets the units, as after any other death.
+                # The device is lost to this process: exit, and a new process repeats the units, as after any death.
                 _LOG.exception("the device failed on units %s", sorted(self._in_model))
                 os._exit(1)
             except Exception as error:
@@ -149,7 +152,7 @@ class CaptionActor:
             self._metrics.streams(asked=0, running=0)
 
     def _report(self, attempts: ActorHandle, every_s: float) -> None:
-        """Tell `attempts` every so many seconds what this actor waits for; its reply says whether the job drains."""
+        """Report to `attempts` what this actor waits for; the reply says whether the job drains."""
         while True:
             time.sleep(every_s)
             progress, waits = self._activity.look()
@@ -159,13 +162,13 @@ class CaptionActor:
             self._metrics.waiting(reason)
             try:
                 self._draining |= ray.get(attempts.report.remote(self._id, progress, reason))
-            except ray.exceptions.RayError:  # the counter is about to be started again
+            except ray.exceptions.RayError:  # the counter is being restarted
                 _LOG.warning("the counter of attempts did not answer", exc_info=True)
 
     def _given(self) -> Generator[Given | None]:
-        """Units whose first frames are ready, as the captioner has room; the frames of the next ones are asked for.
+        """Yield units whose first frames are ready, as the captioner has room, and request frames for the next units.
 
-        None says that no unit is ready yet. Ends when there is none left.
+        Yields None if no unit is ready yet. Ends when no unit is left.
         """
         ahead: deque[_Unit] = deque()
         most = self._job.ray.actors.batch_units
@@ -189,9 +192,10 @@ class CaptionActor:
                 late.stream.close()
 
     def _line_up(self, ahead: deque[_Unit]) -> None:
-        """A unit whose frames are there passes those that are late, but none that is alone; its turn is asked for.
+        """Move the first unit with ready frames to the head and request its permission to start.
 
-        Not beside one that is alone, which may end the process once more.
+        Nothing happens while a suspect is at the head or in the model: the suspect may kill the process again, and that
+        must not count as a start of another unit.
         """
         self._streams.look()
         ready = next((one for one in ahead if one.stream.ready), None)
@@ -203,7 +207,7 @@ class CaptionActor:
             ready.asked = self._turns.ask(ready.unit["id"])
 
     def _look_ahead(self, ahead: deque[_Unit]) -> None:
-        """Ask for the frames of the next units."""
+        """Request the frames of the next units."""
         while not self._arrived.empty():
             self._blocks.append(self._arrived.get())
         for block in self._together():
@@ -212,9 +216,10 @@ class CaptionActor:
                 ahead.append(_Unit(unit, block, self._streams.open(unit, self._captioner.refusal(unit))))
 
     def _together(self) -> list[_Block]:
-        """The blocks whose units may be beside each other: one with suspects stays by itself.
+        """Return the blocks whose units may be in the model together; a block with suspects is served by itself.
 
-        What ends this process takes the rows of blocks that are not through with it, those of units given up, too.
+        If the process dies, the finished rows of every incomplete block are lost with it, including rows of given-up
+        units.
         """
         innocent = list(takewhile(lambda block: not block.begun, self._blocks))
         return innocent or list(islice(self._blocks, 1))
@@ -227,14 +232,14 @@ class CaptionActor:
         return Given(one.unit, self._frames(one), one.alone, waited_s)
 
     def _frames(self, one: _Unit) -> Iterator[FrameBatch | None]:
-        """A unit's frames, once it may enter the model."""
-        if one.alone:  # it may end this process at once, and rows with it that wait to be sent
+        """Yield a unit's frames once it has permission to start; raise `UnitError` if the permission is refused."""
+        if one.alone:  # a suspect may kill this process at once: let finished rows leave first
             time.sleep(max(0.0, self._gave_at + _LEAVE_S - time.monotonic()))
         one.started = datetime.now(UTC)
         one.turn = ray.get(one.asked or self._turns.ask(one.unit["id"]))
         if one.turn.draining:
             self._draining = True
-            raise UnitError("generate", "Draining", "the job is about to end: this unit stays open")
+            raise UnitError("generate", "Draining", "the job is draining: this unit stays open")
         if not one.turn.go:
             raise self._given_up(one.turn)
         yield from one.stream
@@ -253,7 +258,7 @@ class CaptionActor:
             self._gave_at = time.monotonic()
 
     def _fail(self, error: BaseException) -> None:
-        """Tell those who wait for rows that there will be none."""
+        """Raise `error` in every call that waits for rows."""
         for one in self._in_model.values():
             one.stream.close()
         self._in_model.clear()
@@ -261,7 +266,7 @@ class CaptionActor:
             self._blocks.popleft().result.set_exception(error)
 
     def _told(self, row: dict[str, Any], done: _Unit) -> dict[str, Any]:
-        """The row with what the actor knows; counters, metrics and logs hear of it."""
+        """Add the actor's columns to the row, and report it to `attempts`, metrics and logs."""
         now = datetime.now(UTC)
         row |= {
             "attempts": done.unit["attempts"] + done.turn.attempt,
@@ -272,7 +277,7 @@ class CaptionActor:
         }
         self._turns.end(End(row["id"], row["status"], tried=done.turn.go))
         if done.turn.attempt > int(done.turn.go):
-            self._metrics.crashed_attempt()  # an earlier start of it ended with its process
+            self._metrics.crashed_attempt()  # the process died during an earlier start
         self._metrics.observe(row)
         logs.unit_ended(_LOG, done.unit, row)
         return row
@@ -288,15 +293,15 @@ class CaptionActor:
             "generate",
             "ModelCrashed",
             f"the model's process ended {turn.attempt} times while it worked on this unit: killed, out of memory, or "
-            f"silent for model.timeout_s = {self._job.model.timeout_s:g} s; jobs.retry tries it again",
+            f"no progress for model.timeout_s = {self._job.model.timeout_s:g} s; jobs.retry tries it again",
         )
 
 
 class Activity:
-    """Whether the model works or waits, as the rounds of the engine show it; read from another thread."""
+    """Tracks from the engine's rounds whether the model computes or waits; `look` may run in another thread."""
 
     def __init__(self) -> None:
-        self._worked = self._seen = 0  # rounds that computed something; as of the last look
+        self._worked = self._seen = 0  # rounds that computed something: all, and those before the last look
         self._in_round = self._waited = False
         self._round_at = 0.0
 
@@ -306,17 +311,17 @@ class Activity:
         self._in_round, self._waited, self._round_at = True, False, time.monotonic()
 
     def wait(self, seconds: float) -> None:
-        """There is nothing to compute in this round."""
+        """Sleep, because this round has nothing to compute."""
         self._waited = True
         time.sleep(seconds)
 
     def end(self) -> None:
-        """The round is over."""
+        """The round ends."""
         self._worked += self._in_round and not self._waited
         self._in_round = False
 
     def look(self) -> tuple[int, bool]:
-        """How many rounds have computed something; whether none has since the last look, nor is computing."""
+        """Return how many rounds computed something, and whether the model has only waited since the last look."""
         worked, before = self._worked, self._seen
         self._seen = worked
         computes = self._in_round and not self._waited and time.monotonic() - self._round_at > _REPORT_EVERY_S / 2
@@ -324,7 +329,7 @@ class Activity:
 
 
 class _Watch:
-    """Ends this process when the model gives no sign for too long, even in native code."""
+    """Kills this process if the model gives no sign of life for `timeout_s`, even if it hangs in native code."""
 
     def __init__(self, timeout_s: float, activity: Activity | None = None) -> None:
         self._timeout_s = timeout_s
@@ -340,7 +345,7 @@ class _Watch:
         self.pause()
 
     def beat(self) -> None:
-        """A sign of life. The clock is set anew a few times per timeout at most: it takes a thread each time."""
+        """A sign of life. Restarts the timer at most a few times per timeout, because each restart costs a thread."""
         self._activity.round()
         now = time.monotonic()
         if now - self._beaten > self._timeout_s / 8:
@@ -348,6 +353,6 @@ class _Watch:
             self._beaten = now
 
     def pause(self) -> None:
-        """Stop the clock until the next beat."""
+        """Stop the timer until the next beat."""
         faulthandler.cancel_dump_traceback_later()
         self._beaten = 0.0

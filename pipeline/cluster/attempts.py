@@ -1,8 +1,8 @@
-"""How often each unit was started without an end: what tells a unit that kills its model process from bad luck.
+"""Counts per unit the starts that never ended, to find units that kill their model process.
 
-One `Attempts` serves a pass over units; every model actor asks it before a unit enters the model. The counts are kept
-in one small file, so that starts add up over kills of the driver, too. It also carries the request to drain, and
-the reason when going on makes no sense.
+Every model actor asks one `Attempts` for permission before a unit enters the model. The counts are kept in one small
+file, so that they survive a killed driver. `Attempts` also carries the request to drain, and the reason why the job
+cannot succeed.
 """
 
 import json
@@ -16,12 +16,12 @@ from pipeline.config import Run, Storage
 from pipeline.storage import files as storage
 
 _WRITE_EVERY_S = 0.5
-_LOADS_IN_A_ROW = 4  # of one model process; Ray restarts it without end
+_LOADS_IN_A_ROW = 4  # of one model process, without success; Ray alone would restart it for ever
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What to do with a unit. `go`: its `attempt`-th start; else it is given up or, when draining, left for later."""
+    """Answer to a request to start. `go`: permission for start number `attempt`; else given up, or open (draining)."""
 
     go: bool
     attempt: int = 0
@@ -30,7 +30,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class End:
-    """A unit has its row; `tried`: it had been let into the model for it."""
+    """A unit has its row. `tried`: the unit had permission to start."""
 
     unit_id: str
     status: str
@@ -45,18 +45,18 @@ class _Report:
 
 
 class Attempts:
-    """Counts starts and ends of units. Every method may be called by many model actors, one call at a time."""
+    """Counts starts and ends of units. Called by many model actors; Ray runs one call at a time."""
 
     def __init__(self, uri: str, config: Storage, run: Run) -> None:
         self._uri = uri
         self._config = config
         self._run = run
-        self._starts: dict[str, int] = self._read()  # of units that have not ended
-        self._loads: dict[str, int] = {}  # of model processes that are not up yet
-        self._loading: dict[str, float] = {}  # since when they load
+        self._starts: dict[str, int] = self._read()  # unit id → starts that have not ended
+        self._loads: dict[str, int] = {}  # model process → loads so far, until one succeeds
+        self._loading: dict[str, float] = {}  # model process → time.monotonic() when it began to load
         self._loaded = 0
         self._reports: dict[str, _Report] = {}
-        self._given_up = 0  # in a row
+        self._given_up = 0  # given-up units in a row
         self._units: dict[str, int] = {}
         self._draining = False
         self._fault: str | None = None
@@ -65,7 +65,7 @@ class Attempts:
         threading.Thread(target=self._keep, name="attempts", daemon=True).start()
 
     def start(self, unit_id: str, ended: Sequence[End] = ()) -> Turn:
-        """Whether a unit may enter the model, now that others have ended."""
+        """Whether a unit may start; `ended` are units that have ended since the last request."""
         self.end(ended)
         if self._draining:
             return Turn(go=False, draining=True)
@@ -84,11 +84,11 @@ class Attempts:
         return Turn(go=True, attempt=begun + 1)
 
     def begun(self, unit_ids: Sequence[str]) -> dict[str, int]:
-        """Of these units, those with starts that have no end: how many."""
+        """Return unit id → starts that never ended, for those of these units that have such starts."""
         return {unit_id: self._starts[unit_id] for unit_id in unit_ids if unit_id in self._starts}
 
     def end(self, ended: Sequence[End]) -> None:
-        """Units have their rows. Should a row be lost on its way, its unit's starts count anew."""
+        """Units have their rows. If such a row is lost before it is written, its unit's starts count from 0 again."""
         for end in ended:
             self._starts = {id_: count for id_, count in self._starts.items() if id_ != end.unit_id}
             self._units[end.status] = self._units.get(end.status, 0) + 1
@@ -105,34 +105,35 @@ class Attempts:
             self._draining = True
 
     def loaded(self, process: str) -> None:
-        """A model process is up."""
+        """A model process has finished loading."""
         self._loads.pop(process, None)
         self._loading.pop(process, None)
         self._loaded += 1
 
     def report(self, process: str, worked: int, waits_for: str | None) -> bool:
-        """What a model process has computed so far, and what it waits for; returns whether units are held back."""
+        """Note a model process's rounds with work so far and what it waits for; return whether the job drains."""
         self._reports[process] = _Report(time.monotonic(), worked, waits_for)
         return self._draining
 
     def drain(self) -> None:
-        """From now on no unit enters a model."""
+        """From now on no unit may start."""
         self._draining = True
 
     def stall(self, reason: str) -> None:
-        """Nothing moves any more: the job ends at once."""
+        """Nothing has moved for too long: the job ends at once with `reason`."""
         self._stalled = self._fault = reason
         self._draining = True
 
     def orders(self) -> tuple[bool, str | None]:
-        """Whether units are held back, on request or because going on makes no sense; why to end at once, if so."""
+        """Return whether the job drains (on request or after a fault), and the reason to end at once, if any."""
         return self._draining, self._stalled
 
     def state(self) -> dict[str, Any]:
-        """Units that ended since the start, by status; what model processes do; why the job should end, if it should.
+        """Return units that ended so far by status, what the model processes do, and the fault that ends the job.
 
-        actors: of each process that reported, rounds of the engine that computed something, what it waits for, and how
-        long it has been silent · loading_s: how long models have been loading · loaded: models that were loaded
+        actors      per process that reported: engine rounds with work, what it waits for, seconds since its report
+        loading_s   per model that is loading: seconds so far
+        loaded      number of models that have loaded
         """
         now = time.monotonic()
         return {
@@ -159,6 +160,6 @@ class Attempts:
             self._changed.clear()
             try:
                 storage.write_bytes_atomic(self._uri, json.dumps(self._starts).encode(), self._config)
-            except storage.StorageError:  # away for a while: the next write has all of it
+            except storage.StorageError:  # unreachable for a while: the next write holds all counts
                 self._changed.set()
             pause.wait(_WRITE_EVERY_S)

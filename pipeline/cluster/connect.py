@@ -1,4 +1,4 @@
-"""Joining or starting a Ray cluster, the count of attempts on it, and the progress display."""
+"""Joins or starts a Ray cluster, starts the `Attempts` actor on it, and displays progress."""
 
 import logging
 import os
@@ -29,20 +29,20 @@ _POLL_S = 2.0
 
 
 def cluster_address(job: JobConfig) -> str | None:
-    """The cluster that is there: the configured one, or the one this job was submitted to; None: start a local one."""
+    """The address of an existing cluster: the configured one, or the one this job was submitted to. None: start one."""
     return job.ray.address or os.environ.get("RAY_ADDRESS")
 
 
 @contextmanager
 def connect(job: JobConfig) -> Iterator[None]:
-    """A cluster for the block: the one this job was submitted to, the configured one, or a local one."""
+    """Connect to a cluster for the block: the configured one, the one this job was submitted to, or a new local one."""
     address = cluster_address(job)
-    # What workers print comes with a prefix, which is no JSON.
+    # Ray prefixes what workers print, so it would not be JSON.
     options: dict[str, object] = {"log_to_driver": job.run.log_format == "text", "logging_level": logging.WARNING}
     if address:
         options["address"] = address
         source = Path(pipeline.__path__[0]).parent
-        # Neither submitted with its code nor installed, as it is on nodes of an image: bring the code along.
+        # Without a submitted working_dir and without an installation (an image has one), send the code along.
         if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ and (source / "pyproject.toml").exists():
             options["runtime_env"] = {"working_dir": str(source)}
     else:
@@ -54,12 +54,12 @@ def connect(job: JobConfig) -> Iterator[None]:
         }
     try:
         ray.init(**options)
-    except SystemExit:  # Ray's answer to a SIGTERM while it starts
+    except SystemExit:  # Ray raises it on a SIGTERM while it starts
         raise StoppedError("the job was asked to end") from None
-    except Exception as error:  # Ray raises plain ones, as when a node of a busy machine starts too slowly
+    except Exception as error:  # Ray raises plain exceptions, e.g. when a node starts too slowly on a busy machine
         reason = " ".join(str(error).split())[:300]
         what = f"reached at {address}" if address else "started"
-        raise RunError(f"Ray cannot be {what}: {reason}; the same command tries again") from error
+        raise RunError(f"Ray cannot be {what}: {reason}; run the same command again") from error
     try:
         yield
     finally:
@@ -68,7 +68,7 @@ def connect(job: JobConfig) -> Iterator[None]:
 
 @contextmanager
 def attempts_of(job: JobConfig, work: Work) -> Iterator[ActorHandle]:
-    """The actor that counts starts of the units of `work`; beside the driver, with which the run ends anyway."""
+    """Start the actor that counts starts of the units of `work`, on the driver's node: the run ends with the driver."""
     actor: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     handle = actor.options(scheduling_strategy=here).remote(work.attempts, job.storage, job.run)
@@ -80,7 +80,7 @@ def attempts_of(job: JobConfig, work: Work) -> Iterator[ActorHandle]:
 
 
 def gpus_of_actor(job: JobConfig) -> float:
-    """GPUs of one model actor."""
+    """GPUs per model actor."""
     if job.ray.actors.num_gpus is not None:
         return job.ray.actors.num_gpus
     if job.model.device != "auto":
@@ -89,7 +89,7 @@ def gpus_of_actor(job: JobConfig) -> float:
 
 
 def actor_fits(job: JobConfig) -> bool:
-    """Whether some node of the cluster has the resources of a model actor, used or not."""
+    """Whether some live node has the resources of a model actor, in use or not."""
     wanted = {"GPU": gpus_of_actor(job), "CPU": job.ray.actors.num_cpus}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return any(all(node.get(name, 0.0) >= count for name, count in wanted.items()) for node in nodes)
@@ -97,7 +97,7 @@ def actor_fits(job: JobConfig) -> bool:
 
 @contextmanager
 def progress_display(job: JobConfig, work: Work, attempts: ActorHandle, total: int, done_before: int) -> Iterator[None]:
-    """A line that is kept up to date in a terminal, a line per interval in a log; metrics of what is open and waits.
+    """Show progress (one updated line in a terminal, one line per interval in a log), and set the driver's metrics.
 
     Ends the job once it has stalled (`run.stall_s`).
     """
@@ -119,10 +119,10 @@ def progress_display(job: JobConfig, work: Work, attempts: ActorHandle, total: i
                     wait = waits.see(now, state, actor_fits(job))
                     if wait is not None and wait.all and wait.seconds > job.run.stall_s:
                         attempts.stall.remote(
-                            f"the job stands still: {wait} (run.stall_s is {job.run.stall_s:g} s); "
-                            "the same command goes on"
+                            f"the job has stalled: {wait} (run.stall_s is {job.run.stall_s:g} s); "
+                            "run the same command again to continue"
                         )
-                except ray.exceptions.RayError:  # a display never ends a job
+                except ray.exceptions.RayError:  # the display must never end a job
                     continue
                 metrics.open_units(total - done_before - sum(state["units"].values()))
                 metrics.waiting(wait)

@@ -1,15 +1,19 @@
-"""The decode tasks, which run in processes of their own, and the count of batches that tells them when to go on.
+"""Decode tasks, each in a process of its own, and the actor that tells them how far their messages were read.
 
-Only light imports here, because every decoding process and the counter load this module before their first task; the
-decoders are imported by the first unit that is decoded.
+Only light imports here: every decoding process and the counter load this module before their first task. The decoders
+are imported when the first unit is decoded.
 
-Why no unit waits for ever for a CPU to be decoded on:
+Why every unit gets a CPU to be decoded on, in finite time:
 
-    A decode task holds a CPU only while it decodes. It may be `AHEAD` batches ahead of its reader; before the next one
-    it waits in `ray.get` for the reader to have read far enough, and Ray gives the CPU of a task that waits there to
-    others. So every CPU is held by a decoder that will finish its batch in finite time (or die, or be ended by
-    `decode.timeout_s`) and then ends, or waits without a CPU. A unit that was asked for therefore gets a CPU, whatever
-    the reader does with the other units, and in whatever order Ray starts the tasks.
+1. A decode task holds a CPU only while it decodes. When it is `AHEAD` messages ahead of its reader, it waits in
+   `ray.get` until the reader has read further. Ray gives the CPU of a task that waits in `ray.get` to other tasks.
+2. So a task that holds a CPU is decoding a message. It finishes in finite time, unless its process dies or the reader
+   cancels it after `decode.timeout_s`; then the CPU is free as well. Ray restarts a task whose process died at most
+   `decode.max_retries` times.
+3. After each message the task ends, waits without a CPU, or decodes the next one. A unit has finitely many messages, so
+   the task ends or waits in finite time. No CPU is held for ever.
+4. So every task that needs a CPU, new or woken by its reader, gets one, and every unit whose frames were requested is
+   started. This does not depend on which units the reader reads, nor on the order in which Ray starts the tasks.
 """
 
 import asyncio
@@ -28,20 +32,20 @@ if TYPE_CHECKING:
     from pipeline.decoding.decode import FrameBatch
     from pipeline.decoding.frames import Sizing
 
-AHEAD = 4  # messages that a decoder may be ahead of its reader
+AHEAD = 4  # messages that a decode task may be ahead of its reader
 
 
 class ReadCounts:
-    """How many messages of each stream were read; decoders wait here. An asyncio actor, one per reader."""
+    """Counts how many messages of each stream were read; decode tasks wait on it. An asyncio actor, one per reader."""
 
     def __init__(self) -> None:
         self._read: dict[str, int] = {}
         self._changed: dict[str, asyncio.Event] = {}
 
     async def wait(self, stream: str, count: int, timeout_s: float = 60.0) -> bool:
-        """Whether `count` messages of a stream were read, or it was closed, within `timeout_s`.
+        """Return True once `count` messages of a stream were read or the stream is closed; False after `timeout_s`.
 
-        The limit ends waits of decoders that are gone; those that are there ask again.
+        The timeout removes the waits of decode tasks that died; a live task calls again.
         """
         while self._read.get(stream, 0) < count:
             changed = self._changed.setdefault(stream, asyncio.Event())
@@ -54,12 +58,12 @@ class ReadCounts:
         return True
 
     async def read(self, stream: str, count: int) -> None:
-        """Note that `count` messages were read, and wake the decoder."""
+        """Note that `count` messages were read, and wake the decode task."""
         self._read[stream] = max(count, self._read.get(stream, 0))
         self._wake(stream)
 
     async def close(self, stream: str) -> None:
-        """Forget a stream that nobody reads any more, and wake its decoder."""
+        """Forget a stream that nobody reads any more, and wake its decode task."""
         self._read.pop(stream, None)
         self._wake(stream)
 
@@ -73,7 +77,7 @@ class ReadCounts:
 def decode_stream(
     unit: dict[str, Any], settings: bytes, stream: str, counts: ActorHandle
 ) -> "Iterator[list[FrameBatch] | UnitError | None]":
-    """One unit's messages: None once the task runs, then lists of frame batches, or the error that ended them."""
+    """Yield a unit's messages: None once the task runs, then lists of frame batches, then the error if it failed."""
     yield None
     messages = decoded(unit, settings)
     number = 0
@@ -84,12 +88,12 @@ def decode_stream(
         if message is None:
             return
         yield message
-        del message  # only one batch is in memory while the next one is decoded
+        del message  # else two messages are in memory while the next one is decoded
         number += 1
 
 
 def wait_until_read(counts: ActorHandle, stream: str, count: int) -> None:
-    """Wait without a CPU until the reader has read `count` messages. A counter that died holds nobody back."""
+    """Wait, without a CPU, until the reader has read `count` messages. Returns at once if the counter died."""
     try:
         while not ray.get(counts.wait.remote(stream, count)):
             pass
@@ -98,7 +102,7 @@ def wait_until_read(counts: ActorHandle, stream: str, count: int) -> None:
 
 
 def decoded(unit: dict[str, Any], settings: bytes) -> "Iterator[list[FrameBatch] | UnitError]":
-    """A unit's frame batches in messages: a video's one by one, of an image set `frames.batch_frames` together."""
+    """Yield a unit's messages: for a video one batch each, for an image set `frames.batch_frames` images each."""
     message: list[FrameBatch] = []
     error: UnitError | None = None
     try:
@@ -109,7 +113,7 @@ def decoded(unit: dict[str, Any], settings: bytes) -> "Iterator[list[FrameBatch]
         together = frames.batch_frames if unit["kind"] == "images" else 1
         for batch in decode_unit(unit, frames=frames, decode=decode, storage=storage, sizing=sizing):
             message.append(batch)
-            del batch  # only one batch is in memory while the next one is decoded
+            del batch  # else two batches are in memory while the next one is decoded
             if len(message) == together:
                 yield message
                 message = []
@@ -125,7 +129,7 @@ def decoded(unit: dict[str, Any], settings: bytes) -> "Iterator[list[FrameBatch]
 
 @cache
 def _settings(pickled: bytes) -> "tuple[Clips, Frames, Decode, Storage, Sizing]":
-    """What is the same for all units of a job; a process that decodes one after another reads it once."""
+    """Unpickle the settings that all units of a job share, once per process."""
     found: tuple[Clips, Frames, Decode, Storage, Sizing] = pickle.loads(pickled)
     return found
 

@@ -1,6 +1,6 @@
-"""Frames from decode tasks: processes of their own, which may crash, hang or fail without harming their reader.
+"""Reads frames from decode tasks. A task runs in a process of its own and may crash, hang or fail; the reader goes on.
 
-Reading never waits, so the reader takes frames of whichever unit has some. `decode_tasks` says why every unit gets a
+Reading never blocks: the reader takes frames of whichever unit has some. `decode_tasks` explains why every unit gets a
 CPU to be decoded on.
 """
 
@@ -19,11 +19,11 @@ from pipeline.decoding.decode import FrameBatch
 from pipeline.decoding.frames import Sizing
 from pipeline.errors import UnitError
 
-_LOOK_EVERY_S = 0.001  # Ray is asked at most so often what has come
+_LOOK_EVERY_S = 0.001  # shortest time between two calls of `ray.wait`
 
 
 class FrameStreams:
-    """Opens the streams of one reader, and asks Ray for all of them at once what has come."""
+    """Opens the streams of one reader, and polls all of them with one call to Ray."""
 
     def __init__(self, job: JobConfig, sizing: Sizing) -> None:
         self.timeout_s, self.tries = job.decode.timeout_s, job.decode.max_retries + 1
@@ -39,7 +39,7 @@ class FrameStreams:
         self._looked_at = 0.0
 
     def open(self, unit: dict[str, Any], refusal: UnitError | None = None) -> "FrameStream":
-        """Start to decode a unit, after those that were opened before; with `refusal` it fails with that instead."""
+        """Request a unit's frames. With `refusal` no task is started, and reading raises `refusal`."""
         name = next(self._names)
         refs = None if refusal is not None else self._task.remote(unit, self._settings, name, self.counts)
         stream = FrameStream(self, name, refs, refusal)
@@ -47,7 +47,7 @@ class FrameStreams:
         return stream
 
     def look(self) -> None:
-        """Note what has come of the open streams; decoders that take too long are ended."""
+        """Collect the messages that have arrived, and end decode tasks that take too long."""
         now = time.perf_counter()
         if now - self._looked_at < _LOOK_EVERY_S:
             return
@@ -60,28 +60,28 @@ class FrameStreams:
             stream.end_if_late(now)
 
     def closed(self, stream: "FrameStream") -> None:
-        """A stream is not read any more."""
+        """Forget a stream that is not read any more."""
         self._open.pop(stream.name, None)
 
     @property
     def asked(self) -> int:
-        """Streams that are open."""
+        """Number of open streams."""
         return len(self._open)
 
     @property
     def running(self) -> int:
-        """Open streams whose decoders have, or had, a CPU and a process."""
-        return sum(stream.running for stream in list(self._open.values()))  # other threads ask, too
+        """Number of open streams whose decode tasks have, or had, a CPU and a process."""
+        return sum(stream.running for stream in list(self._open.values()))  # a copy: called from other threads, too
 
 
 class FrameStream:
-    """The frame batches of one unit; a crash, hang or failure of its decoder is raised as a `UnitError`.
+    """The frame batches of one unit. A crash, hang or failure of its decode task is raised as a `UnitError`.
 
-    Reading yields None while the next batch is not ready.
+    Iterating yields None while the next batch is not ready.
 
-    queue_s   seconds from the first look until the decoder had a CPU and a process
-    running   whether it is known to have had them
-    refs      the decode task's messages; None once the last one has come
+    queue_s   seconds from the first read until the decode task had a CPU and a process
+    running   whether the decode task is known to have started
+    refs      the decode task's messages; None once the last one has arrived
     """
 
     def __init__(
@@ -91,9 +91,9 @@ class FrameStream:
         self.queue_s = 0.0
         self._streams = streams
         self._running_at: float | None = None
-        self._busy_since = 0.0  # when the decoder last got something to do
-        self._came = self._read = self._told = 0  # messages: that came, that were read, of which the decoder knows
-        # What came and is not read yet: batches, the error that ended them, or None after the last one.
+        self._busy_since = 0.0  # when the decode task last could go on
+        self._came = self._read = self._told = 0  # messages that arrived, that were read, that the task knows were read
+        # Arrived and not read yet: messages, the error that ended the stream, or None for its regular end.
         self._found: deque[ray.ObjectRef | UnitError | None] = deque([] if refusal is None else [refusal])
 
     def __iter__(self) -> Iterator[FrameBatch | None]:
@@ -112,7 +112,7 @@ class FrameStream:
             if isinstance(found, UnitError):
                 raise found
             message = self._got(found)
-            del found  # Ray frees the batch
+            del found  # so that Ray frees the batch
             self._read += 1
             self._busy_since = time.perf_counter()
             self._tell()
@@ -122,7 +122,7 @@ class FrameStream:
 
     @property
     def ready(self) -> bool:
-        """Whether the next batch, or what ended them, is known to have come."""
+        """Whether the next batch, or the end of the stream, is known to have arrived."""
         return bool(self._found)
 
     @property
@@ -130,12 +130,12 @@ class FrameStream:
         return self._running_at is not None
 
     def take(self) -> None:
-        """Note the next message, which has come."""
+        """Take over the next message, which has arrived."""
         assert self.refs is not None
         try:
             message = next(self.refs)
             if self._running_at is None:
-                ray.get(message)  # the word that the task runs, or what keeps it from running
+                ray.get(message)  # the first message says that the task runs, or raises why it cannot
                 self._running_at = self._busy_since = time.perf_counter()
                 return
         except StopIteration:
@@ -150,7 +150,7 @@ class FrameStream:
         self._tell()
 
     def end_if_late(self, now: float) -> None:
-        """End a decoder that has worked on one batch for too long; waiting for a CPU or its reader has no limit."""
+        """End a decode task that has worked on one message too long. Waits for a CPU or the reader have no limit."""
         works = self._running_at is not None and self._came - self._read < AHEAD
         if works and now - self._busy_since > self._streams.timeout_s:
             ray.cancel(self.refs, force=True)
@@ -158,7 +158,7 @@ class FrameStream:
             self._end(UnitError("decode", "Timeout", f"expected a batch of frames within {limit}, got none"))
 
     def close(self) -> None:
-        """End the task, also one that hangs in native code."""
+        """End the task, even if it hangs in native code."""
         if self.refs is not None:
             ray.cancel(self.refs, force=True)
             self._end(None)
@@ -171,7 +171,7 @@ class FrameStream:
             self._streams.counts.close.remote(self.name)
 
     def _tell(self) -> None:
-        """Let the decoder know how far its messages were read, once it may be waiting for that."""
+        """Report how far messages were read, if the decode task may be waiting for that."""
         if self.refs is not None and self._came >= AHEAD and self._read > self._told:
             self._told = self._read
             self._streams.counts.read.remote(self.name, self._read)

@@ -1,4 +1,4 @@
-"""The job as a Ray Data graph: manifest → model actors → Parquet, and the write that resumes."""
+"""Builds and runs the job as a Ray Data graph: manifest → model actors → Parquet, with a write that can resume."""
 
 import functools
 import logging
@@ -22,14 +22,14 @@ from pipeline.run.samples import Sampling
 def build(
     job: JobConfig, work: Work, attempts: ActorHandle, actor: type[CaptionActor] = CaptionActor
 ) -> ray.data.Dataset:
-    """Units still to be done → rows of `actor`; lazy. One row per unit from end to end, which resuming rests on."""
+    """Lazy graph from open units to rows of `actor`. Resuming relies on exactly one row per unit at every step."""
     filesystem, manifest = work.arrow_path(work.open_units)
     actors = job.ray.actors
     units = ray.data.read_parquet(manifest, filesystem=filesystem)
-    # A small manifest is one block, which one actor would take whole; of parts of blocks actors would run short.
+    # Cut the manifest into blocks of exactly batch_units: a small manifest is one block, which one actor would get.
     units = units.repartition(target_num_rows_per_block=actors.batch_units, strict=True)
-    # A batch is a block. Ray Data bundles blocks up to a batch_size: one that is not full would come after another in
-    # the same task, once that one has its rows. `map_batches` itself insists on a size where GPUs are asked for.
+    # batch_size=None makes every block one batch. With a size, Ray Data would bundle a short block behind another, and
+    # run it only after that one has its rows. The public map_batches insists on a size when GPUs are asked for.
     return units.map_batches_internal(
         actor,
         fn_constructor_args=(job, work.run_id, attempts, Sampling.of(job, work)),
@@ -47,20 +47,20 @@ def build(
 
 
 def execute(job: JobConfig, work: Work, attempts: ActorHandle, actor: type[CaptionActor] = CaptionActor) -> None:
-    """Run the graph into the run's data folder; a file counts once its checkpoint is committed.
+    """Run the graph and write rows into the run's data folder; a file counts once its checkpoint is committed.
 
-    Raises `RunError` with the cause in a line when Ray cannot go on; what is committed stays.
+    Raises `RunError` with the cause in one line if Ray fails; committed rows stay.
     """
     context = ray.data.DataContext.get_current()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context.enable_progress_bars = False  # the job has its own display
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it would tell how to enable them
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # else it explains how to enable them
     context.use_datasource_v2 = False  # it starts 32 processes to read the footer of one file
     context.max_consecutive_actor_init_deaths = 2
-    context.execution_no_progress_timeout_s = -1  # `waits` ends a job that is stuck, and knows the reason
+    context.execution_no_progress_timeout_s = -1  # `waits` ends a stalled job, and knows the reason
     context.execution_options.preserve_order = False
     context.custom_execution_callback_classes = [functools.partial(Drain, attempts)]
-    if job.ray.actors.num_cpus > 0:  # decode tasks are not Ray Data's: keep it from taking their CPUs
+    if job.ray.actors.num_cpus > 0:  # keep the CPUs of a decode task free: Ray Data does not know these tasks
         context.execution_options.exclude_resources = ExecutionResources(cpu=job.decode.num_cpus)
     checkpoint_fs, checkpoint_path = work.arrow_path(work.checkpoint)
     context.checkpoint_config = CheckpointConfig(
@@ -87,5 +87,5 @@ def execute(job: JobConfig, work: Work, attempts: ActorHandle, actor: type[Capti
 
 
 def _cause(error: Exception) -> str:
-    """The last line of what Ray tells, after the traceback: there stands the cause."""
+    """The last line of Ray's message, after the traceback: it names the cause."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:300]

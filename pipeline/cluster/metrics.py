@@ -1,9 +1,13 @@
-"""What a run tells Prometheus, through Ray: the metrics endpoint of every node carries it as `ray_lightkv_…`.
+"""Exports a run's metrics to Prometheus through Ray: every node's metrics endpoint has them as `ray_lightkv_…`.
 
-Facts about Ray's metrics (2.60) that shaped this: counters are exact; the sum of a histogram is made of the middles of
-its buckets, so seconds are counters and the histogram serves quantiles alone; a gauge fades two report intervals after
-it was set, so a thread sets it again; what a killed process had not reported yet (10 s at most) is lost. The truth
-stands in the rows. Labels are bounded: run, status, stage and error type, never a unit; Ray adds node and process.
+Properties of Ray's metrics (2.60) that this code works around:
+
+- Counters are exact. A histogram's sum is built from the middles of its buckets. So seconds are counters, and the
+  histogram serves only quantiles.
+- A gauge vanishes two report intervals after it was set. So a thread sets it again.
+- What a killed process had not reported yet (at most 10 s) is lost. The rows hold the exact figures.
+
+Labels are bounded: run, status, stage and error type, never a unit. Ray adds node and process.
 """
 
 import threading
@@ -22,7 +26,7 @@ _REPEAT_S = 5.0
 
 @dataclass(frozen=True)
 class Spec:
-    """One metric as it is registered; every one has the label `run`, too."""
+    """Definition of one metric; every metric also has the label `run`."""
 
     kind: Literal["counter", "gauge", "histogram"]
     name: str
@@ -30,7 +34,7 @@ class Spec:
     labels: tuple[str, ...] = ()
 
     def exported(self) -> tuple[str, ...]:
-        """The names of its series in Prometheus."""
+        """The names of its Prometheus series."""
         name = f"ray_{self.name}"
         if self.kind == "counter":
             return (f"{name}_total",)
@@ -39,25 +43,25 @@ class Spec:
         return (name,)
 
 
-UNITS = Spec("counter", "lightkv_units", "Units that have their row", ("status",))
+UNITS = Spec("counter", "lightkv_units", "Units with a row", ("status",))
 ERRORS = Spec("counter", "lightkv_errors", "Error rows", ("stage", "type"))
 FRAMES = Spec("counter", "lightkv_frames", "Frames that entered the model")
-VISION_TOKENS = Spec("counter", "lightkv_vision_tokens", "Vision tokens before compression, answered units")
-KEPT_TOKENS = Spec("counter", "lightkv_kept_tokens", "Vision tokens in the last layers, answered units")
-KV_BYTES = Spec("counter", "lightkv_kv_bytes", "KV cache at the end of prefill, answered units")
-KV_BYTES_SAVED = Spec("counter", "lightkv_kv_bytes_saved", "KV cache that compression spared, answered units")
-ACTOR_SECONDS = Spec("counter", "lightkv_actor_seconds", "Time of model actors on units; stages add up", ("stage",))
-DECODE_SECONDS = Spec("counter", "lightkv_decode_seconds", "Time decoders worked, beside the model actors")
-CRASHED_ATTEMPTS = Spec("counter", "lightkv_crashed_attempts", "Starts of units that ended with their model actor")
+VISION_TOKENS = Spec("counter", "lightkv_vision_tokens", "Vision tokens of answered units before compression")
+KEPT_TOKENS = Spec("counter", "lightkv_kept_tokens", "Vision tokens of answered units in the last layers")
+KV_BYTES = Spec("counter", "lightkv_kv_bytes", "KV cache bytes of answered units after prefill")
+KV_BYTES_SAVED = Spec("counter", "lightkv_kv_bytes_saved", "KV cache bytes of answered units saved by compression")
+ACTOR_SECONDS = Spec("counter", "lightkv_actor_seconds", "Time model actors spent on units, by stage", ("stage",))
+DECODE_SECONDS = Spec("counter", "lightkv_decode_seconds", "Time decode tasks worked")
+CRASHED_ATTEMPTS = Spec("counter", "lightkv_crashed_attempts", "Starts of units whose model actor died")
 UNIT_SECONDS = Spec("histogram", "lightkv_unit_seconds", "Time per unit; the sum is not exact", ("stage",))
-STREAMS = Spec("gauge", "lightkv_streams", "Decode streams of an actor: asked for, or running", ("state",))
+STREAMS = Spec("gauge", "lightkv_streams", "Decode streams of an actor: requested, or running", ("state",))
 WAITING_SECONDS = Spec(
-    "gauge", "lightkv_waiting_seconds", "How long a model actor has waited by now, 0: not", ("reason",)
+    "gauge", "lightkv_waiting_seconds", "How long a model actor has waited so far, else 0", ("reason",)
 )
 JOB_WAITING_SECONDS = Spec(
-    "gauge", "lightkv_job_waiting_seconds", "How long the whole job has waited by now", ("reason",)
+    "gauge", "lightkv_job_waiting_seconds", "How long the whole job has waited so far, else 0", ("reason",)
 )
-OPEN_UNITS = Spec("gauge", "lightkv_open_units", "Units of the run that have no row yet")
+OPEN_UNITS = Spec("gauge", "lightkv_open_units", "Units of the run without a row")
 
 SPECS = (
     UNITS,
@@ -86,7 +90,7 @@ _METRICS = {
 
 
 class _Run:
-    """Registered metrics of one process, labelled with its run; gauges are set again until `close`."""
+    """The registered metrics of one process, labelled with its run; gauges are set again until `close`."""
 
     def __init__(self, run_id: str, specs: tuple[Spec, ...]) -> None:
         self._gauges: dict[tuple[Spec, tuple[tuple[str, str], ...]], float] = {}
@@ -108,7 +112,7 @@ class _Run:
         self._metrics[spec].observe(value, labels)
 
     def set(self, spec: Spec, value: float, **labels: str) -> None:
-        """At once where it is new, else with the next repeat, which is before Ray reports."""
+        """Set a gauge: at once if it is new, else with the next repeat, which comes before Ray's next report."""
         key = (spec, tuple(labels.items()))
         if key not in self._gauges:
             self._metrics[spec].set(value, labels)
@@ -125,16 +129,16 @@ class _Run:
 
 
 class ActorMetrics:
-    """What one model actor tells: create one per process, `observe` every row; a call costs far less than 1 ms."""
+    """Metrics of one model actor. Create one per process and `observe` every row; a call takes far less than 1 ms."""
 
     def __init__(self, run_id: str) -> None:
         self._run = _Run(run_id, _ACTOR)
         self._waits_since: float | None = None
-        self._covered_to: datetime | None = None  # up to here units were in the model
-        self._unnamed_s = 0.0  # time with units in the model that no stage has named; negative: named beforehand
+        self._covered_to: datetime | None = None  # end of the time that `_other` has counted
+        self._unnamed_s = 0.0  # time with units in the model minus the time of named stages; may be negative
 
     def observe(self, row: dict[str, Any]) -> None:
-        """Count one row (`ROW_SCHEMA`), in the order in which they were finished."""
+        """Count one row (`ROW_SCHEMA`); call it in the order in which rows were finished."""
         run = self._run
         run.count(UNITS, 1, status=row["status"])
         if row["status"] == "error":
@@ -152,7 +156,7 @@ class ActorMetrics:
             run.observe(UNIT_SECONDS, seconds, stage=stage)
 
     def _other(self, row: dict[str, Any]) -> float:
-        """What no stage names of the time in which units were in the model: tokenising, turns, units that failed."""
+        """Seconds with units in the model that belong to no named stage: tokenising, permissions, failed units."""
         begun = row["started_at"] if self._covered_to is None else max(row["started_at"], self._covered_to)
         self._covered_to = max(row["finished_at"], begun)
         self._unnamed_s += (self._covered_to - begun).total_seconds() - sum(actor_seconds(row).values())
@@ -161,16 +165,16 @@ class ActorMetrics:
         return other
 
     def crashed_attempt(self) -> None:
-        """Count an earlier start of a unit that ended with the process of its model actor."""
+        """Count an earlier start of a unit during which its model actor's process died."""
         self._run.count(CRASHED_ATTEMPTS, 1)
 
     def streams(self, *, asked: int, running: int) -> None:
-        """How many decode streams this actor asked for, and how many of them are known to run, or ended."""
+        """Set how many decode streams this actor has requested, and how many of them are known to have started."""
         self._run.set(STREAMS, asked, state="asked")
         self._run.set(STREAMS, running, state="running")
 
     def waiting(self, reason: str | None) -> None:
-        """What this actor waits for (of `waits.REASONS`), None: it computes."""
+        """Set what this actor waits for (a key of `waits.REASONS`); None: it computes."""
         now = time.monotonic()
         self._waits_since = None if reason is None else self._waits_since or now
         _set_waiting(self._run, WAITING_SECONDS, reason, now - (self._waits_since or now))
@@ -182,7 +186,7 @@ def _set_waiting(run: _Run, spec: Spec, reason: str | None, seconds: float) -> N
 
 
 class DriverMetrics:
-    """What the driver tells for a `with` block: how much there is left to do."""
+    """Metrics of the driver, for a `with` block: open units, and what the whole job waits for."""
 
     def __init__(self, run_id: str) -> None:
         self._run = _Run(run_id, _DRIVER)
@@ -194,11 +198,11 @@ class DriverMetrics:
         self._run.close()
 
     def open_units(self, count: int) -> None:
-        """How many units have no row yet."""
+        """Set how many units have no row yet."""
         self._run.set(OPEN_UNITS, count)
 
     def waiting(self, wait: Wait | None) -> None:
-        """What the whole job waits for."""
+        """Set what the whole job waits for."""
         if wait is not None and wait.all:
             _set_waiting(self._run, JOB_WAITING_SECONDS, wait.reason, wait.seconds)
         else:
@@ -206,9 +210,9 @@ class DriverMetrics:
 
 
 def actor_seconds(row: dict[str, Any]) -> dict[str, float]:
-    """Time of its actor that a unit took by stage; while one waits or is decoded, others may be in other stages.
+    """Seconds of its model actor that a unit took, by stage. While one unit waits, others may be in other stages.
 
-    queue: the model waited for a CPU and a process to decode in; wait: for the frames themselves.
+    queue: until the decode task had a CPU and a process; wait: for the frames after that.
     """
     queue = row["queue_s"] or 0.0
     parts = {"queue": queue, "wait": max((row["wait_s"] or 0.0) - queue, 0.0)}

@@ -1,6 +1,7 @@
-"""What Ray Data calls on its way: cleaning up before a resumed write, and ending the graph early.
+"""Callbacks for Ray Data: clean-up before a resumed write, and an early end of the graph.
 
-It travels to every worker process of a job, so nothing here imports a model or torch, which takes seconds and memory.
+Every worker process of a job imports this module, so it imports neither a model nor torch: that takes seconds and
+memory.
 """
 
 import time
@@ -22,9 +23,9 @@ _PENDING = f"{PENDING_CHECKPOINT_SUFFIX}.parquet"
 
 
 class CleanOnly(IdColumnCheckpointManager):
-    """Undoes files that a killed run left half committed; the manifest that is read holds open units only.
+    """Removes files that a killed run left half committed; it filters no rows, as the manifest has open units only.
 
-    Ray's own filter is an actor that keeps a CPU, with which a one-CPU cluster would never get to read.
+    Ray's own filter is an actor that holds a CPU: on a one-CPU cluster the read would then never start.
     """
 
     def load_checkpoint(self, data_file_dir: str | None = None, data_file_filesystem: Any = None) -> tuple[None, int]:
@@ -33,10 +34,10 @@ class CleanOnly(IdColumnCheckpointManager):
         return None, 0
 
     def _finish_commits(self) -> None:
-        """Take away the pending twin of what is committed.
+        """Delete the pending twin of each committed checkpoint.
 
-        An object store renames by a copy and a deletion. A commit that ended in between has both names, and Ray, which
-        looks at the pending one alone, would delete data of units that count as done.
+        An object store renames by copy and delete. If a commit was killed between the two, both names exist. Ray looks
+        only at the pending name, and would delete data of units that count as done.
         """
         folder = FileSelector(self.checkpoint_path_unwrapped, allow_not_found=True)
         names = {file.path for file in self.filesystem.get_file_info(folder)}
@@ -46,11 +47,12 @@ class CleanOnly(IdColumnCheckpointManager):
 
 
 class Drain(ExecutionCallback):
-    """Once the job drains, ends the graph behind the blocks that the actors have; queued units stay for later.
+    """Ends the graph early once the job drains: actors finish the blocks they have, queued units stay open.
 
-    A job that stalls ends at once: `RunError` with the reason.
+    Raises `RunError` with the reason if the job has stalled.
 
-    Sent through the actors, which give no rows of them, hundreds of thousands of units would take minutes.
+    The queued units are not sent through the actors, which return no rows for them: hundreds of thousands of units
+    would take minutes.
     """
 
     def __init__(self, attempts: ActorHandle) -> None:
@@ -60,7 +62,7 @@ class Drain(ExecutionCallback):
         self._draining = False
 
     def on_execution_step(self, executor: Any) -> None:
-        """Called by Ray Data's scheduling loop, many times a second."""
+        """Ray Data's scheduling loop calls this many times a second."""
         topology = executor._topology
         draining, stalled = self._orders()
         if stalled is not None:
@@ -70,7 +72,7 @@ class Drain(ExecutionCallback):
             actors = next(operator for operator in topology if isinstance(operator, ActorPoolMapOperator))
             actors.clear_internal_input_queue()
             if not topology[actors].inputs_done_called:
-                topology[actors].input_queues.clear()  # the list: nothing reaches the actors any more
+                topology[actors].input_queues.clear()  # clears the list itself: nothing reaches the actors any more
                 topology[actors].inputs_done_called = True
                 actors.all_inputs_done()
         if self._draining:
@@ -79,7 +81,7 @@ class Drain(ExecutionCallback):
                 topology[operator].output_queue.clear()
 
     def _orders(self) -> tuple[bool, str | None]:
-        """What `Attempts.orders` said a moment ago; never waits."""
+        """Return the last known answer of `Attempts.orders`; never blocks."""
         if self._reply is None:
             if time.monotonic() - self._asked_at < _ASK_EVERY_S:
                 return self._draining, None

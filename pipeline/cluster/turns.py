@@ -1,8 +1,8 @@
-"""A model actor's side of `Attempts`: turns asked for before they are needed, ends told along with the next question.
+"""A model actor's client of `Attempts`: requests permissions to start, and reports ended units with the next request.
 
-Asking takes milliseconds in which the model would stand still. So a unit's turn is asked for one unit ahead; that its
-process ends before the unit has entered the model costs it a start, as it costs those beside it. The model's thread
-asks by itself: a thread for it would have it wait for the interpreter longer than the question takes.
+Permission is requested one unit ahead to hide the latency of the call, which is milliseconds. If the process dies
+before that unit enters the model, the unit is charged one start, like the units in the model. The model's thread makes
+the calls itself: a helper thread would cost more in waits for the GIL than the call takes.
 """
 
 from collections.abc import Sequence
@@ -14,29 +14,29 @@ from pipeline.cluster.attempts import End, Turn
 
 
 class Turns:
-    """Asks in order; `ask`, `end` and `tell` return at once and belong to one thread."""
+    """Sends requests in order. `ask`, `end` and `tell` return at once; call them from one thread only."""
 
     def __init__(self, attempts: ActorHandle) -> None:
         self._attempts = attempts
-        self._ended: list[End] = []  # and not yet told
+        self._ended: list[End] = []  # not reported yet
 
     def begun(self, unit_ids: Sequence[str]) -> dict[str, int]:
-        """Of these units, those with starts that have no end: how many."""
+        """Return unit id → how many earlier starts never ended, for those of these units that have such starts."""
         found: dict[str, int] = ray.get(self._attempts.begun.remote(unit_ids))
         return found
 
     def ask(self, unit_id: str) -> "ray.ObjectRef[Turn]":
-        """The turn of a unit, to come; from now on its start counts."""
+        """Request permission for a unit to start; the start counts from now on."""
         ended, self._ended = self._ended, []
         asked: ray.ObjectRef[Turn] = self._attempts.start.remote(unit_id, ended)
         return asked
 
     def end(self, end: End) -> None:
-        """A unit has its row; told with the next question or by `tell`."""
+        """Note that a unit has its row; reported with the next request or by `tell`."""
         self._ended.append(end)
 
     def tell(self) -> None:
-        """Tell what ended now, before rows leave."""
+        """Report all ended units now, before their rows leave the actor."""
         if self._ended:
             ended, self._ended = self._ended, []
             self._attempts.end.remote(ended)

@@ -1,8 +1,8 @@
-"""What a job waits for, as the driver sees it: for the progress line, the metrics, and the end of a job that is stuck.
+"""Determines what a job waits for, seen from the driver: for the progress line, the metrics and the stall check.
 
-A job waits while no model actor computes, no model loads and no unit ends. Frames that are slow are no fault of the
-job, and a cluster may take minutes to grow; but when nothing at all has moved for `run.stall_s`, the job ends with the
-reason, and units that have no row yet stay open.
+A job waits while no model actor computes, no model loads and no unit ends. Slow frames are no fault of the job, and a
+cluster may take minutes to grow. If nothing at all has moved for `run.stall_s`, the job ends with the reason, and units
+without a row stay open.
 """
 
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ REASONS = {
     "rows": "rows to be written",
 }
 SHOWN_S = 5.0  # shorter waits are not shown
-_SILENT_S = 60.0  # an actor that has not reported for so long is gone
+_SILENT_S = 60.0  # an actor without a report for this long counts as dead
 
 
 @dataclass(frozen=True)
 class Wait:
-    """What is waited for (a key of REASONS), how long by now, and whether the whole job waits or only some actors."""
+    """What is waited for (a key of REASONS), for how long, and whether the whole job or only some actors wait."""
 
     reason: str
     seconds: float
@@ -34,7 +34,7 @@ class Wait:
 
 @dataclass
 class Waits:
-    """Fed with the state of `Attempts` every few seconds.
+    """Keeps track of waits; call `see` with the state of `Attempts` every few seconds.
 
     open_units   units without a row when the job began
     load_s       a model that has been loading for longer counts as waiting
@@ -44,14 +44,14 @@ class Waits:
     open_units: int
     load_s: float
     _moved_at: float = field(init=False)
-    _since: dict[str, float] = field(default_factory=dict, init=False)  # actor → since when it waits
+    _since: dict[str, float] = field(default_factory=dict, init=False)  # actor → time since which it waits
     _seen: Any = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._moved_at = self.now
 
     def see(self, now: float, state: dict[str, Any], fits: bool) -> Wait | None:
-        """What the job waits for, if anything; `fits`: the cluster has the resources of a model actor."""
+        """Return what the job waits for, if anything; `fits`: some node has the resources of a model actor."""
         actors = {name: one for name, one in state["actors"].items() if one["silent_s"] < _SILENT_S}
         seen = (state["units"], {name: one["worked"] for name, one in state["actors"].items()}, state["loaded"])
         computes = any(one["waits_for"] is None for one in actors.values())

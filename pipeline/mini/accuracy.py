@@ -1,7 +1,7 @@
-"""Exact match per task family, without generating.
+"""Computes exact match per task family without generating.
 
-Greedy decoding gives an answer exactly when every one of its tokens is the most likely one after the right tokens
-before it, so one forward pass with the right answers decides.
+Greedy decoding gives an answer exactly if each of its tokens is the most likely one after the correct tokens before it.
+So one forward pass over the correct answers decides.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ def exact_match(
 
 
 def row_of(qa: QA) -> str:
-    """The family, with captions of scenes that show a sign apart: they need the number read as well."""
+    """The family; captions of scenes with a sign are a row of their own, because they also need the number read."""
     return f"{qa.family} with sign" if qa.family == "caption" and "the sign reads" in qa.answer else qa.family
 
 
 def standard_error(right: int, asked: int) -> float:
-    """Of the share of right answers, after Wilson: not zero where all or none are right."""
+    """Standard error of the share of right answers, after Wilson: not zero if all or none are right."""
     share = (right + 0.5) / (asked + 1)
     return (share * (1 - share) / (asked + 1)) ** 0.5
 
 
 def as_line(scores: dict[str, tuple[int, int]]) -> str:
-    """Shares in one line, as progress is told."""
+    """Shares in one line, for progress messages."""
     return " ".join(f"{family} {right / asked:.2f}" for family, (right, asked) in scores.items())

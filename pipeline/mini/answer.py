@@ -1,4 +1,4 @@
-"""Questions answered with plain transformers: greedy `generate` over frames that are patchified as tensors."""
+"""Answers questions with plain transformers: greedy `generate` over frames that are patchified as tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.mini.vocabulary import IMAGE_PAD, VIDEO_PAD
 
 
 def video_inputs(frames: np.ndarray) -> dict[str, Tensor]:
-    """uint8 [T, H, W, 3] to `pixel_values_videos` and `video_grid_thw`; an odd last frame is repeated."""
+    """Frames uint8 [T, H, W, 3] to `pixel_values_videos` and `video_grid_thw`; an odd last frame is repeated."""
     _check_frames(frames)
     if len(frames) % TEMPORAL_PATCH:
         frames = np.concatenate([frames, frames[-1:]])
@@ -25,7 +25,7 @@ def video_inputs(frames: np.ndarray) -> dict[str, Tensor]:
 
 
 def image_inputs(images: Sequence[np.ndarray]) -> dict[str, Tensor]:
-    """uint8 [H, W, 3] each to `pixel_values` and `image_grid_thw`."""
+    """Images uint8 [H, W, 3] to `pixel_values` and `image_grid_thw`."""
     patches, grids = [], []
     for image in images:
         _check_frames(image[None])
@@ -53,7 +53,7 @@ def answer(
     question: str,
     max_new_tokens: int = 96,
 ) -> str:
-    """The greedy answer to one question about what `video_inputs` or `image_inputs` made."""
+    """The greedy answer to one question about the `inputs` of `video_inputs` or `image_inputs`."""
     kind, pad = ("video", VIDEO_PAD) if "video_grid_thw" in inputs else ("image", IMAGE_PAD)
     grids = inputs[f"{kind}_grid_thw"]
     content = [*({"type": kind} for _ in grids), {"type": "text", "text": question}]

@@ -1,8 +1,8 @@
-"""The mini model's forward pass for training: a batch of equal grids, several questions sharing one vision prefix.
+"""The mini model's forward pass for training: a batch of equal grids; several questions share one vision prefix.
 
-It computes what `Qwen2_5_VLForConditionalGeneration` computes (tests compare the two), from the same weights. A
-sequence is a `prefix` (user turn up to the last `<|vision_end|>`) and a `tail` of packed slots; a slot is one question
-with its answer, sees the whole prefix and itself, and counts its positions from the prefix's end as if it were alone.
+It computes what `Qwen2_5_VLForConditionalGeneration` computes from the same weights; tests compare the two. A sequence
+is a `prefix` (user turn up to the last `<|vision_end|>`) and a `tail` of packed slots. A slot is one question with its
+answer. It attends to the prefix and to itself, and its positions count from the prefix's end.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def patchify(frames: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Windows:
-    """Vision tokens sorted so that windows are contiguous and windows of one size follow each other."""
+    """Vision tokens sorted so that each window is contiguous and windows of equal size follow each other."""
 
-    order: Tensor  # [tokens] token index at each sorted place
+    order: Tensor  # [tokens] token index at each sorted index
     inverse: Tensor
     groups: tuple[tuple[int, int], ...]  # (windows, patches per window)
     cos: Tensor  # [patches, head_dim]
@@ -62,7 +62,7 @@ class _Windows:
 
 @lru_cache(maxsize=64)
 def _windows(rows: int, columns: int, window: int, head_dim: int, theta: float, device: torch.device) -> _Windows:
-    """`window` is the window's side in vision tokens."""
+    """The window layout of a grid; `window` is a window's side in vision tokens."""
     cells = torch.arange(rows * columns).view(rows, columns)
     blocks = [
         cells[r : r + window, c : c + window].flatten()
@@ -161,7 +161,7 @@ def forward(
     tail_offset: Tensor,
     tail_slot: Tensor,
 ) -> Output:
-    """Frames uint8 [B, times, 2, H, W, 3]; tail ids, place within the slot and slot number, each int64 [B, L].
+    """Run the model. Frames: uint8 [B, times, 2, H, W, 3]. Tail ids, offset in the slot and slot number: int64 [B, L].
 
     Slot number −1 marks padding.
     """
@@ -196,7 +196,7 @@ def forward(
         mixed = _grouped_attention(qt, torch.cat((kp, kt), 2), torch.cat((vp, vt), 2), tail_mask)
         tail = tail + attention.o_proj(mixed)
         tail = tail + layer.mlp(_norm(tail, layer.post_attention_layernorm))
-        if not last:  # after the last layer nobody reads the prefix
+        if not last:  # after the last layer the prefix is not used
             qp = _rotate(attention.q_proj(x).unflatten(-1, heads).transpose(1, 2), *prefix_rope)
             prefix = prefix + attention.o_proj(_causal_attention(qp, kp, vp, causal))
             prefix = prefix + layer.mlp(_norm(prefix, layer.post_attention_layernorm))
@@ -206,7 +206,7 @@ def forward(
 
 
 def _text_rope(positions: Tensor, config: PreTrainedConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, S, head_dim] of multimodal positions [3, B, S]; the axes take turns by `mrope_section`."""
+    """cos and sin [B, 1, S, head_dim] of multimodal positions [3, B, S]; `mrope_section` assigns dims to the axes."""
     rope, head_dim = config.rope_parameters, config.hidden_size // config.num_attention_heads
     steps = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
     angles = positions[..., None].float() * (1.0 / rope["rope_theta"] ** steps)  # [3, B, S, head_dim / 2]
@@ -216,7 +216,7 @@ def _text_rope(positions: Tensor, config: PreTrainedConfig) -> tuple[Tensor, Ten
 
 
 def _causal_attention(q: Tensor, k: Tensor, v: Tensor, corner: Tensor) -> Tensor:
-    """Chunk by chunk over the queries, so that most of the masked half is never computed."""
+    """Causal attention in chunks of queries, so that most of the masked half is never computed."""
     outputs = []
     for start in range(0, q.shape[2], _CHUNK):
         stop = min(start + _CHUNK, q.shape[2])

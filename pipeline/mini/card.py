@@ -1,4 +1,4 @@
-"""The figures of the model card, written from a result of `measure` between the card's two markers."""
+"""Writes the accuracy tables of the model card, from a result of `measure`, between the card's two markers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ STRONG, WEAK = 0.8, 0.6
 
 
 def with_accuracy(card: str, result: dict[str, Any]) -> str:
-    """The card's text with the result between its markers. Raises ValueError when it has not exactly one pair."""
+    """The card's text with the result between its markers. Raises ValueError unless it has exactly one pair."""
     if (card.count(BEGIN), card.count(END)) != (1, 1) or card.index(BEGIN) > card.index(END):
         raise ValueError(f"expected one {BEGIN} and after it one {END} in the card; add them where the tables belong")
     return card[: card.index(BEGIN)] + BEGIN + "\n" + accuracy(result) + "\n" + card[card.index(END) :]
 
 
 def without_accuracy(card: str) -> str:
-    """The card's prose: everything but what `with_accuracy` wrote."""
+    """The card's text except what `with_accuracy` wrote."""
     return re.sub(f"{BEGIN}.*?{END}", "", card, flags=re.DOTALL)
 
 
@@ -32,7 +32,7 @@ def write_accuracy(card: Path, result: dict[str, Any]) -> None:
 
 
 def accuracy(result: dict[str, Any]) -> str:
-    """Markdown: what was measured, a table per kind of input, and which tasks are good enough to count losses on."""
+    """Markdown: what was measured, a table per kind of input, and which tasks are good enough to measure losses on."""
     versions, split = result["versions"], result["split"]
     known = [entry for entry in result["inputs"] if entry["split"] == split]
     held_out = [entry for entry in result["inputs"] if entry["split"] == "held_out"]

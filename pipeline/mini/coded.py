@@ -1,4 +1,4 @@
-"""Accuracy as a user meets it: demo videos written as H.264, decoded, sampled, and answered by plain transformers."""
+"""Measures accuracy on demo videos written as H.264, decoded, sampled, and answered by plain transformers."""
 
 from __future__ import annotations
 

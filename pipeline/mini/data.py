@@ -1,4 +1,4 @@
-"""Training batches from the rendered world: frames, packed questions and dense labels of every vision token."""
+"""Training batches from the rendered world: frames, packed questions, and labels of every vision token."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pipeline.mini.scene import Scene, sample_scene
 from pipeline.mini.vocabulary import COLORS, IM_END, IM_START, MOTIONS, SHAPES, SIZES
 from pipeline.mini.world import scene_seed
 
-# How often a family is asked beside the caption, which every scene gets. What is missing here is not trained.
+# How often a family is asked relative to the others; every scene also has its caption. Others are not trained.
 IMAGE_FAMILIES = {
     "exist": 1.8, "count": 1.4, "color": 1.2, "shape": 0.8, "size": 0.6, "digits": 2.0, "unanswerable": 0.4,
     "position": 1.6,
 }  # fmt: skip
 VIDEO_FAMILIES = {**IMAGE_FAMILIES, "motion": 2.0, "first": 1.0, "last": 1.0, "order": 1.4, "when": 1.0, "later": 0.8}
 SET_FAMILIES = {"which_image": 1.5, "image_count": 0.2, "set_exist": 2.0}
-QUESTIONS_PER_SCENE = {"image": 3, "video": 7, "set": 4}  # beside the caption; more where the pictures cost more
+QUESTIONS_PER_SCENE = {"image": 3, "video": 7, "set": 4}  # besides the caption; more where rendering costs more
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 DENSE_CLASSES = {
     "shape": len(SHAPES) + 1,
@@ -38,15 +38,15 @@ DENSE_CLASSES = {
     "row": 12,
     "column": 12,
     "time": 8,
-}  # class 0 of the first six: nothing there
-IGNORED = -100  # a place beyond the last class; cross_entropy leaves it out
+}  # class 0 of the first six: background
+IGNORED = -100  # the index that cross_entropy ignores
 
 
 @dataclass(frozen=True)
 class Batch:
     """One training batch of scenes with one grid.
 
-    frames uint8 [B, times, 2, H, W, 3]; tail tensors int64 [B, L], `target[b, i]` is the token that position i has to
+    frames uint8 [B, times, 2, H, W, 3]; tail tensors int64 [B, L]; `target[b, i]` is the token that position i has to
     predict, −1 for none; `dense[name]` int64 [B, tokens].
     """
 
@@ -66,7 +66,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Task:
-    """What one batch holds: the kind of input and its size, how many scenes of it, and whether anything is asked."""
+    """What one batch holds: kind and size of the input, number of scenes, and whether questions are asked."""
 
     kind: str  # image | video | set
     times: int
@@ -89,9 +89,9 @@ _HUGE = ((224, 224), (192, 256), (256, 192))
 def curriculum(rng: np.random.Generator, progress: float, token_budget: int) -> Task:
     """The task of one step at `progress` 0..1.
 
-    First the vision encoder alone learns to perceive single frame pairs; then questions about images, about short small
-    videos, about longer and larger ones, and about sets of images. `token_budget` bounds scenes × (vision tokens + 60),
-    the 60 standing for the questions.
+    First the vision encoder alone learns from single frame pairs; then come questions about images, about short small
+    videos, about longer and larger ones, and about sets of images. `token_budget` bounds scenes × (vision tokens + 60);
+    60 is an estimate for the questions.
     """
     times: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
@@ -127,7 +127,7 @@ def _draw(rng: np.random.Generator, options: Sequence[Option], chances: Sequence
 def build_batch(
     tokenizer: PreTrainedTokenizerFast, task: Task, split: str, first_index: int, *, degrade: bool = True
 ) -> Batch:
-    """Scenes `first_index` … of the split, rendered and asked. `degrade` imitates lossy coding."""
+    """Render scenes `first_index` … of the split and ask about them. `degrade` imitates lossy coding."""
     pictures, slots, labels, asked = [], [], [], []
     for index in range(first_index, first_index + task.scenes):
         rng = np.random.default_rng(scene_seed(split, index))
@@ -159,7 +159,7 @@ def _render(task: Task, rng: np.random.Generator, held_out: bool) -> tuple[np.nd
 
 
 def _degrade(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Loss of fine detail, noise and a change of contrast, each in some of the samples."""
+    """Imitate lossy coding: loss of fine detail, noise and a change of contrast, each in some of the samples."""
     choice = rng.random(3)
     if choice[0] > 0.6 and choice[1] > 0.5 and choice[2] > 0.5:
         return frames
@@ -204,7 +204,7 @@ def _questions(task: Task, scenes: Sequence[Scene], rng: np.random.Generator) ->
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, qa: QA) -> tuple[list[int], int]:
-    """Token ids of a slot and where its answer begins; the answer ends with `<|im_end|>`."""
+    """Token ids of a slot and the index where its answer begins; the answer ends with `<|im_end|>`."""
     asked = tokenizer.encode(f"{qa.question}{IM_END}{IM_START}assistant")
     return [*asked, *tokenizer.encode(f"{qa.answer}{IM_END}")], len(asked)
 
@@ -225,7 +225,7 @@ def _pack(samples: list[list[tuple[list[int], int]]]) -> tuple[Tensor, Tensor, T
 
 
 def _dense_labels(task: Task, scenes: Sequence[Scene], times: np.ndarray) -> dict[str, np.ndarray]:
-    """Per vision token: what covers its centre in the middle of its frame pair, its characters, and where it is."""
+    """Labels per vision token: what covers its centre in the middle of its frame pair, its characters, its position."""
     grid = task.grid
     shape = (grid.times, grid.rows, grid.columns)
     labels = {name: np.zeros(shape, np.int64) for name in DENSE_CLASSES}

@@ -1,4 +1,4 @@
-"""What the card of the mini model says: exact match per task over seen and held-out scenes and over H.264 files."""
+"""Measures exact match of the mini model per task: on seen and held-out scenes, and on H.264 files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pipeline.version import code_version
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: tasks with their numbers of batches, on known and on held-out scenes; styles of H.264 files."""
+    """What to measure: tasks with numbers of batches, on seen and on held-out scenes, and styles of H.264 files."""
 
     known: Sequence[tuple[Task, int]]
     held_out: Sequence[tuple[Task, int]]
@@ -52,7 +52,7 @@ CARD = Plan(
 
 
 def measure(weights: Path, split: str, plan: Plan = CARD, told: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measure the weights in float32 and return everything as JSON; `told` is called with a line per kind of input."""
+    """Measure the weights in float32 and return a JSON-ready result; `told` gets one line per kind of input."""
     tokenizer = AutoTokenizer.from_pretrained(weights)
     model = AutoModelForImageTextToText.from_pretrained(weights, dtype=torch.float32).eval()
     inputs = []
@@ -70,7 +70,7 @@ def measure(weights: Path, split: str, plan: Plan = CARD, told: Callable[[str], 
 
 
 def weights_sha256(weights: Path) -> str:
-    """Digest of the weights file alone."""
+    """SHA-256 of the weights file."""
     return hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """The mini model: a Qwen2.5-VL of 1.6 million parameters, and its export as a Hugging Face folder.
 
-One vision token is 16×16 px of two frames (patch 8, merge 2, temporal patch 2). `tokens_per_second` is 1 and
-`second_per_grid_ts` stays unset, so that time counts 1 per frame pair.
+One vision token covers 16×16 px of two frames (patch 8, merge 2, temporal patch 2). `tokens_per_second` is 1 and
+`second_per_grid_ts` stays unset, so the time position grows by 1 per frame pair.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Muon: momentum, orthogonalised by five Newton–Schulz steps, for matrices; a good deal faster here than AdamW alone.
+"""The Muon optimizer: momentum orthogonalised by five Newton–Schulz steps, for matrices. Trains faster than AdamW here.
 
-The update is scaled to an element size of 0.2·lr, so learning rates compare with AdamW's.
+Updates are scaled to an RMS of 0.2·lr per element, so that learning rates are comparable with AdamW's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Questions about a scene, or about a set of still scenes, with exact answers: one short function per task family.
 
-A family returns None when it has nothing unambiguous to ask. All words are in `pipeline.mini.vocabulary`.
+A family returns None if it has no unambiguous question. All words are in `pipeline.mini.vocabulary`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class QA(NamedTuple):
 
 
 def ask(scene: Scene, family: str, rng: np.random.Generator) -> QA | None:
-    """One question of the family about the scene, or None when the scene offers none."""
+    """One question of the family about the scene; None if the scene offers none."""
     found = FAMILIES[family](scene, rng)
     return None if found is None else QA(family, *found)
 
@@ -79,9 +79,9 @@ def _caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _exist(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """Half yes; a no is often a near miss: a colour and a shape that are there, but not together.
+    """Half of the answers are yes; a no is often a near miss: a colour and a shape that both occur, but not together.
 
-    Held-out combinations are named only where one is shown; else training would learn that they never exist.
+    Held-out combinations are named only if one is shown; else training would learn that they never exist.
     """
     things, wanted = scene.things, rng.random() < 0.5
     kind = int(rng.integers(4))
@@ -142,7 +142,7 @@ def _size(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
 
 
 def _position(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """Thirds of the frame, for things that stay; near a border between thirds nothing is asked."""
+    """Thirds of the frame, for things that do not move; None near a border between thirds."""
     still = [t for t in scene.things if t.motion == "still"]
     if not still:
         return None
@@ -193,7 +193,7 @@ def _choice(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
 
 
 def _unanswerable(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """A question about something that is not there; the answer says so."""
+    """A question about something that is not shown; the answer says so."""
     kind = int(rng.integers(3))
     if kind == 0:
         return None if scene.sign is not None else ("what number is written?", "there is no number.")
@@ -239,7 +239,7 @@ def _order(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
 
 
 def _when(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """At the start, or in which half; close to the middle nothing is asked."""
+    """At the start, or in which half; None close to the middle."""
     if not scene.is_video or not scene.things:
         return None
     late = [t for t in scene.things if t.appear_s > 0]
@@ -252,7 +252,7 @@ def _when(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
 
 
 def _later(scene: Scene, rng: np.random.Generator) -> tuple[str, str] | None:
-    """Counting over time: how many were not there from the start."""
+    """Counting over time: how many things appear after the start."""
     if not scene.is_video or not scene.things:
         return None
     return "how many objects appear later?", NUMBERS[sum(t.appear_s > 0 for t in scene.things)]
@@ -264,7 +264,7 @@ def _set_caption(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[str
 
 
 def _which_image(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[str, str] | None:
-    """A thing that exactly one image shows."""
+    """Which image shows a thing that exactly one image shows."""
     counts = Counter(thing.name for scene in scenes for thing in scene.things)
     single = [(i, t) for i, scene in enumerate(scenes) for t in scene.things if counts[t.name] == 1]
     if not single:
@@ -278,7 +278,7 @@ def _image_count(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[str
 
 
 def _set_exist(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[str, str] | None:
-    """Is a thing of one of the images in a given image?"""
+    """Whether a thing from one of the images is in a given image."""
     names = [t.name for scene in scenes for t in scene.things]
     if not names:
         return None
@@ -288,7 +288,7 @@ def _set_exist(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[str, 
 
 
 def _difference(scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[str, str] | None:
-    """For two images that differ in exactly one thing: which one the second lacks or adds."""
+    """For two images that differ in exactly one thing: what the second lacks or adds."""
     if len(scenes) != 2:
         return None
     before, after = ({t.name for t in scene.things} for scene in scenes)

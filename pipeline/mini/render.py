@@ -1,4 +1,4 @@
-"""Scenes to pixels: anti-aliased shapes by signed distance, characters from a 5×7 font of our own; NumPy alone."""
+"""Renders scenes: anti-aliased shapes by signed distance, characters from a 5×7 font of our own. NumPy only."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Seeded samples with exact answers, one function per kind of input: frames as arrays beside every question they offer.
+"""Seeded samples with exact answers, one function per kind of input: frames as arrays, and all questions they allow.
 
     sample = video_sample("test", 7, frames=16, look=Look(max_things=4))
     sample.frames      uint8 [16, 96, 96, 3]
     sample.questions   one QA of every family that the scene offers, the caption first
 
-The same arguments give the same sample. Sides are multiples of 16 px; from 64 vision tokens (an image of 128×128 px) to
-several thousand (64 frames of 448×448 px: 25,088).
+The same arguments give the same sample. Sides are multiples of 16 px. Samples range from 64 vision tokens (an image of
+128×128 px) to several thousand (64 frames of 448×448 px: 25,088).
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pipeline.mini.render import picture, render
 from pipeline.mini.scene import Scene, appearance_gap_s, sample_pair, sample_scene, sample_set
 from pipeline.mini.world import questions_of, scene_seed
 
-MIN_WATCHED_S = 0.25  # from the first frame to the last: less shows no motion
+MIN_WATCHED_S = 0.25  # shortest time from the first frame to the last: less shows no motion
 
 
 @dataclass(frozen=True)
 class Look:
-    """How difficult the pictures of a sample are."""
+    """How difficult the frames of a sample are."""
 
     width_px: int = 96
     height_px: int = 96
@@ -37,7 +37,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model is shown and asked, and the right answers.
+    """Input for a model, with questions and right answers.
 
     frames uint8 [T, H, W, 3]: of a video, or the images of a set, or one image; `times_s` [T] of a video's frames, else
     zero; `scenes` holds one scene, or one per image.
@@ -51,12 +51,12 @@ class Sample:
 
     @property
     def vision_tokens(self) -> int:
-        """Tokens the mini model sees."""
+        """Vision tokens of the sample in the mini model."""
         return vision_tokens(self.kind, *self.frames.shape[:3])
 
 
 def vision_tokens(kind: str, frames: int, height_px: int, width_px: int) -> int:
-    """Of a sample; an odd last frame of a video counts as a pair."""
+    """Vision tokens of a sample; an odd last frame of a video counts as a pair."""
     times = -(-frames // TEMPORAL_PATCH) if kind == "video" else frames
     return times * (height_px // TOKEN_PX) * (width_px // TOKEN_PX)
 
@@ -69,7 +69,7 @@ def image_sample(split: str, index: int, look: Look | None = None) -> Sample:
 
 
 def set_sample(split: str, index: int, images: int = 3, look: Look | None = None) -> Sample:
-    """Two to six pictures of scenes that have nothing to do with each other."""
+    """Two to six pictures of unrelated scenes."""
     rng, knobs = _begin(split, index, look)
     return _of_images(sample_set(rng, images, **knobs), rng)
 
@@ -81,10 +81,10 @@ def pair_sample(split: str, index: int, look: Look | None = None) -> Sample:
 
 
 def video_sample(split: str, index: int, frames: int = 16, fps: float = 2.0, look: Look | None = None) -> Sample:
-    """`frames` frames at `fps` frames per second, from a random time within the first 1 / `fps` on.
+    """`frames` frames at `fps` frames per second, starting at a random time within the first 1 / `fps`.
 
-    Refuses (ValueError) what would make answers a guess: too short to see motion, or so few frames a second that what
-    appears late shows in one frame only.
+    Raises ValueError for settings that would make answers a guess: too short to show motion, or so few frames per
+    second that a thing that appears late is in one frame only.
     """
     if frames < 2 or (frames - 1) / fps < MIN_WATCHED_S:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""What a rendered scene holds: flat shapes that stay or move and may appear later, perhaps a sign, a background.
+"""Scenes to render: flat shapes that stay or move and may appear later, perhaps a sign, and a background.
 
-A scene lives in physical time (seconds) and pixels, so the same scene can be sampled at any frame rate. A still picture
-is a scene with `duration_s` 0.
+A scene is defined in seconds and pixels, so it can be sampled at any frame rate. A still picture is a scene with
+`duration_s` 0.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 from pipeline.mini.vocabulary import COLORS, MOTIONS, SHAPES, SIGN_WORDS, SIZES
 
 HEADING = {"still": (0.0, 0.0), "left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
-RADIUS_PX = {"small": (8.0, 10.0), "large": (13.5, 16.5)}  # in a frame of 96 px; grows with the root of the side
-# Colour–shape combinations that no scene shows unless asked to: they test what was never trained. Every colour and
-# every shape occurs in many others.
+RADIUS_PX = {"small": (8.0, 10.0), "large": (13.5, 16.5)}  # in a frame of 96 px; scales with the root of the side
+# Colour–shape combinations that scenes show only on request: they test combinations that were never trained. Every
+# colour and every shape occurs in many other combinations.
 HELD_OUT = frozenset(
     (
         ("red", "ring"),
@@ -101,7 +101,7 @@ class Scene:
         return any((thing.color, thing.shape) in HELD_OUT for thing in self.things)
 
     def in_telling_order(self) -> list[Thing]:
-        """What is there from the start, by colour and shape, then what appears later, by time."""
+        """Things present from the start, by colour and shape, then things that appear later, by time."""
         return sorted(self.things, key=lambda t: (t.appear_s, COLORS.index(t.color), SHAPES.index(t.shape)))
 
 
@@ -116,10 +116,10 @@ def sample_scene(
     sign_words: bool = False,
     held_out: bool = False,
 ) -> Scene:
-    """A random scene whose things never cover each other or the sign; fewer than `max_things` may fit.
+    """A random scene whose things never cover each other or the sign; it may have fewer than `max_things`.
 
-    A share of the scenes has a sign with a number of one to three digits, or with `sign_words` sometimes a word. With
-    `held_out` the first thing is a combination of `HELD_OUT`, else none is. Raises ValueError for sides under
+    `sign_share` of the scenes have a sign with a number of one to three digits, or with `sign_words` sometimes a word.
+    With `held_out` the first thing is a combination of `HELD_OUT`, else no thing is. Raises ValueError for sides under
     `MIN_SIDE_PX` and for more than `MAX_THINGS` things.
     """
     if min(width_px, height_px) < MIN_SIDE_PX or not 1 <= max_things <= MAX_THINGS or max_clutter < 0:
@@ -143,16 +143,16 @@ def sample_scene(
 
 
 def sample_set(rng: np.random.Generator, count: int, **knobs: Any) -> tuple[Scene, ...]:
-    """`count` still scenes of one size, drawn one by one with the knobs of `sample_scene`."""
+    """`count` still scenes of one size, drawn one by one with the arguments of `sample_scene`."""
     if not 2 <= count <= MAX_SET:
         raise ValueError(f"expected a set of 2 to {MAX_SET} images, got {count}")
     return tuple(sample_scene(rng, duration_s=0.0, **knobs) for _ in range(count))
 
 
 def sample_pair(rng: np.random.Generator, **knobs: Any) -> tuple[Scene, Scene]:
-    """Two still scenes that are the same but for one thing, which one of them lacks; knobs of `sample_scene`.
+    """Two still scenes that differ in one thing, which one of them lacks; takes the arguments of `sample_scene`.
 
-    With `held_out` that thing is the held-out combination. A pair shares at least one thing where `max_things` allows.
+    With `held_out` that thing is the held-out combination. A pair shares at least one thing if `max_things` allows it.
     """
     held_out = knobs.get("held_out", False)
     whole = sample_scene(rng, duration_s=0.0, **knobs)
@@ -174,12 +174,12 @@ def _sample_names(rng: np.random.Generator, count: int, held_out: bool) -> list[
 
 
 def appearance_gap_s(duration_s: float) -> float:
-    """Seconds between the start, later appearances and the end; shorter than two of them, nothing appears later."""
+    """Seconds between the start, later appearances and the end. A scene shorter than two gaps has no later ones."""
     return max(1.2, duration_s / 6)
 
 
 def _sample_appearances(rng: np.random.Generator, count: int, duration_s: float) -> list[float]:
-    """Appearance times: mostly 0; up to two later ones, `appearance_gap_s` apart but for 30 % of it."""
+    """Appearance times: mostly 0; up to two later ones, `appearance_gap_s` ± 30 % apart."""
     times = [0.0] * count
     gap_s = appearance_gap_s(duration_s)
     slots = np.arange(gap_s, duration_s - gap_s + 1e-6, gap_s)
@@ -202,7 +202,7 @@ def _place(
     others: list[Thing],
     sign: Sign | None,
 ) -> Thing | None:
-    """A thing with a free path through the frame, or None when none was found."""
+    """A thing with a free path through the frame, or None if none was found."""
     scale, times = _scale(width_px, height_px), np.linspace(appear_s, duration_s, _PATH_POINTS)
     visible_s = duration_s - appear_s
     for _ in range(_PLACING_TRIES):
@@ -223,7 +223,7 @@ def _place(
 
 
 def _is_free(thing: Thing, times: np.ndarray, others: list[Thing], sign: Sign | None) -> bool:
-    """True when no other thing, nor the sign, comes within touching distance at any of the path's points."""
+    """Whether no other thing, nor the sign, comes within touching distance at any point of the path."""
     xs, ys = thing.position(times)
     for other in others:
         other_xs, other_ys = other.position(times)

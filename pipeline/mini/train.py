@@ -1,6 +1,6 @@
-"""Training of the mini model: Muon beside AdamW, dense auxiliary losses, EMA, a resumable wall-clock schedule.
+"""Trains the mini model: Muon and AdamW, auxiliary losses on vision tokens, EMA, a resumable wall-clock schedule.
 
-Every process renders its own scenes and gradients are averaged (gloo), so processes need nothing but a common folder.
+Each process renders its own scenes; gradients are averaged with gloo. Processes share only a folder.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pipeline.mini.data import DENSE_CLASSES, Batch, Task, build_batch, curricul
 from pipeline.mini.model import build_model, tokenizer
 from pipeline.mini.muon import Muon
 
-VISION_LABELS = ("shape", "color", "size", "char_left", "char_right", "motion")  # read from the encoder's tokens
-MIDDLE_LABELS = ("shape", "color", "motion", "row", "column", "time")  # read halfway through the text model
-DIGIT_WEIGHT = 3.0  # reading takes longest to learn and few tokens ask for it
-EMPTY_CELL_WEIGHT = 0.1  # most tokens show background
+VISION_LABELS = ("shape", "color", "size", "char_left", "char_right", "motion")  # predicted from the encoder's tokens
+MIDDLE_LABELS = ("shape", "color", "motion", "row", "column", "time")  # predicted halfway through the text model
+DIGIT_WEIGHT = 3.0  # digits take longest to learn, and few tokens need them
+EMPTY_CELL_WEIGHT = 0.1  # most tokens show only background
 VALIDATION = (
     (Task("image", 1, 96, 96, 32, 4), 1),
     (Task("video", 4, 96, 96, 24, 4), 2),
@@ -35,9 +35,9 @@ VALIDATION = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """`minutes` is wall-clock training time over all resumed runs; the schedule ends with it.
+    """Settings of a training run. `minutes` is wall-clock time over all resumed runs; the schedule ends with it.
 
-    `dense_weight` is where the auxiliary losses start; they fade out nearly to nothing.
+    `dense_weight` is the initial weight of the auxiliary losses; it decays nearly to 0.
     """
 
     out: Path
@@ -58,7 +58,7 @@ class TrainConfig:
 
 
 class DenseHeads(nn.Module):
-    """Linear classifiers on vision tokens; they exist during training only."""
+    """Linear classifiers on vision tokens, used only during training."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class DenseHeads(nn.Module):
 
 
 class Trainer:
-    """One process's model, optimisers and place in the schedule; `rank` 0 writes checkpoints and the log."""
+    """One process's model, optimisers and progress in the schedule; `rank` 0 writes checkpoints and the log."""
 
     def __init__(self, config: TrainConfig, rank: int = 0) -> None:
         self.config, self.rank, self.device = config, rank, torch.device(config.device)
@@ -106,7 +106,7 @@ class Trainer:
         return self.config.out / "checkpoint.pt"
 
     def save(self) -> None:
-        """Write model, EMA, heads, optimisers and place; the file appears whole or not at all."""
+        """Write model, EMA, heads, optimisers and progress, atomically."""
         state = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -121,7 +121,7 @@ class Trainer:
         partial.replace(self.checkpoint)
 
     def resume(self) -> bool:
-        """Continue from the checkpoint in `config.out` when there is one."""
+        """Continue from the checkpoint in `config.out`, if there is one."""
         if not self.checkpoint.exists():
             return False
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
@@ -143,7 +143,7 @@ class Trainer:
         return self.progress >= 1 or self.step == self.config.max_steps
 
     def next_batch(self) -> Batch:
-        """All processes take the same kind of batch and different scenes; depends on seed, step, rank and progress."""
+        """The next batch: same kind in all processes, different scenes. Depends on seed, step, rank and progress."""
         rng = np.random.default_rng([self.config.seed, self.step])
         task = curriculum(rng, self.progress, self.config.token_budget)
         first = (self.step * self.config.procs + self.rank) * 1024
@@ -168,7 +168,7 @@ class Trainer:
         return {"answer": answer_loss.item(), "dense": dense_loss.item()}
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Of the answers (0 when nothing is asked: then only the encoder runs) and of the dense labels."""
+        """Losses of the answers (0 without questions: then only the encoder runs) and of the vision tokens' labels."""
         if not batch.target.shape[1]:
             vision = (
                 encode_vision(self.model, batch.frames.flatten(0, 1)).unflatten(0, batch.frames.shape[:2]).flatten(1, 2)
@@ -181,7 +181,7 @@ class Trainer:
         return answer_loss, self.heads.loss(out.vision, out.middle, batch.dense)
 
     def _average_and_clip(self) -> None:
-        """Mean gradient over processes, clipped to norm 1; the mean time since the last call moves all clocks alike."""
+        """Average gradients over processes, clip to norm 1; all clocks advance by the mean time since the last call."""
         params = [p for p in (*self.model.parameters(), *self.heads.parameters()) if p.grad is not None]
         passed = time.monotonic() - self._clock
         flat = torch.cat([torch.tensor([passed], device=self.device), *(p.grad.flatten() for p in params)])
@@ -202,7 +202,7 @@ class Trainer:
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
 
     def run(self) -> None:
-        """Train to the end of the schedule; rank 0 saves, validates the EMA weights and prints one line at times."""
+        """Train to the end of the schedule; rank 0 regularly saves, validates the EMA weights and prints one line."""
         self._clock = time.monotonic()
         next_save, next_validation, recent = self.elapsed_s, self.elapsed_s + 60 * self.config.validate_minutes, []
         while not self.done:
@@ -243,7 +243,7 @@ def _split_parameters(model: Qwen2_5_VLForConditionalGeneration) -> tuple[list[T
 
 
 def _learning_rate(progress: float, warmup: float) -> float:
-    """Linear warm-up, then half a cosine down to 0."""
+    """Linear warm-up, then half a cosine to 0."""
     if progress < warmup:
         return 0.05 + 0.95 * progress / warmup
     return 0.5 * (1 + float(np.cos(np.pi * (progress - warmup) / (1 - warmup))))

@@ -22,7 +22,7 @@ SIZES = ("small", "large")
 MOTIONS = ("still", "left", "right", "up", "down")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
-# Words a sign can show; every letter of the alphabet but j, q, v, x, z occurs.
+# Words a sign can show; they use every letter of the alphabet except j, q, v, x, z.
 SIGN_WORDS = (
     "stop", "open", "cafe", "bank", "park", "taxi", "exit", "bike", "fish", "milk", "moon", "tree",
     "road", "gate", "shop", "help", "fire", "gold", "lamp", "bird", "door", "wind", "sun", "bus",

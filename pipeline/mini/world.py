@@ -1,7 +1,7 @@
-"""The rendered world: seeded scenes whose captions and answers are known exactly, as arrays or as real H.264 files.
+"""The rendered world: seeded scenes with exactly known captions and answers, as arrays or as real H.264 files.
 
-Training, validation and test scenes come from seed ranges that never meet (`scene_seed`). Scenes of the split
-"held_out" show at least one colour–shape combination that scenes of the other splits never show (`scene.HELD_OUT`).
+Training, validation and test scenes come from disjoint seed ranges (`scene_seed`). Scenes of the split "held_out" show
+at least one colour–shape combination that scenes of the other splits never show (`scene.HELD_OUT`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def questions_of(scene: Scene, rng: np.random.Generator, families: Sequence[str]
 
 
 def frame_times(scene: Scene, fps: float) -> np.ndarray:
-    """Times (s) of the frames that a file of this scene holds: frame i is shown at i / fps."""
+    """Times (s) of the frames in a file of this scene: frame i is shown at i / fps."""
     return np.arange(max(round(scene.duration_s * fps), 1)) / fps
 
 
@@ -56,7 +56,7 @@ def write_video(path: Path, scenes: Scene | Sequence[Scene], fps: int = 12, crf:
     if width % 2 or height % 2:
         raise ValueError(f"expected an even width and height (yuv420p), got {width}×{height}")
     with av.open(str(path), "w", format="mp4") as container:
-        # x264's macroblock tree depends in AVX-512 on where its buffers happen to lie.
+        # x264's macroblock tree depends on the address of its buffers with AVX-512.
         options = {"crf": str(crf), "preset": "fast", "threads": "1", "x264-params": "mbtree=0"}
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -73,7 +73,7 @@ def write_video(path: Path, scenes: Scene | Sequence[Scene], fps: int = 12, crf:
 
 @dataclass(frozen=True)
 class DemoStyle:
-    """What demo videos look like; the defaults are what the shipped weights do best."""
+    """The style of demo videos; the defaults are what the shipped weights answer best."""
 
     width_px: int = 96
     height_px: int = 96
@@ -83,7 +83,7 @@ class DemoStyle:
 
 
 def demo_scene(index: int, seed: int, style: DemoStyle | None = None) -> tuple[Scene, np.random.Generator]:
-    """The demo's scene `index`, from seeds that training never sees, and the generator that goes on to ask about it."""
+    """The demo's scene `index`, from seeds that training never sees, and the random generator for its questions."""
     rng = np.random.default_rng([scene_seed("demo", index), seed])
     style = style or DemoStyle()
     size = (style.width_px, style.height_px)

@@ -1,4 +1,4 @@
-"""Dashboard and alerts: they parse, and ask for nothing that the code does not export."""
+"""Dashboard and alerts: they parse, and query only metrics and labels that the code exports."""
 
 import copy
 import json
@@ -23,12 +23,12 @@ _EXPRESSIONS = [t["expr"] for _, t in _TARGETS] + [rule["expr"] for rule in _RUL
 
 
 def _parsed(expression):
-    """As Grafana sends it: with an interval and a range in place of its variables."""
+    """Parse a query as Grafana sends it: with an interval and a range in place of its variables."""
     return promql_parser.parse(expression.replace("$__rate_interval", "1m").replace("$__range", "6h"))
 
 
 def _selectors(expression):
-    """Every vector selector under an expression."""
+    """All vector selectors under an expression."""
     if isinstance(expression, promql_parser.VectorSelector):
         yield expression
     for name in ("expr", "lhs", "rhs", "vector_selector", "param"):
@@ -92,7 +92,7 @@ def test_run_variable_lists_the_runs_of_an_exported_metric():
 
 
 def _unknown(given, understood, path="$"):
-    """Where a value that was given is not among what was understood."""
+    """Paths of the values in `given` that `understood` lacks."""
     if isinstance(given, dict) and isinstance(understood, dict):
         for key, value in given.items():
             yield from _unknown(value, understood.get(key), f"{path}.{key}")
@@ -104,8 +104,8 @@ def _unknown(given, understood, path="$"):
 
 
 def _unknown_to_grafana(dashboard):
-    """Fields that get lost where Grafana's own types read the dashboard and write it again."""
-    plugins.register_default_plugins()  # what panels and queries of each kind may have
+    """Paths of fields that are lost when Grafana's own types read the dashboard and write it again."""
+    plugins.register_default_plugins()  # defines which fields panels and queries of each kind have
     return list(_unknown(dashboard, json.loads(json.dumps(Dashboard.from_json(dashboard), cls=JSONEncoder))))
 
 
@@ -138,7 +138,7 @@ def test_field_that_grafana_does_not_know_is_seen(path):
 def test_schema_is_one_that_grafana_12_reads_without_migration():
     assert _DASHBOARD["schemaVersion"] == 42
     assert _DASHBOARD["uid"] == "lightkv"
-    assert "id" not in _DASHBOARD  # Grafana gives it
+    assert "id" not in _DASHBOARD  # Grafana assigns it
 
 
 def test_panels_have_ids_and_places_of_their_own():

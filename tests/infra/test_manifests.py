@@ -44,7 +44,7 @@ SPEC = cluster_spec(CLUSTER)
 
 
 def problems(document):
-    """What is wrong with a document: KubeRay's kinds by the schema here, pod templates and the rest by Kubernetes'."""
+    """Errors of a document: KubeRay's kinds by the schema here, pod templates and the rest by Kubernetes' schema."""
     if document["apiVersion"] != "ray.io/v1":
         return _core(document)
     found = [error.message for error in SCHEMA.iter_errors(document)]
@@ -52,7 +52,7 @@ def problems(document):
         return found
     spec = cluster_spec(document)
     templates = [group["template"] for group in groups(spec)]
-    # The autoscaler is a container that the operator adds: its part of one is checked as one.
+    # The operator adds the autoscaler as a container: check these options as a container.
     part = {key: spec["autoscalerOptions"][key] for key in ("resources", "securityContext")}
     templates.append({"spec": {"containers": [{"name": "autoscaler", **part}]}})
     name = {"name": "checked"}
@@ -130,7 +130,7 @@ def test_cluster_job_and_schedule_describe_the_same_cluster():
 
 
 def configuration(entrypoint):
-    """The configuration of an entrypoint, by the job's own parser."""
+    """The configuration of an entrypoint, parsed by the job's own parser."""
     words = shlex.split(entrypoint.replace("$(date -u +%Y-%m-%dT%H-%M-%SZ)", "NOW"))
     assert words[:3] == ["python", "-m", "jobs.caption"]
     arguments = parser("").parse_args(words[3:])

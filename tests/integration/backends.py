@@ -1,6 +1,6 @@
-"""Decoder backends that take their time, or misbehave by file name.
+"""Decoder backends that are slow, or that fail by file name.
 
-`crash…` and `hang…` do so in the decoder, `poison…` and `silent…` in the model.
+`crash…` and `hang…` fail in the decoder, `poison…` and `silent…` in the model.
 """
 
 import ctypes
@@ -13,16 +13,16 @@ from pipeline.decoding.backends import DecordSource
 
 
 def slow(path, index, size):
-    """decord, a second later: a job that is still there when something happens to its nodes."""
+    """decord, one second later, so that the job still runs when something happens to its nodes."""
     time.sleep(1.0)
     return DecordSource(path, index, size)
 
 
 def dangerous(path, index, size):
-    """decord, but `crash…` kills its process, `hang…` never comes back, `poison…` kills who takes its frames, and who
-    works on those of `silent…` is stuck in native code.
+    """decord, except that `crash…` kills its process, `hang…` never returns, `poison…` kills the process that reads its
+    frames, and the process that computes on the frames of `silent…` hangs in native code.
 
-    A `poison-once…` kills the first time only, which a file beside it remembers.
+    `poison-once…` kills only the first time; a file next to it records that.
     """
     name = os.path.basename(path)
     if name.startswith("crash"):
@@ -51,7 +51,7 @@ class _Trapped:
 
 
 class _Frames(np.ndarray):
-    """Frames with a trap: a function and its arguments, called with them in the process that unpickles them."""
+    """Frames with a trap: a function and its arguments, called with the frames in the process that unpickles them."""
 
     trap = None
 
@@ -61,7 +61,7 @@ class _Frames(np.ndarray):
 
 
 def _kill(frames, marker):
-    """The process, or, with a `marker`, the first one only."""
+    """Kill the process; with a `marker` only the first time."""
     if marker is not None:
         if os.path.exists(marker):
             return frames
@@ -74,7 +74,7 @@ def _silence(frames):
 
 
 class _Silent(np.ndarray):
-    """Frames that whoever takes some of them never gets; no other thread of its process runs any more, either."""
+    """Frames that hang on access; no other thread of the process runs any more, either."""
 
     def __getitem__(self, _):
-        ctypes.PyDLL(None).sleep(3600)  # a call that keeps the interpreter's lock
+        ctypes.PyDLL(None).sleep(3600)  # a call that does not release the GIL

@@ -1,4 +1,4 @@
-"""Ray clusters of several nodes on this machine: nodes that are added, killed, or brought by an autoscaler."""
+"""Ray clusters of several nodes on this machine: nodes are added, killed, or started by an autoscaler."""
 
 import contextlib
 import json
@@ -20,11 +20,11 @@ from ray.exceptions import RaySystemError
 from tests.integration.jobs import environment
 
 RAY = str(Path(sys.executable).with_name("ray"))
-_HEAD_HOST = "127.0.0.2"  # loopback of its own: 127.0.0.1 would be rewritten to the host's outer address
+_HEAD_HOST = "127.0.0.2"  # not 127.0.0.1: Ray would replace it by the host's outer address
 _STORE_BYTES = 100_000_000
 _START_S = 180.0
-_HEAD_ID, _HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # what the provider of fake nodes takes for the head
-_LISTS = (  # which every configuration must have
+_HEAD_ID, _HEAD_TYPE = "f" * 51 + "00000", "ray.head.default"  # the provider of fake nodes expects these for the head
+_LISTS = (  # required in every configuration
     *(f"{name}_commands" for name in ("initialization", "setup", "head_setup", "worker_setup")),
     *("head_start_ray_commands", "worker_start_ray_commands"),
     *("cluster_synced_files", "rsync_exclude", "rsync_filter"),
@@ -33,17 +33,17 @@ _LISTS = (  # which every configuration must have
 
 @dataclass
 class Cluster:
-    """A running head, and the nodes that were added to it."""
+    """A running head, and the nodes added to it."""
 
     address: str
     folder: Path
     _workers: list[subprocess.Popen] = field(default_factory=list)
 
     def add_worker(self, *options: str) -> subprocess.Popen:
-        """A new node, alive when this returns."""
+        """Add a node; return when it is alive."""
         number = len(self._workers)
         host = f"127.0.0.{3 + number}"
-        # A folder of its own, as on another machine: there a node unpacks the code that the job brings.
+        # Its own folder, as on another machine: there the node unpacks the code that the job sends.
         folder = f"--temp-dir={self.folder}/{number}"
         options = (f"--address={self.address}", f"--node-ip-address={host}", folder, *options)
         worker = _start(options, self.folder / f"worker-{number}.log", environment())
@@ -52,14 +52,14 @@ class Cluster:
         return worker
 
     def kill(self, worker: subprocess.Popen) -> None:
-        """SIGKILL to every process of a node."""
+        """Send SIGKILL to every process of a node."""
         for process in [*psutil.Process(worker.pid).children(recursive=True), psutil.Process(worker.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         worker.wait()
 
     def nodes(self) -> list[str]:
-        """The addresses of the nodes that are alive; none as long as the head does not answer."""
+        """Addresses of the live nodes; empty while the head does not answer."""
         state = GlobalState()
         try:
             state._initialize_global_state(GcsClientOptions.create(self.address, None, True, True))
@@ -70,7 +70,7 @@ class Cluster:
             state.disconnect()
 
     def wait_for_nodes(self, count: int) -> None:
-        """Until so many nodes are alive."""
+        """Wait until this many nodes are alive."""
         _wait(lambda: len(self.nodes()) == count, lambda: f"expected {count} nodes, got {self.nodes()}")
 
 
@@ -83,14 +83,14 @@ def _wait(condition: Callable[[], bool], otherwise: Callable[[], str]) -> None:
 
 @contextlib.contextmanager
 def fixed(num_cpus: int) -> Iterator[Cluster]:
-    """A head with so many CPUs, to which the test adds nodes and from which it takes them."""
+    """A head with this many CPUs, to which a test adds nodes."""
     with _head([f"--num-cpus={num_cpus}"], environment()) as cluster:
         yield cluster
 
 
 @contextlib.contextmanager
 def autoscaling(head_cpus: int, worker: dict[str, float], most: int, idle_s: float) -> Iterator[Cluster]:
-    """A head that starts up to `most` nodes of the resources `worker` on demand, and ends nodes idle for `idle_s`."""
+    """A head that starts up to `most` nodes with resources `worker` on demand, and ends nodes idle for `idle_s`."""
     worker_type = {"resources": worker, "node_config": {}, "min_workers": 0, "max_workers": most}
     head_type = {"resources": {"CPU": head_cpus}, "node_config": {}, "max_workers": 0}
     port = _free_port()
@@ -98,7 +98,7 @@ def autoscaling(head_cpus: int, worker: dict[str, float], most: int, idle_s: flo
         "cluster_name": "fake",
         "max_workers": most,
         "provider": {
-            "type": "external",  # its own name, fake_multinode, wants a file that Ray's wheel lacks
+            "type": "external",  # the provider's own name, fake_multinode, needs a file that Ray's wheel lacks
             "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
@@ -132,8 +132,8 @@ def autoscaling(head_cpus: int, worker: dict[str, float], most: int, idle_s: flo
 
 @contextlib.contextmanager
 def _head(options: list[str], variables: dict[str, str], port: int | None = None) -> Iterator[Cluster]:
-    """A head in a folder of its own; everything that was started below it ends with the block."""
-    # Not pytest's folder: a socket's path must be short.
+    """A head in its own folder; all processes started below it end with the block."""
+    # Not pytest's folder: the path of a socket must be short.
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as name:
         port, client = port or _free_port(), _free_port()
         head = [
@@ -156,7 +156,7 @@ def _head(options: list[str], variables: dict[str, str], port: int | None = None
 
 
 def _start(options: list[str] | tuple[str, ...], log: Path, variables: dict[str, str]) -> subprocess.Popen:
-    # Worker ports of their own: nodes of one machine would share the usual range.
+    # Separate worker ports: nodes on one machine would share the default range.
     fixed = ["--block", "--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={_STORE_BYTES}"]
     with log.open("w") as file:
         return subprocess.Popen(
@@ -173,7 +173,7 @@ def _wait_for_head(cluster: Cluster, process: subprocess.Popen) -> None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """A node and what it started, fake nodes too; `ray stop` would end other clusters."""
+    """End a node and all processes it started, fake nodes too; `ray stop` would end other clusters."""
     below = []
     with contextlib.suppress(psutil.NoSuchProcess):
         below = psutil.Process(process.pid).children(recursive=True)

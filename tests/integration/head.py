@@ -1,4 +1,4 @@
-"""A Ray head node of its own: to submit jobs to, and to be looked at from outside."""
+"""A Ray head node for tests that submit jobs and read metrics from outside."""
 
 import contextlib
 import os
@@ -15,18 +15,18 @@ from pathlib import Path
 from tests.integration.jobs import ROOT, SMALL, environment
 
 RAY = str(Path(sys.executable).with_name("ray"))
-_HOST = "127.0.0.2"  # loopback of its own: 127.0.0.1 would be rewritten to the host's outer address
+_HOST = "127.0.0.2"  # not 127.0.0.1: Ray would replace it by the host's outer address
 
 
 @dataclass(frozen=True)
 class Head:
-    """Where a running head listens."""
+    """Addresses of a running head."""
 
     address: str  # of the job server
     metrics: str  # of the Prometheus endpoint
 
     def submit(self, *overrides, job="caption"):
-        """`ray job submit` of a job with small settings, to its end."""
+        """Run `ray job submit` for a job with small settings and wait for its end."""
         command = ["python", "-m", f"jobs.{job}", *(f"--set={o}" for o in [*SMALL, *overrides])]
         return subprocess.run(
             [RAY, "job", "submit", "--address", self.address, "--working-dir", ".", "--", *command],
@@ -40,11 +40,11 @@ class Head:
 
 @contextlib.contextmanager
 def running_head(log_file: Path, **extra: str) -> Iterator[Head]:
-    """A head with two CPUs, ended by its own process group: `ray stop` would end other clusters too."""
+    """A head with two CPUs. It is ended by its process group, because `ray stop` would end other clusters too."""
     port, dashboard, agent, client, metrics = (_free_port() for _ in range(5))
     options = [f"--node-ip-address={_HOST}", f"--port={port}", "--num-cpus=2", "--object-store-memory=200000000"]
     options += [f"--dashboard-host={_HOST}", f"--dashboard-port={dashboard}", f"--metrics-export-port={metrics}"]
-    # These have fixed defaults, which another Ray on this machine may hold; without its agent a head takes no jobs.
+    # These ports have fixed defaults, which another Ray here may use; without its agent a head accepts no jobs.
     options += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
     command = [RAY, "start", "--head", "--block", *options]
     address = f"http://{_HOST}:{dashboard}"
@@ -57,7 +57,7 @@ def running_head(log_file: Path, **extra: str) -> Iterator[Head]:
 
 
 def _started(command, address, log, env, tries=3):
-    """The process of a head that takes jobs; Ray gives up a start after 30 seconds, which a busy machine may exceed."""
+    """Start a head that accepts jobs; retries, as Ray gives up after 30 seconds, too short for a busy machine."""
     for _ in range(tries):
         log.seek(0)
         log.truncate()

@@ -1,4 +1,4 @@
-"""Running the jobs as a user does: as processes, killed or not."""
+"""Runs the jobs as a user does: as processes, some of which are killed."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 ROOT = Path(__file__).parents[2]
-# Small frames, few tokens: the job's machinery is tested, not the model's throughput.
+# Small frames, few tokens: these tests are about the job's machinery, not the model's throughput.
 SMALL = [
     "frames.fps=2",
     "frames.max_frames=8",
@@ -41,7 +41,7 @@ def environment(**extra):
 
 
 def run(job, *overrides, check=True, **extra):
-    """Run a job to its end; its output is in the result."""
+    """Run a job to its end; the result has its output."""
     done = subprocess.run(
         command(job, *overrides), cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=300
     )
@@ -51,7 +51,7 @@ def run(job, *overrides, check=True, **extra):
 
 @contextlib.contextmanager
 def started(job, *overrides, **extra):
-    """A job as a process, for as long as the block lasts."""
+    """Run a job as a process for the duration of the block."""
     process = subprocess.Popen(
         command(job, *overrides),
         cwd=ROOT,
@@ -68,7 +68,7 @@ def started(job, *overrides, **extra):
 
 
 def wait_for(condition, process, seconds=240):
-    """Until `condition()` holds; fails with the job's output when it ends before."""
+    """Wait until `condition()` is True; fail with the job's output if the job ends first."""
     deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -78,7 +78,7 @@ def wait_for(condition, process, seconds=240):
 
 
 def run_and_kill(job, *overrides, when, **extra):
-    """Start a job, and SIGKILL its driver as soon as `when()` holds; returns whether it was still running then."""
+    """Start a job, and SIGKILL its driver as soon as `when()` is True; return whether it was still running then."""
     process = subprocess.Popen(
         command(job, *overrides), cwd=ROOT, env=environment(**extra), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
@@ -95,7 +95,7 @@ def run_and_kill(job, *overrides, when, **extra):
 
 
 def rows_by_name(folder):
-    """Output rows by file name; fails when a unit has more than one."""
+    """Output rows by file name; fails if a unit has more than one."""
     rows = pq.read_table(folder).to_pylist()
     ids = [row["id"] for row in rows]
     assert len(set(ids)) == len(ids)
@@ -103,5 +103,5 @@ def rows_by_name(folder):
 
 
 def committed(out):
-    """The files of a run on local disk that say which units' rows are committed."""
+    """The checkpoint files of a run on local disk: they name the units whose rows are committed."""
     return [p for p in (out / "_run" / "checkpoint").glob("*.parquet") if "pending" not in p.name]

@@ -1,4 +1,4 @@
-"""A cluster that grows for a job's backlog and shrinks when there is none; nodes are processes on this machine."""
+"""A cluster that grows for a job's backlog and shrinks afterwards; nodes are processes on this machine."""
 
 import time
 
@@ -11,8 +11,8 @@ from tests.integration.jobs import started
 
 pytestmark = pytest.mark.integration
 
-# One model actor per node: it asks for the GPU that only worker nodes say they have. They say that they have no CPU, so
-# no decoder can be what they come for; the head's two decode two units a second, however fast the machine is.
+# One model actor per node: it needs a GPU, which only worker nodes declare. Worker nodes declare no CPUs, so decode
+# tasks never cause a new one. The head's two decoders decode two units per second, however fast the machine is.
 POOL = [
     "model.device=cpu",
     "decode.backend=tests.integration.backends:slow",

@@ -30,7 +30,7 @@ def videos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(videos, tmp_path_factory):
-    """A finished run on one CPU: the model actor must not starve its own decoders."""
+    """A finished run on one CPU: the model actor must not take the CPU from its own decoders."""
     out = tmp_path_factory.mktemp("out")
     overrides = [f"source.uri={videos}", f"sink.uri={out}", "ray.num_cpus=1", "ray.actors.batch_units=2"]
     return out, overrides, run("caption", *overrides)
@@ -149,7 +149,7 @@ def test_decoders_that_die_or_hang_cost_their_own_row_only_and_retry_heals_it(vi
 
 @pytest.mark.parametrize(("cpus", "batch", "compressed"), [(1, 4, "true"), (2, 16, "false")])
 def test_units_of_many_batches_share_few_cpus(tmp_path, cpus, batch, compressed):
-    """Decoders ahead of the model wait without a CPU; with one they would keep it from the unit that is waited for."""
+    """Decode tasks ahead of the model wait without a CPU; if they kept it, the unit that the model needs had none."""
     for number in range(12):
         render(tmp_path / f"{number}.mp4", count=64, fps=24)
     frames = ["frames.strategy=uniform", "frames.count=64", f"frames.batch_frames={batch}"]
@@ -166,7 +166,7 @@ def test_a_job_that_stands_still_ends_with_the_reason(videos, tmp_path):
     overrides = ["decode.backend=tests.integration.backends:dangerous", "run.stall_s=45", "decode.timeout_s=600"]
     done = run("caption", f"source.uri={tmp_path}", f"sink.uri={tmp_path / 'out'}", *overrides, check=False)
     assert done.returncode == 2
-    assert "the job stands still: waiting" in done.stderr
+    assert "the job has stalled: waiting" in done.stderr
     assert "for frames" in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""What kills the model's process, ends the job on request, or starts it twice: no unit is lost, doubled or mixed up."""
+"""Faults that kill the model's process, end the job on request, or start it twice: no unit is lost or doubled."""
 
 import json
 import signal
@@ -52,7 +52,7 @@ def test_unit_that_kills_its_model_process_is_an_error_row_and_retry_heals_it(cl
     }
     attempts = {name: row["attempts"] for name, row in rows.items()}
     assert attempts["poison.mp4"] == 3  # run.max_attempts
-    # One more for who was next when another unit ended the process; anew for whose row was on its way.
+    # A unit that was next when the process died has one more; one whose row was lost with it counts from 1 again.
     most = {"a.mp4": 2, "b.mp4": 2, "poison-once.mp4": 3}
     assert all(1 <= attempts[name] <= most[name] for name in most)
     assert [rows[n]["text"] for n in ("a.mp4", "poison-once.mp4", "b.mp4")] == [expected[0], expected[2], expected[0]]
@@ -79,7 +79,7 @@ def test_model_that_dies_of_every_unit_ends_the_job_with_a_line_and_the_same_com
     assert "run.max_given_up" in ended.stderr.splitlines()[-1]
     given_up = {name for name, row in rows_by_name(out).items() if row["error_type"] == "ModelCrashed"}
     assert len(given_up) == len(rows_by_name(out)) <= 2, "the others stay open"
-    run("caption", *overrides)  # what made every unit deadly is mended
+    run("caption", *overrides)  # the fault that killed every unit is gone
     rows = rows_by_name(out)
     healed = [rows[f"poison-{n}.mp4"]["text"] for n in range(6)]
     assert healed == [None if f"poison-{n}.mp4" in given_up else (expected * 2)[n] for n in range(6)]
@@ -88,7 +88,7 @@ def test_model_that_dies_of_every_unit_ends_the_job_with_a_line_and_the_same_com
 def test_units_given_up_here_and_there_do_not_end_the_job(clips, tmp_path):
     names = ("poison-1", "good-1", "poison-2", "good-2")
     videos = write(tmp_path / "videos", clips, *names)
-    manifest = tmp_path / "units.jsonl"  # in this order
+    manifest = tmp_path / "units.jsonl"  # fixes the order
     manifest.write_text("\n".join(json.dumps({"uri": f"{videos}/{name}.mp4"}) for name in names))
     out = tmp_path / "out"
     run(
@@ -97,8 +97,8 @@ def test_units_given_up_here_and_there_do_not_end_the_job(clips, tmp_path):
         f"sink.uri={out}",
         "ray.num_cpus=2",
         "ray.actors.batch_units=2",
-        "frames.max_frames=16",  # whole units
-        "run.max_attempts=2",  # with a neighbour, then alone
+        "frames.max_frames=16",  # all frames of a unit
+        "run.max_attempts=2",  # once with another unit, once alone
         "run.max_given_up=1",
         "decode.backend=tests.integration.backends:dangerous",
     )
@@ -146,7 +146,7 @@ def test_job_asked_to_end_finishes_what_is_in_the_model_and_the_same_command_goe
     out = tmp_path / "out"
     overrides = [f"source.uri={videos}", f"sink.uri={out}", "ray.num_cpus=2", "run.grace_s=60"]
     attempts = out / "_run" / "attempts.json"
-    slowly = "decode.backend=tests.integration.backends:slow"  # not through before it is asked to end
+    slowly = "decode.backend=tests.integration.backends:slow"  # not finished before the request to end
     with started("caption", *overrides, slowly) as process:
         wait_for((out / "_run" / "lock" / "000001.json").exists, process)
         second = run("caption", *overrides, check=False)
@@ -160,7 +160,7 @@ def test_job_asked_to_end_finishes_what_is_in_the_model_and_the_same_command_goe
     assert 0 < done < 40
     assert not (out / "_run" / "lock" / "000001.json").exists()
 
-    # While it ran, another one on the same output was refused.
+    # A second job on the same output was refused while the first one ran.
     assert (second.returncode, second.stderr.count("\n")) == (2, 1)
     assert "locked by process" in second.stderr
 
@@ -196,7 +196,7 @@ def test_full_disk_ends_the_job_with_a_line_and_room_lets_it_go_on(clips, tmp_pa
 def test_frames_beyond_the_object_store_slow_the_job_and_harm_no_unit(clips, tmp_path):
     videos = write(tmp_path / "videos", clips, *(f"{n:02d}" for n in range(10)))
     out = tmp_path / "out"
-    # Decoded all at once, 64 frames of 256 × 256 of ten units are 126 MB; the store holds 84.
+    # If all were decoded at once, 64 frames of 256 × 256 of ten units would take 126 MB; the store holds 84 MB.
     run(
         "caption",
         f"source.uri={videos}",

@@ -1,4 +1,4 @@
-"""What the graph hands to an actor at a time."""
+"""Which units the graph passes to an actor in one call."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.integration
 
 
 class _Tasks:
-    """Instead of rows, what came in each call: its task, and how many units."""
+    """Returns, instead of rows, each call's task and number of units."""
 
     def __init__(self, *_):
         pass
@@ -26,7 +26,7 @@ class _Tasks:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Ray's about its own settings
 def test_a_block_that_is_not_full_does_not_wait_for_another(tmp_path):
-    """Of two blocks in one task an actor would see the second only once the first has its rows."""
+    """With two blocks in one task an actor would get the second only after it has returned the first one's rows."""
     manifest = tmp_path / "units.parquet"
     pq.write_table(pa.table({"uri": [f"{number}.mp4" for number in range(401)]}), manifest)
     settings = [f"source.uri={manifest}", f"sink.uri={tmp_path / 'out'}", "ray.num_cpus=2", "ray.actors.num_gpus=0"]

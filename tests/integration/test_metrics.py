@@ -1,4 +1,4 @@
-"""What a job on a cluster shows from outside: metrics over HTTP, logs in Ray's folder, events in its own output."""
+"""What a job on a cluster shows to the outside: metrics over HTTP, logs in Ray's folder, events in its output."""
 
 import json
 import time
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished job of five videos and one that is none; its output, its rows, and how to scrape the head."""
+    """A finished job of five videos and one file that is no video; its output, its rows, and how to scrape the head."""
     folder = tmp_path_factory.mktemp("metrics")
     render_demo(folder / "videos", 5)
     (folder / "videos" / "text.mp4").write_text("no video\n")
@@ -30,7 +30,7 @@ def finished(tmp_path_factory):
 
 
 def _scraped(head):
-    """Sums over processes: sample name → labels of our own → value."""
+    """Sums over processes: sample name → our own labels → value."""
     text = urllib.request.urlopen(head.metrics, timeout=10).read().decode()
     ours = {name: spec.labels for spec in SPECS for name in spec.exported()}
     sums = defaultdict(lambda: defaultdict(float))

@@ -1,4 +1,4 @@
-"""Nodes that die under a running job: every unit has one row, the one that an undisturbed run gives it."""
+"""Nodes that die while a job runs: every unit has one row, equal to that of an undisturbed run."""
 
 import pyarrow.parquet as pq
 import pytest
@@ -9,7 +9,7 @@ from tests.integration.jobs import committed, started, wait_for
 
 pytestmark = pytest.mark.integration
 
-# The model asks for a GPU, which only worker nodes say they have; it runs on their CPUs.
+# The model asks for a GPU, which only worker nodes declare; it runs on their CPUs.
 ON_WORKERS = [
     "model.device=cpu",
     "decode.backend=tests.integration.backends:slow",
@@ -27,14 +27,14 @@ def answers(tmp_path_factory):
 
 
 def job_on(cluster, folder, *, actors):
-    """The job over `folder/units.jsonl` on a cluster, with so many model actors."""
+    """The job over `folder/units.jsonl` on a cluster, with this many model actors."""
     where = [f"source.uri={folder}/units.jsonl", f"sink.uri={folder}/out"]
     pool = [f"ray.actors.min={actors}", f"ray.actors.max={actors}"]
     return started("caption", *where, *ON_WORKERS, *pool, RAY_ADDRESS=cluster.address)
 
 
 def judged(folder, expected):
-    """The rows of `folder/out`, after a look that none is lost, doubled or another video's."""
+    """The rows of `folder/out`, checked: none is lost, doubled or another video's."""
     rows, tally = pq.read_table(folder / "out").to_pylist(), Tally()
     judge(rows, expected, tally)
     assert tally.clean, tally
@@ -48,7 +48,7 @@ def test_lost_node_costs_no_unit(answers, tmp_path):
         doomed = cluster.add_worker(*WORKER)
         with job_on(cluster, tmp_path, actors=2) as job:
             wait_for(lambda: len(committed(tmp_path / "out")) >= 3, job)
-            cluster.kill(doomed)  # and no other comes: its units are done by the node that is left
+            cluster.kill(doomed)  # without a replacement: the other node answers its units
             _, errors = job.communicate(timeout=480)
         assert job.returncode == 0, errors
     rows = judged(tmp_path, expected)

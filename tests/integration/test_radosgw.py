@@ -1,4 +1,4 @@
-"""On a real S3 server, Ceph's gateway: what storage promises, and the whole job with source and sink there."""
+"""Storage's guarantees and a whole job, source and sink, on a real S3 server (Ceph's gateway)."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ CONTENT = bytes(range(256)) * 4096
 
 @pytest.fixture(scope="module")
 def gateway():
-    """The server, a bucket, and its user's keys in this process's environment."""
+    """The server with a bucket; its user's keys are in this process's environment."""
     with radosgw.running() as found, mock.patch.dict(os.environ, _credentials(found)):
         for name in ("AWS_PROFILE", "AWS_CA_BUNDLE"):
             os.environ.pop(name, None)
@@ -187,12 +187,12 @@ def test_wrong_credentials_are_refused_without_repeating_them(storage, monkeypat
 
 # --- the job ------------------------------------------------------------------------------------------------------
 
-# One row per file and per hand-over, so that a kill falls between many commits.
+# One row per file and per block, so that a kill falls between many commits.
 STEPS = ["clips.length_s=1", "sink.rows_per_file=1", "ray.actors.batch_units=1", "ray.num_cpus=2"]
 
 
 class Job:
-    """One job from its start to its retry: killed, with two videos that change after planning, and a rival."""
+    """One job from its start to its retry: killed, with two videos that change after planning, and a second driver."""
 
     def __init__(self, gateway, folder):
         self.client = _client(gateway)
@@ -215,7 +215,7 @@ class Job:
         return [found["Key"] for page in pages for found in page.get("Contents", [])]
 
     def interfere(self):
-        """Called again and again while the job runs; True once it may be killed."""
+        """Polled while the job runs; True once it may be killed."""
         if self.rival is None:
             if not self.keys("out/_run/manifest.parquet"):
                 return False
@@ -239,7 +239,7 @@ class Job:
 
 @pytest.fixture(scope="module")
 def job(gateway, storage, tmp_path_factory):
-    """The job after its kill and its second start; `first` are its rows."""
+    """The job after the kill and the second start; `first` are its rows."""
     made = Job(gateway, tmp_path_factory.mktemp("videos"))
     try:
         assert run_and_kill("caption", *made.overrides, when=made.interfere)

@@ -1,4 +1,4 @@
-"""The inspection page in a browser: what people do with it, and that nothing on it runs or asks the network."""
+"""The inspection page in a browser: what users do with it. Nothing in its data runs, and it makes no requests."""
 
 import base64
 import json
@@ -58,7 +58,7 @@ def _broken(name):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of three sampled videos, a sampled failure, a hostile row and thousands of plain ones."""
+    """A run of three sampled videos, a sampled failure, a hostile row and thousands of others."""
     folder = tmp_path_factory.mktemp("run")
     job = load_config(
         None, ["source.uri=/videos", f"sink.uri={folder}", "model.max_new_tokens=12", "lightkv.retention=0.3"]
@@ -106,7 +106,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, run):
-    """The page, just opened; afterwards: nothing of what it shows has run, no complaint, no request."""
+    """The page, just opened. Checks afterwards that no script in its data ran, no error was logged, no request made."""
     browser.get("about:blank")
     for log in ("browser", "performance"):
         browser.get_log(log)
@@ -142,7 +142,7 @@ def _open(page, name):
 
 
 def _pictures(page):
-    """Of the panels, left to right: frame, left prompt, right prompt; once the frame is decoded."""
+    """The panels from left to right: frame, left prompt, right prompt; once the frame is decoded."""
     ready = "return [...document.querySelectorAll('.panels canvas')].map(c => c.toDataURL())"
     blank = "const c = document.createElement('canvas'); c.width = c.height = 640; return c.toDataURL()"
     WebDriverWait(page, 20).until(lambda p: p.execute_script(blank) not in p.execute_script(ready))
@@ -155,7 +155,7 @@ def _sample(run, unit_id):
 
 
 def _survivors(sample, prompt, stage, frame):
-    """The numbers of the patches that survive in a frame shown."""
+    """Numbers of the patches that are kept in a shown frame."""
     targets = np.frombuffer(base64.b64decode(sample["prompts"][prompt]["stages"][stage]["target"][frame]), "<i4")
     first = sample["frames"][frame]["place"][0]
     return set(np.flatnonzero(targets == first + np.arange(len(targets))).tolist())

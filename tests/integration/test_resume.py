@@ -1,4 +1,4 @@
-"""A killed driver and the same command again: every unit exactly once, on disk and on S3."""
+"""A killed driver, and the same command again: every unit has exactly one row, on disk and on S3."""
 
 import boto3
 import pyarrow.dataset as ds
@@ -12,7 +12,7 @@ from tests.integration.jobs import committed, run, run_and_kill
 
 pytestmark = pytest.mark.integration
 
-# One row per file and per hand-over, so that a kill falls between many commits.
+# One row per file and per block, so that a kill falls between many commits.
 STEPS = ["clips.length_s=1", "sink.rows_per_file=1", "ray.actors.batch_units=1", "ray.num_cpus=2"]
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 

@@ -1,4 +1,4 @@
-"""`jobs.schedule` against a running head: a firing answers what is new, and the same firing runs once."""
+"""`jobs.schedule` against a running head: a firing answers new videos, and the same firing runs once."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def _command(address, *options, overrides):
 
 
 def _rows(base):
-    """Video → run folder, over all runs of a schedule; every unit must be there once."""
+    """Video → run folder, over all runs of a schedule; checks that every unit has one row."""
     partitions = ds.partitioning(flavor="hive")
     table = ds.dataset(base, format="parquet", partitioning=partitions).to_table(columns=["id", "uri", "run", "status"])
     assert len(set(table["id"].to_pylist())) == len(table)
@@ -62,7 +62,7 @@ def test_firings_answer_what_is_new_each_in_a_folder_of_its_own(head, tmp_path):
     fire("2026-11-24T02:00")
     assert _rows(base) == first | {"clip-002.mp4": "2026-11-24T02-00-00Z"}
 
-    assert fire("2026-11-24T02:00") == []  # it ended before
+    assert fire("2026-11-24T02:00") == []  # this firing has ended already
     fire("2026-11-25T02:00")  # nothing is new
     assert _rows(base) == first | {"clip-002.mp4": "2026-11-24T02-00-00Z"}
     client = JobSubmissionClient(head.address)

@@ -1,4 +1,4 @@
-"""The whole job on storage that fails: a little all the time, and at the sink until somebody sees to it."""
+"""The whole job on failing storage: a few faults all the time, and a sink that fails until it is repaired."""
 
 import subprocess
 import time
@@ -14,7 +14,7 @@ from tests.s3 import CREDENTIALS, server
 
 pytestmark = pytest.mark.integration
 
-# One row per file and per hand-over: many requests, and a fault falls between many commits.
+# One row per file and per block: many requests, and faults fall between many commits.
 STEPS = ["clips.length_s=1", "sink.rows_per_file=1", "ray.actors.batch_units=1", "ray.num_cpus=2"]
 UNITS = 24
 
@@ -53,7 +53,7 @@ def rows(storage, out):
 
 def test_a_job_on_storage_that_fails_every_dozenth_request_finishes_with_every_unit_once(storage, broken):
     faults = {"slow_down": 0.02, "internal_error": 0.02, "drop": 0.02, "reset": 0.01, "truncate": 0.01}
-    refused = Rule("slow_down", method="PUT", path="/bucket/shaky/data", times=7)  # more than one write's tries
+    refused = Rule("slow_down", method="PUT", path="/bucket/shaky/data", times=7)  # more than the tries of one write
     broken.rules = [refused, *(Rule(fault, share=share) for fault, share in faults.items())]
     done = run("caption", *overrides(broken, "shaky"))
     found = rows(storage, "shaky")

@@ -1,4 +1,4 @@
-"""`ray job submit` against a running head: jobs run there, their exit codes come back, stopped ones can be resumed."""
+"""`ray job submit` against a running head: jobs run there and return their exit codes; stopped ones can be resumed."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ def videos(tmp_path_factory):
 
 
 def _ended(client, id, timeout_s=240):
-    """The job's details once it has ended."""
+    """The job's details, once it has ended."""
     deadline = time.monotonic() + timeout_s
     while not (found := client.get_job_info(id)).status.is_terminal():
         assert time.monotonic() < deadline, client.get_job_logs(id)
@@ -53,7 +53,7 @@ def test_submitted_job_that_is_refused_fails_the_submission_with_exit_code_2(hea
 
 
 def test_submitted_job_captions_on_the_cluster_with_the_code_and_the_credentials_of_its_submission(head, videos):
-    """S3 keys stand in the runtime environment alone, and every worker needs them."""
+    """Only the runtime environment has the S3 keys, and every worker needs them."""
     with server("submitted") as storage:
         keys = {
             "aws_access_key_id": CREDENTIALS["AWS_ACCESS_KEY_ID"],
@@ -86,11 +86,11 @@ def _job(videos, out, *overrides):
 
 
 def test_stopped_job_ends_on_request_and_the_same_job_submitted_again_does_the_rest(head, videos, tmp_path):
-    """One decoder hangs, so that the first job never ends by itself."""
+    """One decoder hangs, so the first job never ends by itself."""
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(videos, source)
     shutil.copy(source / "clip-000.mp4", source / "hang.mp4")
-    # The two others come as one block, and one at a time beside the hanging one, which may be the first in the model.
+    # The other two arrive as one block, then one at a time with the hanging one, which may be first in the model.
     small = ["sink.rows_per_file=1", "ray.actors.batch_units=2", "run.grace_s=2"]
     job = _job(source, out, *small, "decode.backend=tests.integration.backends:dangerous", "decode.timeout_s=3600")
     cluster, client = Cluster(head.address, str(ROOT)), JobSubmissionClient(head.address)

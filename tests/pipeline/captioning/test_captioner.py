@@ -1,4 +1,4 @@
-"""The captioner: answers equal stock `generate`, every failure is a row, and no unit answers for another."""
+"""The captioner: answers equal stock `generate`, every failure is a row, and units do not affect each other."""
 
 import json
 import weakref
@@ -65,7 +65,7 @@ def _batches(count=8, *, id_="u", seed=0, batch=4, side=96):
 
 
 def _stock_text(captioner, batches, prompt):
-    """The answer by transformers alone: pixels in, stock positions, stock generate."""
+    """The answer of transformers alone: pixels in, stock positions, stock generate."""
     frames = np.concatenate([b.frames for b in batches])
     captioner = captioner.resident
     patches, grid = captioner.encoder.patchify(captioner.encoder.pixels(frames, torch.device("cpu")))

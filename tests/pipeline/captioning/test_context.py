@@ -1,4 +1,4 @@
-"""Which units are refused before they are decoded, and that none is refused that fits."""
+"""Which units are refused before they are decoded; no unit that fits is refused."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from tests.models import save_tiny_llava
 
 @pytest.fixture(scope="module")
 def card(tmp_path_factory):
-    """A model of 512 positions, 16 a frame."""
+    """A model with 512 positions, 16 per frame."""
     return describe(Model(name="tiny", path=str(save_tiny_llava(tmp_path_factory.mktemp("model")))))
 
 
@@ -58,7 +58,7 @@ def test_what_cannot_fit_is_refused_by_its_plan(card, encoder, unit, refused):
 @settings(deadline=None)
 @given(st.floats(0.5, 60.0), st.floats(-0.05, 0.05), st.sampled_from([0.5, 1.0, 3.0]), st.integers(1, 64))
 def test_no_unit_is_refused_that_fits(card, encoder, duration_s, wrong, fps, new_tokens):
-    """The header may be wrong by a twentieth, and text takes no room beforehand."""
+    """The header may be wrong by 5 %, and the text is not counted beforehand."""
     context, rule = ContextLimit(card.config, encoder, new_tokens), Frames(fps=fps)
     if context.refusal(video(duration_s * (1 + wrong)), rule) is None:
         return

@@ -1,4 +1,4 @@
-"""Frames to vision tokens: equal to the families' own image processors and to one pass over the whole video."""
+"""Encoded frames equal those of the families' own image processors and of one pass over the whole video."""
 
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ def llava(tmp_path_factory):
 
 
 def _encoded(encoder, model, kind, items):
-    """Grids and features of the items of a unit, parts of a video put together."""
+    """Grids and features per item of a unit; parts of a video are concatenated."""
     grids, features = [], []
     with torch.no_grad():
         for part in encoder.parts(model, kind, items):

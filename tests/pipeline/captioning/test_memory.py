@@ -1,4 +1,4 @@
-"""What the engine may hold, from the job, the model's shape and the memory there is."""
+"""The engine's memory limits, from the job, the model's shape and the device's memory."""
 
 import pytest
 import torch
@@ -39,12 +39,12 @@ def test_pieces_and_caches_shrink_with_the_room_the_weights_leave(mini):
     memory = _memory(mini, room=room)
     assert memory.chunk_tokens == 1000  # a quarter
     assert memory.cache_bytes == int(0.6 * 4000 * each)
-    assert _memory(mini, room=Room(400 * GIB, 0)).chunk_tokens == 4096  # never more than the job says
+    assert _memory(mini, room=Room(400 * GIB, 0)).chunk_tokens == 4096  # never more than the job's setting
     assert _memory(mini, "engine.cache_bytes=5", room=room).cache_bytes == 5
 
 
 def test_weights_that_leave_nothing_are_refused(mini):
-    with pytest.raises(ConfigError, match=r"gpu_memory_bytes: the weights take 1,000 of 1,100 bytes.*raise it"):
+    with pytest.raises(ConfigError, match=r"gpu_memory_bytes: the weights take 1,000 of 1,100 bytes.*raise the limit"):
         _memory(mini, room=Room(1100, 1000))
 
 

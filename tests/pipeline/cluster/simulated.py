@@ -1,8 +1,8 @@
-"""Ray as far as frame streams see it, without processes or time: CPUs, decode tasks, and the count of what was read.
+"""A simulated Ray for frame streams, without processes or time: CPUs, decode tasks, and the count of read messages.
 
-The decoders run the project's own task code. What happens next is drawn from a random generator: any queued task may
-start on a free CPU, any decoder at work may make its next message, wait for its reader, or die. A decoder that waits
-holds no CPU, and needs a free one to go on.
+The decode tasks run the project's own task code. A random generator draws the next event: a queued task starts on a
+free CPU, or a running task makes its next message, waits for its reader, or dies. A waiting task holds no CPU, and
+needs a free one to continue.
 """
 
 from collections import deque
@@ -16,19 +16,19 @@ QUEUED, WORKS, WAITS, ENDED = "queued", "works", "waits", "ended"
 
 
 class Ref:
-    """An object of Ray's: a value, or the error that getting it raises."""
+    """An object in Ray's store: a value, or the error that getting it raises."""
 
     def __init__(self, value):
         self.value = value
 
 
 class Task:
-    """A decode task, and at the same time the generator of its messages that the reader holds."""
+    """A decode task, which is also the generator of its messages that the reader holds."""
 
     def __init__(self, ray_, unit, name, deaths):
         self.unit, self.name, self.deaths = unit, name, deaths
         self.state, self.messages, self.came = QUEUED, None, deque()
-        self.made = self.sent = 0  # messages of this start, and of all starts; the first word included
+        self.made = self.sent = 0  # messages of this start, and of all starts; the initial None included
         self.over = False
         self._ray = ray_
 
@@ -47,7 +47,7 @@ class Task:
 
 
 class SimulatedRay:
-    """Stands for the modules `ray` and `pipeline.cluster.decode_tasks` in `pipeline.cluster.frame_streams`."""
+    """Replaces the modules `ray` and `pipeline.cluster.decode_tasks` in `pipeline.cluster.frame_streams`."""
 
     exceptions = ray.exceptions
 
@@ -58,7 +58,7 @@ class SimulatedRay:
             read=SimpleNamespace(remote=self._note_read), close=SimpleNamespace(remote=self._note_closed)
         )
 
-    # --- what pipeline.cluster.frame_streams calls ---
+    # --- called by pipeline.cluster.frame_streams ---
 
     def remote(self, _):
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda: self.counts))
@@ -88,10 +88,10 @@ class SimulatedRay:
     def _note_closed(self, name):
         self.read.pop(name, None)
 
-    # --- what happens meanwhile ---
+    # --- events ---
 
     def moves(self):
-        """All that can happen next."""
+        """All events that can happen next."""
         free = self.cpus - sum(task.state == WORKS for task in self.tasks)
         assert free >= 0
         return [
@@ -102,7 +102,7 @@ class SimulatedRay:
         ]
 
     def move(self):
-        """Let one of these things happen; whether there was any."""
+        """Let one possible event happen; return whether there was one."""
         moves = self.moves()
         if not moves:
             return False
@@ -121,7 +121,7 @@ class SimulatedRay:
         return True
 
     def _held(self, task):
-        """Whether the decoder waits for its reader before its next message; `made` counts the first word, too."""
+        """Whether the task waits for its reader before its next message; `made` counts the initial None, too."""
         wanted = task.made - decode_tasks.AHEAD
         return wanted > 0 and self.read.get(task.name, 0) < wanted
 
@@ -131,7 +131,7 @@ class SimulatedRay:
             self._end(task)
             return
         task.made += 1
-        if task.made > task.sent:  # what an earlier start has sent is not sent again
+        if task.made > task.sent:  # messages that an earlier start sent are not sent again
             task.sent += 1
             task.came.append(Ref(message))
         self.most_ahead = max(self.most_ahead, task.made - 1 - self.read.get(task.name, 0))
@@ -150,7 +150,7 @@ class SimulatedRay:
 
 
 def on_ray(monkeypatch, simulated, messages_of):
-    """Let `pipeline.cluster.frame_streams` run on it; a unit's messages are those of `messages_of(unit)`."""
+    """Run `pipeline.cluster.frame_streams` on a simulated Ray; a unit's messages are `messages_of(unit)`."""
     from pipeline.cluster import frame_streams as stream
 
     def wait_until_read(counts, name, count):

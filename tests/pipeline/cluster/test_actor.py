@@ -1,4 +1,4 @@
-"""How an actor serves its blocks, and the clock that ends a model process which is silent for too long."""
+"""How an actor serves its blocks, and the timer that kills a model process without signs of life."""
 
 import subprocess
 import sys
@@ -54,7 +54,7 @@ def test_signs_of_life_and_pauses_keep_it_alive():
 
 
 class _Remote:
-    """An `Attempts` that lets all pass, until it is told to drain."""
+    """An `Attempts` that permits every start, until it is told to drain."""
 
     def __init__(self):
         self.drain = False
@@ -72,7 +72,7 @@ class _Remote:
 
 
 class _Stream:
-    """One batch of frames; with `ready` off it is late."""
+    """One batch of frames; with `ready` False it is late."""
 
     running, queue_s = True, 0.0
 
@@ -87,7 +87,7 @@ class _Stream:
 
 
 class _Captioner:
-    """Has `room` for three units; their answers are through in the order in which they came, or `broken`."""
+    """A captioner with `room` for three units. Answers units in the order of their arrival, or raises `broken`."""
 
     def __init__(self):
         self.room = 3
@@ -150,7 +150,7 @@ def _streams(open_):
 
 
 class _Streams:
-    """Frames of a unit that is late come once nothing else is ready for some looks."""
+    """A late unit's frames arrive after a few looks at which nothing else is ready."""
 
     asked = running = 0
 
@@ -174,7 +174,7 @@ def _block(*ids):
 
 
 def _at_once(call, *blocks):
-    """What a call of each block gives, or raises."""
+    """What the call of each block returns or raises."""
     found = {}
 
     def ask(number, block):
@@ -201,7 +201,7 @@ def test_every_block_gets_the_rows_of_its_own_units(served):
 
 
 def _with_next(served, first, following):
-    """Serve a block during which the `following` one arrives; who was in the model together."""
+    """Serve a block, during which the `following` one arrives; return which units were in the model together."""
 
     head = first.units[0]
 
@@ -264,7 +264,7 @@ def test_a_unit_that_was_in_a_model_that_ended_enters_once_the_rows_before_it_ha
 
 
 def _asked_by(served, block, late=()):
-    """For each unit: who had asked for a turn when it entered the model; of the `late`, frames are not there yet."""
+    """Per unit: which units had requested permission when it entered the model. Frames of the `late` are not ready."""
     asked = {}
 
     class Noting(_Stream):
@@ -323,7 +323,7 @@ def test_whether_the_model_computes_or_waits_is_told(monkeypatch):
     activity.round()
     assert activity.look() == (1, False), "a round has computed something"
     clock.now += 60.0
-    assert activity.look() == (1, False), "and another one still does"
+    assert activity.look() == (1, False), "another round is computing"
     for _ in range(3):
         activity.round()
         activity.wait(0.002)

@@ -1,4 +1,4 @@
-"""Counting starts: which unit is given up, what outlives a kill, when the job has to end."""
+"""Counts of starts: which unit is given up, what survives a kill, when the job has to end."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Which units are left out by their length, what messages are made of, and how long a decoder waits for its reader."""
+"""Which units are skipped by their length, what messages contain, and how long a decode task waits for its reader."""
 
 import asyncio
 import pickle
@@ -55,7 +55,7 @@ def test_what_keeps_a_unit_from_being_decoded_is_its_last_item(unit, stage, kind
 
 
 def test_the_module_of_the_tasks_imports_no_decoder():
-    """The counter, which is a process of its own, loads it too."""
+    """Decode processes and the counter load this module: no heavy imports."""
     heavy = {"av", "decord", "pyarrow.fs", "pipeline.config", "pipeline.decoding.decode"}
     code = f"import sys, pipeline.cluster.decode_tasks; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""When frames are ready, how far decoders are ahead, and what is raised when frames do not come."""
+"""When frames are ready, how far ahead decode tasks are, and what is raised if frames do not arrive."""
 
 from random import Random
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ _UNIT = {"kind": "video", "uris": ["a.mp4"]}
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time that streams see; a look takes a second."""
+    """The clock of the streams; each look takes a second."""
     clock = SimpleNamespace(now=100.0)
 
     def tick():
@@ -30,7 +30,7 @@ def clock(monkeypatch):
 
 
 def _opened(monkeypatch, messages, cpus=1, **simulation):
-    """A stream of these messages on a simulated Ray."""
+    """A stream with these messages on a simulated Ray."""
     simulated = SimulatedRay(cpus, Random(0), **simulation)
     on_ray(monkeypatch, simulated, lambda unit: iter(messages))
     job = JobConfig.model_validate({"source": {"uri": "v"}, "sink": {"uri": "r"}, "decode": {"timeout_s": 60.0}})
@@ -59,7 +59,7 @@ def test_a_decoder_is_a_few_messages_ahead_of_its_reader_and_then_waits_without_
     _settle(simulated)
     assert simulated.most_ahead == AHEAD
     read, found = iter(other), []
-    while len(found) < count:  # the other unit comes whole while nobody reads the first one
+    while len(found) < count:  # all of the other unit arrives while nobody reads the first one
         batch = next(read)
         found += [] if batch is None else [batch]
         _settle(simulated)
@@ -124,8 +124,8 @@ def test_a_decoder_that_dies_too_often_is_an_error_of_its_unit(monkeypatch, cloc
 
 def test_a_decoder_that_takes_too_long_for_a_batch_is_ended(monkeypatch, clock):
     one, _, simulated = _opened(monkeypatch, [["a"], ["b"]])
-    simulated.move()  # it starts
-    simulated.move()  # and says so
+    simulated.move()  # the task starts
+    simulated.move()  # and sends its initial None
     read = iter(one)
     assert next(read) is None
     clock.now += 55.0

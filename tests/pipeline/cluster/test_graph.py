@@ -1,4 +1,4 @@
-"""What Ray Data makes of the graph's numbers, and what is told when the graph ends early."""
+"""How Ray Data interprets the graph's numbers, and the error when the graph ends early."""
 
 import pytest
 from ray.data import ExecutionResources
@@ -13,7 +13,7 @@ from pipeline.run.directory import RunDirectory
 
 @pytest.mark.parametrize("gpus", [0.25, 0.5, 1.0, 2.0])
 def test_the_blocks_of_two_actors_need_the_gpus_of_two(gpus):
-    """Ray Data asks for as many GPUs as it finds actors in the shares of their blocks, rounded down."""
+    """Ray Data divides GPU shares of blocks to find how many actors it needs, and rounds down."""
     one = ExecutionResources(gpu=gpus)
     of_two = one.scale(1 / BLOCKS_AT_ONCE).scale(2 * BLOCKS_AT_ONCE)
     assert of_two.floordiv(one).gpu == 2
@@ -33,7 +33,7 @@ class _Stopped:
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (RunError("the job stands still: waiting 600 s for frames"), "^the job stands still"),
+        (RunError("the job has stalled: waiting 600 s for frames"), "^the job has stalled"),
         (RayError("Traceback\n  in a worker\nOSError: the disk is full"), "cannot go on: OSError: the disk is full;"),
     ],
 )

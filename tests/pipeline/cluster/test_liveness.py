@@ -1,7 +1,7 @@
-"""There is always a next step until every unit has its row: decoders, CPUs, streams, actor and engine as one model.
+"""There is always a next step until every unit has its row: decode tasks, CPUs, streams, actor and engine together.
 
-The frame streams, the model actor and the engine's loop are the project's own; Ray is simulated (`simulated.py`), and
-prefill and decoding compute nothing. Everything happens in the model's thread, so a seed tells the whole story.
+Frame streams, model actor and engine loop are the project's own; Ray is simulated (`simulated.py`), and prefill and
+decoding compute nothing. Everything happens in the model's thread, so a seed determines the whole run.
 """
 
 from collections import Counter
@@ -26,12 +26,12 @@ from pipeline.schema import units_table
 from tests.pipeline.cluster.simulated import SimulatedRay, on_ray
 from tests.pipeline.rows import row
 
-_PATIENCE = 5  # waits in a row in which nothing can happen: then the job stands still
+_PATIENCE = 5  # waits in a row during which nothing can happen; then the job has stalled
 _PIECE_BYTES = 10
 
 
 class _Intake:
-    """A request in prefill: a piece is a batch of frames."""
+    """A request in prefill: one piece per batch of frames."""
 
     def __init__(self, request):
         self.job = Job(request)
@@ -87,7 +87,7 @@ class _Flow:
 
 
 class _Captioner:
-    """Runs the engine's own loop; after each round something may happen in the cluster."""
+    """Runs the engine's own loop; after each round an event may happen in the cluster."""
 
     def __init__(self, simulated, memory):
         self.sizing = None
@@ -112,14 +112,14 @@ class _Captioner:
 
         def idle(seconds):
             self._idle = 0 if self._simulated.move() else self._idle + 1
-            assert self._idle < _PATIENCE, "the job stands still"
+            assert self._idle < _PATIENCE, "the job has stalled"
 
         for job in self._engine.run(requests(), round_, idle):
             yield row(job.request.key, status="ok" if job.error is None else "error", wait_s=0.0)
 
 
 def _run(monkeypatch, tmp_path, *, batches, cpus, seed, deaths, prefetch, batch_units, cache_bytes, suspects):
-    """Rows by status of one actor's block(s) on a simulated cluster."""
+    """Number of rows by status, for one actor's blocks on a simulated cluster."""
     simulated = SimulatedRay(cpus, Random(seed), deaths)
     on_ray(monkeypatch, simulated, lambda unit: iter([[number] for number in range(batches[int(unit["id"])])]))
     monkeypatch.setattr(stream, "_LOOK_EVERY_S", 0.0)
@@ -180,10 +180,10 @@ def test_there_is_a_next_step_until_every_unit_has_its_row(tmp_path, batches, de
 
 
 def test_the_model_notices_a_job_that_stands_still(tmp_path, monkeypatch):
-    """Where decoders keep their CPU while they wait, one that died gets none again while others are ahead."""
+    """If waiting tasks kept their CPUs, a task that died would get none while other tasks are ahead."""
     monkeypatch.setattr(SimulatedRay, "moves", lambda self: _moves_with_cpus_kept(self))
     limits = {"cpus": 1, "prefetch": 8, "batch_units": 1, "cache_bytes": None, "deaths": 0.1, "suspects": ()}
-    with pytest.raises(AssertionError, match="stands still"):
+    with pytest.raises(AssertionError, match="has stalled"):
         _run_seeds(range(20), monkeypatch, tmp_path, batches=[20] * 8, **limits)
 
 

@@ -1,4 +1,4 @@
-"""Metrics: what a row adds up to, under names and labels that are known beforehand."""
+"""Metrics: the sums over rows, and bounded names and labels."""
 
 import time
 from collections import defaultdict
@@ -30,7 +30,7 @@ _FAILED = {"started_at": _BEGAN, "finished_at": _BEGAN + timedelta(seconds=1), "
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Metrics that remember: name → labels → value (counters: the sum; histograms: the observations)."""
+    """Records metrics: name → labels → value (counters: the sum; histograms: the observations)."""
     values = defaultdict(dict)
 
     class Metric:
@@ -122,7 +122,7 @@ def test_crashed_attempts_are_counted(recorded):
 
 
 def test_names_and_labels_are_ones_that_ray_takes():
-    """Ray drops a metric with a bad name with a warning only; registering them needs no cluster."""
+    """For a bad metric name Ray only warns and drops the metric. Registering needs no cluster."""
     for spec in metrics.SPECS:
         metric = metrics._METRICS[spec.kind](spec.name, spec.description, ("run", *spec.labels))
         assert metric.info["name"] == spec.name

@@ -1,4 +1,4 @@
-"""What travels to every worker process of a job."""
+"""The module that every worker process of a job imports, and its clean-up of checkpoints."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def test_worker_processes_import_no_model_library():
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_commit_that_ended_between_copy_and_deletion_is_finished_not_undone(tmp_path, monkeypatch, there):
-    """Object stores rename by both; a pending name beside the committed one must not cost the data."""
+    """Object stores rename by copy and delete: a pending name next to the committed one must not cost data."""
     for name in ("a.parquet", "a.pending.parquet", "b.pending.parquet", "c.parquet") if there else ():
         (tmp_path / name).touch()
     config = CheckpointConfig("id", str(tmp_path), override_filesystem=pyarrow.fs.LocalFileSystem())

@@ -1,4 +1,4 @@
-"""What a job waits for: which reason is told, since when, and what counts as getting on."""
+"""What a job waits for: which reason is reported, since when, and what counts as progress."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from pipeline.cluster.waits import Waits
 
 
 def state(units=0, loaded=1, loading_s=(), **actors):
-    """As `Attempts.state` gives it; an actor is (rounds that computed, what it waits for[, seconds of silence])."""
+    """The result of `Attempts.state`; an actor is (rounds with work, what it waits for[, seconds of silence])."""
     told = {
         name: {"worked": one[0], "waits_for": one[1], "silent_s": one[2] if len(one) > 2 else 1.0}
         for name, one in actors.items()
@@ -19,7 +19,7 @@ def waits():
 
 
 def seen(states, fits=True):
-    """What is told after these states, ten seconds apart."""
+    """What `see` returns after these states, ten seconds apart."""
     watched, wait = waits(), None
     for number, one in enumerate(states):
         wait = watched.see(10.0 * number, one, fits)

@@ -22,7 +22,7 @@ def test_patches_equal_those_of_the_stock_image_processor():
 
 @pytest.fixture(scope="module")
 def model():
-    """Weights large enough for attention to matter."""
+    """A model with weights large enough for attention to matter."""
     model = build_model(tokenizer(), 1).eval().requires_grad_(False)
     for param in model.parameters():
         param.mul_(3)

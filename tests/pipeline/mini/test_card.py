@@ -1,4 +1,4 @@
-"""The model card: its figures are those of the committed measurement of the shipped weights, and stand nowhere else."""
+"""The model card: its figures are those of the committed measurement of the shipped weights; the prose has none."""
 
 import json
 import re

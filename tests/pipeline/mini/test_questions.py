@@ -80,7 +80,7 @@ def test_answers_about_a_known_film(family):
 
 
 def test_nothing_is_asked_where_the_answer_would_be_ambiguous():
-    assert answers(FILM, "first") == {}  # two things are there from the start
+    assert answers(FILM, "first") == {}  # two things are visible from the start
     assert answers(FILM, "word") == {}
     assert answers(still(STAR), "motion") == answers(still(STAR), "order") == answers(still(STAR), "when") == {}
     twin = Thing("red", "star", "small", 20.0, 20.0, 9.0)

@@ -1,4 +1,4 @@
-"""Samples over the whole promised range of difficulty, and the combinations that training never shows."""
+"""Samples over the whole range of difficulty, and the combinations that training never shows."""
 
 import re
 

@@ -41,7 +41,7 @@ def test_perceiving_trains_the_encoder_and_its_heads_alone(tmp_path):
 
 
 def test_a_resumed_run_continues_as_if_it_had_never_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr("time.monotonic", lambda: 0.0)  # the schedule depends on time; here it stands still
+    monkeypatch.setattr("time.monotonic", lambda: 0.0)  # the schedule depends on time, which is constant here
     straight = Trainer(config(tmp_path / "straight"))
     steps(straight, 4)
 
@@ -92,7 +92,7 @@ def test_training_goes_on_after_a_validation(tmp_path):
     trainer.elapsed_s = 0.15 * 3600
     grid = trainer.next_batch().grid
     task = Task(grid.kind, grid.times, 16 * grid.rows, 16 * grid.columns, 2, 3)
-    exact_match(trainer.ema, trainer.tokenizer, "validation", [(task, 1)])  # meets the grid first
+    exact_match(trainer.ema, trainer.tokenizer, "validation", [(task, 1)])  # the first use of this grid
     assert steps(trainer, 1)[0] > 0
 
 

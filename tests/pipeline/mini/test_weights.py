@@ -47,7 +47,7 @@ def test_tokenizer_and_architecture_are_those_of_the_code(model, words):
 def test_it_sees_what_h264_demo_videos_show(model, words):
     scores = coded_exact_match(model, words, 8, 3, DemoStyle(), ("shape", "count"))
     right, asked = (sum(column) for column in zip(*scores.values(), strict=True))
-    assert right / asked >= 0.6  # chance is near 0.2; the card has the figures
+    assert right / asked >= 0.6  # chance is near 0.2
 
 
 def test_the_same_video_and_question_give_the_same_text(model, words, tmp_path):
