@@ -55,7 +55,7 @@ class _Intake:
         return True
 
 
-class _Flow:
+class _DecodeBatch:
     """Answers of three tokens."""
 
     def __init__(self, memory):
@@ -95,7 +95,7 @@ class _Captioner:
         self._engine = Engine.__new__(Engine)
         self._engine.memory = memory
         self._engine._intake = _Intake
-        self._engine._flow = lambda: _Flow(memory)
+        self._engine._decode_batch = lambda: _DecodeBatch(memory)
 
     def refusal(self, unit):
         return None
