@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from lightkv.methods.guidance import QuestionAttention, Scorer
 from lightkv.methods.table import METHODS
 from lightkv.ops.attend import attend
 from lightkv.ops.attend_packed import attend_packed
+from lightkv.ops.ragged import Keys, Sequences
 from lightkv.vision.layout import TEXT, Span, VisionLayout, coordinates
 from lightkv.vision.packing import Packing
 from lightkv.vision.tokens import Compressed, Tokens
@@ -518,8 +519,6 @@ def _over(layers: list[LayerKV], q: Tensor, piece: Piece, scale: float) -> Tenso
 def _packed(views: list[tuple[Tensor, Tensor, Tensor]], q: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
     """The same in one launch."""
     k, v = (torch.cat([view[side] for view in views], dim=1).transpose(0, 1) for side in (0, 1))
-    counts = [len(view[2]) for view in views]
-    starts_q, starts_k = (torch.tensor([0, *accumulate(of)], device=q.device) for of in (lengths, counts))
-    bias = torch.cat([view[2] for view in views])
-    states = q[0].transpose(0, 1), k, v
-    return attend_packed(*states, bias, starts_q, starts_k, scale, max(lengths), max(counts))[None]
+    keys = Keys(k, v, torch.cat([view[2] for view in views]))
+    sequences = (Sequences.of(lengths, q.device), Sequences.of([len(view[2]) for view in views], q.device))
+    return attend_packed(q[0].transpose(0, 1), keys, *sequences, scale)[None]

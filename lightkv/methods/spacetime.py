@@ -25,6 +25,7 @@ from lightkv.methods.settings import Settings, Stage
 from lightkv.methods.windows import mixed_radix
 from lightkv.ops.merge import merge
 from lightkv.ops.nearest import FEATURES_AT_ONCE, nearest
+from lightkv.ops.ragged import Groups
 from lightkv.vision.layout import VisionLayout
 from lightkv.vision.tokens import Compressed, Tokens, removal, removals
 
@@ -52,9 +53,8 @@ def spacetime(tokens: Tokens, stage: Stage, config: Settings) -> Compressed:
     while left:
         share = wanted * min(turn + 1, config.rounds) // config.rounds - done
         order, starts, middles = field.sets(alive, alive & (share[field.item] > 0), turn)
-        closest, apart = nearest(
-            hidden, unit, place, field.index[order], starts, middles, min(BLOCK_TOKENS, len(order)), config.distance
-        )
+        groups = Groups(field.index[order], starts, middles, min(BLOCK_TOKENS, len(order)))
+        closest, apart = nearest(hidden, unit, place, groups, config.distance)
         chosen, into = field.cheapest(order, closest, apart, size, price, share)
         if not len(chosen) and turn >= config.rounds:
             raise FloatingPointError(f"{left} more tokens should merge, but the others' hidden states are not finite")

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightkv.ops.ragged import Keys, Sequences
+
 LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # a maximum over nothing that can be subtracted without NaN
 
@@ -281,17 +283,15 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: T
     return out
 
 
-def attend_packed_triton(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, starts_q: Tensor, starts_k: Tensor, scale: float,
-    most_q: int, most_k: int,
-) -> Tensor:  # fmt: skip
+def attend_packed_triton(q: Tensor, keys: Keys, q_sequences: Sequences, k_sequences: Sequences, scale: float) -> Tensor:
     """`attend_packed` by the same kernels: every sequence by one of the two launches, which pass over the others."""
-    sequences, group, dims = len(starts_q) - 1, q.shape[1] // k.shape[1], q.shape[2]
+    starts_q, starts_k = q_sequences.starts.contiguous(), k_sequences.starts.contiguous()
+    most_q, most_k = q_sequences.longest, k_sequences.longest
+    sequences, group, dims = len(starts_q) - 1, q.shape[1] // keys.k.shape[1], q.shape[2]
     out = q.new_empty(q.shape)
     if out.numel():
-        q, k, v = (states if states.stride(-1) == 1 else states.contiguous() for states in (q, k, v))
-        starts_q, starts_k = starts_q.contiguous(), starts_k.contiguous()
-        work = _Work(q, k, v, bias, None, starts_q, starts_k, out, scale * LOG2E.value, sequences)
+        q, k, v = (states if states.stride(-1) == 1 else states.contiguous() for states in (q, keys.k, keys.v))
+        work = _Work(q, k, v, keys.bias, None, starts_q, starts_k, out, scale * LOG2E.value, sequences)
         if most_q > DECODE_QUERIES:
             work.prefill(most_q, most_k)
         if len(q) - (sequences - 1) * most_q <= DECODE_QUERIES:  # what one has at least if the others have the most

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightkv.errors import ConfigError
 from lightkv.ops.dispatch import use_triton
+from lightkv.ops.ragged import Groups
 
 SCORES_AT_ONCE = 1 << 24  # fp32 differences that the twin holds at a time: 64 MiB
 FEATURES_AT_ONCE = 1 << 25  # fp32 features that it holds at a time, but at least one set B: 128 MiB
@@ -23,44 +24,34 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def nearest(
-    hidden: Tensor,
-    scale: Tensor,
-    place: Tensor | None,
-    order: Tensor,
-    starts: Tensor,
-    middles: Tensor,
-    most: int,
-    distance: float,
+    hidden: Tensor, scale: Tensor, place: Tensor | None, groups: Groups, distance: float
 ) -> tuple[Tensor, Tensor]:
     """Each a's nearest b and d(a, b), by slot of `order`: closest int64 [N] position in hidden, apart fp32 [N].
 
     −1 and inf for b's, for a's whose group has no B, and where no difference is finite. Ties go to the b that comes
     first in `order`. Differences are fp32.
 
-    hidden [S, D] · scale fp32 [S], s · place fp32 [S, 3], p, or None where distance is 0 ·
-    order int64 [N] positions in hidden, group after group, in a group its A before its B · starts int64 [G + 1] and
-    middles int64 [G]: slots starts[g] … middles[g] − 1 are A, middles[g] … starts[g + 1] − 1 are B · most: no set A is
-    larger · distance: λ ≥ 0. Raises ConfigError for other shapes, types and numbers; contents are not looked at.
+    hidden    [S, D]
+    scale     fp32 [S]: s
+    place     fp32 [S, 3]: p; may be None where distance is 0
+    groups    sets A and B of each group; order holds positions in hidden
+    distance  λ ≥ 0
+
+    Raises ConfigError for other shapes, types and numbers. The values in tensors are not checked.
     """
-    _check(hidden, scale, place, order, starts, middles, most, distance)
+    _check(hidden, scale, place, groups, distance)
     if use_triton(hidden):
         from lightkv.ops.nearest_kernel import nearest_triton
 
-        return nearest_triton(hidden, scale, place, order, starts, middles, most, distance)
-    return nearest_torch(hidden, scale, place, order, starts, middles, most, distance)
+        return nearest_triton(hidden, scale, place, groups, distance)
+    return nearest_torch(hidden, scale, place, groups, distance)
 
 
 def nearest_torch(
-    hidden: Tensor,
-    scale: Tensor,
-    place: Tensor | None,
-    order: Tensor,
-    starts: Tensor,
-    middles: Tensor,
-    most: int,
-    distance: float,
+    hidden: Tensor, scale: Tensor, place: Tensor | None, groups: Groups, distance: float
 ) -> tuple[Tensor, Tensor]:
     """The twin: groups of like size side by side, padded to the largest."""
+    order, starts, middles = groups.order, groups.starts, groups.middles
     closest = torch.full_like(order, -1)
     apart = torch.full(order.shape, torch.inf, dtype=torch.float32, device=order.device)
     for group, most_a, most_b in _chunks(starts, middles, hidden.shape[1]):
@@ -120,16 +111,7 @@ def _chunks(starts: Tensor, middles: Tensor, width: int) -> Iterator[tuple[Tenso
         first = last
 
 
-def _check(
-    hidden: Tensor,
-    scale: Tensor,
-    place: Tensor | None,
-    order: Tensor,
-    starts: Tensor,
-    middles: Tensor,
-    most: int,
-    distance: float,
-) -> None:
+def _check(hidden: Tensor, scale: Tensor, place: Tensor | None, groups: Groups, distance: float) -> None:
     if hidden.ndim != 2 or hidden.dtype not in DTYPES:
         raise ConfigError(f"hidden must be floating [S, D], got {hidden.dtype} {list(hidden.shape)}")
     if scale.dtype != torch.float32 or scale.shape != hidden.shape[:1]:
@@ -140,10 +122,11 @@ def _check(
         raise ConfigError(f"place must be given where distance is not 0, got None with distance {distance}")
     if place is not None and (place.dtype != torch.float32 or place.shape != (len(hidden), 3)):
         raise ConfigError(f"place must be fp32 [{len(hidden)}, 3], got {place.dtype} {list(place.shape)}")
-    for name, tensor in (("order", order), ("starts", starts), ("middles", middles)):
+    for name, tensor in (("order", groups.order), ("starts", groups.starts), ("middles", groups.middles)):
         if tensor.dtype != torch.int64 or tensor.ndim != 1:
             raise ConfigError(f"{name} must be int64 in one dimension, got {tensor.dtype} {list(tensor.shape)}")
-    if len(starts) != len(middles) + 1:
-        raise ConfigError(f"starts must have one more than the {len(middles)} middles, got {len(starts)}")
-    if most < 0:
-        raise ConfigError(f"most must be at least 0, got {most}")
+    if len(groups.starts) != len(groups.middles) + 1:
+        counts = f"{len(groups.middles)} middles, got {len(groups.starts)}"
+        raise ConfigError(f"starts must have one more than the {counts}")
+    if groups.largest < 0:
+        raise ConfigError(f"largest must be at least 0, got {groups.largest}")

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightkv.ops.ragged import Groups
+
 # Triton's interpreter multiplies bf16 as the integers that hold it. Products of halves are exact in fp32.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -124,20 +126,14 @@ def blocks(most: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def nearest_triton(
-    hidden: Tensor,
-    scale: Tensor,
-    place: Tensor | None,
-    order: Tensor,
-    starts: Tensor,
-    middles: Tensor,
-    most: int,
-    distance: float,
+    hidden: Tensor, scale: Tensor, place: Tensor | None, groups: Groups, distance: float
 ) -> tuple[Tensor, Tensor]:
-    """The launcher: for every group a program per BLOCK_A of `most` a's; one beyond the group's A returns at once."""
+    """Launches one program per group and BLOCK_A slots of its set A; programs beyond the set return at once."""
+    order, starts, middles = groups.order, groups.starts, groups.middles
     closest = torch.full_like(order, -1, memory_format=torch.contiguous_format)
     apart = torch.full(order.shape, torch.inf, dtype=torch.float32, device=order.device)
-    options = blocks(most, hidden.dtype)
-    tiles = triton.cdiv(most, options["BLOCK_A"])
+    options = blocks(groups.largest, hidden.dtype)
+    tiles = triton.cdiv(groups.largest, options["BLOCK_A"])
     if not tiles * len(middles):
         return closest, apart
     with torch.cuda.device_of(hidden):  # Triton launches on the current device

@@ -27,6 +27,7 @@ from lightkv.ops.attend_kernel import (
     combined,
 )
 from lightkv.ops.codes import Quantised
+from lightkv.ops.ragged import Keys, Sequences
 
 ABSENT = tl.constexpr(packed_codes.ABSENT)
 CHUNK_KEYS = 256  # per program, a multiple of any tile
@@ -225,35 +226,27 @@ def combine_parts_kernel(
 
 
 def attend_quantised_triton(
-    q: Tensor,
-    packed: Quantised,
-    starts: Tensor,
-    bias: Tensor | None,
-    tail_k: Tensor,
-    tail_v: Tensor,
-    tail_bias: Tensor | None,
-    scale: float,
-    most: int | None = None,
+    q: Tensor, packed: Quantised, sequences: Sequences, bias: Tensor | None, tail: Keys, scale: float
 ) -> Tensor:
-    """`attend_quantised` by kernels. Tokens beyond `most` of a sequence are not heard."""
-    q, tail_k, tail_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, tail_k, tail_v))
-    bias, tail_bias = (x if x is None else x.contiguous() for x in (bias, tail_bias))
-    (batch, heads, dims), (key_heads, tail) = q.shape, tail_k.shape[1:3]
+    """`attend_quantised` by kernels. Tokens of a sequence beyond `longest` are not heard."""
+    q, tail_k, tail_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, tail.k, tail.v))
+    bias, tail_bias = (x if x is None else x.contiguous() for x in (bias, tail.bias))
+    (batch, heads, dims), (key_heads, tail_length) = q.shape, tail_k.shape[1:3]
     out = q.new_empty(q.shape)
     if not out.numel():
         return out
-    most = len(packed) if most is None else min(most, len(packed))
+    most = min(sequences.longest, len(packed))
     tiles = quantised_tiles(dims, q.dtype, heads // key_heads, packed.group)
-    chunk = CHUNK_KEYS * max(1, triton.cdiv(max(most, tail), CHUNK_KEYS * MAX_CHUNKS))
-    tail_parts = triton.cdiv(tail, chunk)
+    chunk = CHUNK_KEYS * max(1, triton.cdiv(max(most, tail_length), CHUNK_KEYS * MAX_CHUNKS))
+    tail_parts = triton.cdiv(tail_length, chunk)
     parts = max(1, tail_parts + triton.cdiv(most, chunk))
     tops, totals = q.new_empty(2, batch, heads, parts, dtype=torch.float32)
     accs = q.new_empty(batch, heads, parts, dims, dtype=torch.float32)
     states = (x.contiguous() for x in packed.tensors.values())
     with torch.cuda.device_of(q):
         quantised_kernel[(triton.cdiv(heads // key_heads, tiles["BLOCK_M"]) * parts * key_heads * batch,)](
-            q, *states, starts.contiguous(), bias, tail_k, tail_v, tail_bias, tops, totals, accs,
-            scale * LOG2E.value, len(packed), tail, chunk, parts, tail_parts, key_heads,
+            q, *states, sequences.starts.contiguous(), bias, tail_k, tail_v, tail_bias, tops, totals, accs,
+            scale * LOG2E.value, len(packed), tail_length, chunk, parts, tail_parts, key_heads,
             *q.stride()[:2], *tail_k.stride()[:3], *tail_v.stride()[:3],
             ROWS=heads // key_heads, D=dims, BITS=packed.bits, GROUP=packed.group, VALUE_GROUP=packed.value_group,
             **tiles,

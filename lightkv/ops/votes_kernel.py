@@ -22,6 +22,7 @@ from torch import Tensor
 from triton import knobs
 
 from lightkv.ops.heads import Reduce, short_heads
+from lightkv.ops.ragged import Selection
 
 CHUNK = (
     512  # long tokens per program of pass 1: enough programs for a GPU at a few thousand tokens, few partial results
@@ -32,35 +33,26 @@ MOST_ROWS = {2: 128, 4: 32}  # of a tile, by bytes per element: fp32 has no tens
 WIDEN = tl.constexpr(knobs.runtime.interpret)
 
 
-def softmax_votes_triton(
-    long: Tensor,
-    short: Tensor,
-    long_index: Tensor,
-    long_starts: Tensor,
-    short_index: Tensor,
-    short_starts: Tensor,
-    scale: float,
-    reduce: Reduce,
-    most_long: int,
-    most_short: int,
-) -> Tensor:
+def softmax_votes_triton(long: Selection, short: Selection, scale: float, reduce: Reduce) -> Tensor:
     """softmax_votes by the kernels below; nothing here waits for the device."""
-    heads, columns = long.shape[1], len(short_index)
-    group, shared = short_heads(heads, short.shape[1])
-    if not columns or not len(long_index):
-        return torch.zeros(len(long_index), dtype=torch.float32, device=long.device)
-    if long.dtype == torch.float64:
-        long, short = long.float(), short.float()  # the arithmetic is fp32 all the same
-    long, short = (x if x.stride(3) == 1 else x.contiguous() for x in (long, short))
-    long_rows, long_stride = _rows(long, long_index)
-    short_rows, short_stride = _rows(short, short_index)
-    sides = (long, short, long_rows, long_starts, short_rows, short_starts)
-    strides = (long.stride(1), long_stride, short.stride(1), short_stride)
+    x, y, length, columns = long.states, short.states, len(long.index), len(short.index)
+    most_long, most_short = long.sequences.longest, short.sequences.longest
+    heads, device = x.shape[1], x.device
+    group, shared = short_heads(heads, y.shape[1])
+    if not columns or not length:
+        return torch.zeros(length, dtype=torch.float32, device=device)
+    if x.dtype == torch.float64:
+        x, y = x.float(), y.float()  # the arithmetic is fp32 all the same
+    x, y = (states if states.stride(3) == 1 else states.contiguous() for states in (x, y))
+    long_rows, long_stride = _rows(x, long.index)
+    short_rows, short_stride = _rows(y, short.index)
+    sides = (x, y, long_rows, long.sequences.starts, short_rows, short.sequences.starts)
+    strides = (x.stride(1), long_stride, y.stride(1), short_stride)
     # Base 2: exp2 is one instruction.
     numbers = (scale * math.log2(math.e), columns * group)
-    tiles = _tiles(long, most_short * group)
-    sequences, chunks = len(long_starts) - 1, triton.cdiv(most_long, CHUNK)
-    parts = torch.empty(2, chunks, heads, columns * group, dtype=torch.float32, device=long.device)
+    tiles = _tiles(x, most_short * group)
+    sequences, chunks = len(long.sequences.starts) - 1, triton.cdiv(most_long, CHUNK)
+    parts = torch.empty(2, chunks, heads, columns * group, dtype=torch.float32, device=device)
     short_tiles = triton.cdiv(most_short * group, tiles["BLOCK_M"])
     # Programs that share a chunk are neighbours: the first brings it to the cache.
     peaks_kernel[(sequences * chunks * short_tiles, heads)](
@@ -69,10 +61,10 @@ def softmax_votes_triton(
     )  # fmt: skip
     peak = parts[0].amax(dim=0)
     share = (parts[1] * (parts[0] - peak).exp2()).sum(dim=0).reciprocal()
-    votes = torch.empty(heads, len(long_index), dtype=torch.float32, device=long.device)
+    votes = torch.empty(heads, length, dtype=torch.float32, device=device)
     long_tiles = triton.cdiv(most_long, tiles["BLOCK_N"])
     votes_kernel[(sequences * long_tiles, heads)](
-        *sides, peak, share, votes, *strides, *numbers, len(long_index), long_tiles,
+        *sides, peak, share, votes, *strides, *numbers, length, long_tiles,
         GROUP=group, SHARED=shared, MAXIMUM=reduce == "max", **tiles, num_stages=2,
     )  # fmt: skip
     return votes.sum(dim=0) if reduce == "sum" else votes.amax(dim=0)

@@ -1,4 +1,5 @@
 import math
+from functools import wraps
 
 import pytest
 import torch
@@ -6,10 +7,24 @@ from torch import Tensor
 
 from lightkv.errors import ConfigError
 from lightkv.ops import nearest as operation
-from lightkv.ops.nearest import nearest, nearest_torch
-from lightkv.ops.nearest_kernel import blocks, nearest_triton
+from lightkv.ops import nearest_kernel
+from lightkv.ops.nearest_kernel import blocks
+from lightkv.ops.ragged import Groups
 from tests.lightkv.ops.offline import compile_kernel
 
+
+def flat(form):
+    """`form` with the fields of its groups as parameters, so that a case can change one of them."""
+
+    @wraps(form)
+    def call(hidden, scale, place, order, starts, middles, largest, distance):
+        return form(hidden, scale, place, Groups(order, starts, middles, largest), distance)
+
+    return call
+
+
+nearest, nearest_torch = flat(operation.nearest), flat(operation.nearest_torch)
+nearest_triton = flat(nearest_kernel.nearest_triton)
 FORMS = pytest.mark.parametrize("form", [nearest_torch, nearest_triton])
 WIDE = [(5, 7), (36, 37), (0, 3), (4, 0), (0, 0), (1, 1), (3, 33)]  # (A, B) of every group
 SMALL = [(1, 1), (3, 2), (0, 2), (5, 5), (2, 0), (1, 4)]
@@ -40,7 +55,7 @@ def case(groups: list[tuple[int, int]], width: int, dtype: torch.dtype, seed: in
         "order": order,
         "starts": starts,
         "middles": starts[:-1] + counts[:, 0],
-        "most": max(a for a, _ in groups),
+        "largest": max(a for a, _ in groups),
         "distance": 0.0 if whole else 0.25,
     }
 
@@ -154,7 +169,7 @@ def test_a_batch_of_groups_is_so_many_batches_of_one(form):
 @FORMS
 def test_a_bound_above_the_largest_set_changes_nothing(form):
     call = case(SMALL, 20, torch.float16)
-    same(form(**call | {"most": 16}), form(**call))
+    same(form(**call | {"largest": 16}), form(**call))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, on inf − inf
@@ -204,7 +219,8 @@ def test_the_operation_is_the_form_that_the_environment_asks_for(monkeypatch, ch
     monkeypatch.setattr(module, form, lambda *given: asked.append(given) or "found")
     monkeypatch.setenv("LIGHTKV_OPS", choice)
     assert nearest(**call) == "found"
-    assert asked == [tuple(call.values())]
+    [(hidden, scale, place, groups, distance)] = asked
+    assert (hidden, scale, place, *vars(groups).values(), distance) == tuple(call.values())
 
 
 @pytest.mark.parametrize(
@@ -219,12 +235,12 @@ def test_the_operation_is_the_form_that_the_environment_asks_for(monkeypatch, ch
         ({"distance": math.nan}, "distance must be finite"),
         ({"order": torch.arange(3, dtype=torch.int32)}, "order must be int64"),
         ({"starts": torch.tensor([0])}, "one more than the 1 middles"),
-        ({"most": -1}, "most must be at least 0"),
+        ({"largest": -1}, "largest must be at least 0"),
     ],
 )
 def test_arguments_that_cannot_be_right_are_refused(wrong, words):
     right = {"hidden": torch.ones(3, 4), "scale": torch.ones(3), "place": torch.ones(3, 3), "order": torch.arange(3)}
-    right |= {"starts": torch.tensor([0, 3]), "middles": torch.tensor([1]), "most": 1, "distance": 1.0}
+    right |= {"starts": torch.tensor([0, 3]), "middles": torch.tensor([1]), "largest": 1, "distance": 1.0}
     nearest(**right)
     with pytest.raises(ConfigError, match=words):
         nearest(**right | wrong)

@@ -1,5 +1,6 @@
 """Quantised keys and values: what a round trip costs, the twin against dense attention, the kernel against the twin."""
 
+from functools import wraps
 from itertools import accumulate, pairwise
 
 import pytest
@@ -8,11 +9,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightkv.errors import ConfigError
+from lightkv.ops import quantised as operation
 from lightkv.ops import quantised_kernel
 from lightkv.ops.codes import Quantised, concatenated, dequantise, quantise
-from lightkv.ops.quantised import attend_quantised, attend_quantised_torch
-from lightkv.ops.quantised_kernel import attend_quantised_triton, quantised_tiles
+from lightkv.ops.quantised_kernel import quantised_tiles
+from lightkv.ops.ragged import Keys, Sequences
 from tests.lightkv.ops.offline import compile_kernel
+
+
+def flat(form):
+    """`form` with the fields of sequences and tail as parameters, so that a case can change one of them."""
+
+    @wraps(form)
+    def call(q, packed, starts, bias, tail_k, tail_v, tail_bias, scale, longest=None):
+        sequences = Sequences(starts, len(packed) if longest is None else longest)
+        return form(q, packed, sequences, bias, Keys(tail_k, tail_v, tail_bias), scale)
+
+    return call
+
+
+attend_quantised, attend_quantised_torch = flat(operation.attend_quantised), flat(operation.attend_quantised_torch)
+attend_quantised_triton = flat(quantised_kernel.attend_quantised_triton)
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TOLERANCE = {FP32: 1e-5, FP16: 2e-3, BF16: 2e-2}  # Triton's interpreter cuts bf16 off where GPUs round
@@ -279,7 +296,7 @@ def test_kernel_takes_rows_apart_and_repeats_itself_bit_for_bit(monkeypatch):
         rows.append(attend_quantised_triton(**alone, starts=torch.tensor([0, end - begin]), scale=arguments["scale"]))
     assert torch.equal(whole, torch.cat(rows))
     assert torch.equal(whole, attend_quantised_triton(**arguments))
-    assert torch.equal(whole, attend_quantised_triton(**arguments, most=112))
+    assert torch.equal(whole, attend_quantised_triton(**arguments, longest=112))
 
 
 def test_kernel_takes_any_strides_and_writes_everything_it_returns(monkeypatch):
@@ -324,7 +341,7 @@ def test_kernel_reads_beyond_two_to_the_31_elements(tmp_path):
     biases[-32:] = arguments["bias"]
     for file in tmp_path.iterdir():
         file.unlink()
-    assert torch.equal(attend_quantised_triton(**{**arguments, **far, "bias": biases}, most=32), expected)
+    assert torch.equal(attend_quantised_triton(**{**arguments, **far, "bias": biases}, longest=32), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -388,17 +405,17 @@ def test_parts_that_differ_or_are_cut_within_a_group_are_refused():
         (dict(tail_v=torch.zeros(3, 2, 5, 16).half()), "share a dtype"),
         (dict(q=torch.zeros(3, 4, 8)), r"expected q \[B, Hq, 16\]"),
         (dict(q=torch.zeros(3, 5, 16)), "multiple of the 2 key heads, got 5"),
-        (dict(q=torch.zeros(2, 4, 16)), r"expected tail_k, tail_v \[2, 2, T, 16\]"),
+        (dict(q=torch.zeros(2, 4, 16)), r"expected tail.k, tail.v \[2, 2, T, 16\]"),
         (dict(tail_v=torch.zeros(3, 2, 4, 16)), r"got \[3, 2, 5, 16\], \[3, 2, 4, 16\]"),
-        (dict(tail_k=torch.zeros(3, 5, 16)), r"expected tail_k, tail_v"),
+        (dict(tail_k=torch.zeros(3, 5, 16)), r"expected tail.k, tail.v"),
         (dict(starts=torch.zeros(4)), r"starts must be torch.int64 \[4\]"),
         (dict(starts=torch.tensor([0, 32, 80])), r"got torch.int64 \[3\]"),
         (dict(bias=torch.zeros(81)), r"bias must be torch.float32 \[80\]"),
-        (dict(tail_bias=torch.zeros(3, 5).half()), r"tail_bias must be torch.float32 \[3, 5\]"),
+        (dict(tail_bias=torch.zeros(3, 5).half()), r"tail.bias must be torch.float32 \[3, 5\]"),
         (dict(starts=torch.tensor([0, 32, 32, 64])), "from 0 to the 80 packed tokens"),
         (dict(starts=torch.tensor([0, 32, 16, 80])), "starts must ascend"),
         (dict(starts=torch.tensor([0, 8, 16, 80])), "multiples of 16 tokens, got 0 to 8"),
-        (dict(most=47), "at least the longest sequence, 48, got 47"),
+        (dict(longest=47), "at least the longest sequence, 48, got 47"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):

@@ -1,5 +1,6 @@
 """softmax_votes: the twin against loops in fp64 and the scores it stands for, the kernels against the twin."""
 
+from functools import wraps
 from itertools import accumulate
 
 import pytest
@@ -10,11 +11,30 @@ from hypothesis import strategies as st
 from lightkv.errors import ConfigError
 from lightkv.methods.guidance import QuestionGuidance
 from lightkv.ops import votes, votes_kernel
-from lightkv.ops.votes import softmax_votes, softmax_votes_torch
-from lightkv.ops.votes_kernel import softmax_votes_triton
+from lightkv.ops.ragged import Selection, Sequences
 from tests.lightkv import oracle
 from tests.lightkv.ops.offline import compile_kernel
 from tests.lightkv.strategies import generator, layouts
+
+
+def flat(form):
+    """`form` with the fields of both sides as parameters, so that a case can change one of them."""
+
+    @wraps(form)
+    def call(
+        long, short, long_index, long_starts, short_index, short_starts, scale, reduce, longest_long, longest_short
+    ):
+        sides = (
+            Selection(long, long_index, Sequences(long_starts, longest_long)),
+            Selection(short, short_index, Sequences(short_starts, longest_short)),
+        )
+        return form(*sides, scale, reduce)
+
+    return call
+
+
+softmax_votes, softmax_votes_torch = flat(votes.softmax_votes), flat(votes.softmax_votes_torch)
+softmax_votes_triton = flat(votes_kernel.softmax_votes_triton)
 
 TOLERANCE = {"atol": 2e-6, "rtol": 2e-5}  # for every dtype: arithmetic is fp32
 SIZES = [(17, 5), (0, 3), (40, 17), (4, 0), (1, 1)]  # (long, short) tokens per sequence
@@ -26,8 +46,8 @@ def starts(sizes):
 
 def case(heads=(4, 2), sizes=SIZES, d=5, dtype=torch.float32, reduce="sum", seed=0, batch=2):
     """Arguments for sequences of these sizes whose tokens lie anywhere in a batch, in any order."""
-    random, (most_long, most_short) = generator(seed), map(max, zip(*sizes, strict=True))
-    arguments = {"scale": 0.7, "reduce": reduce, "most_long": most_long, "most_short": most_short}
+    random, (longest_long, longest_short) = generator(seed), map(max, zip(*sizes, strict=True))
+    arguments = {"scale": 0.7, "reduce": reduce, "longest_long": longest_long, "longest_short": longest_short}
     for side, number, counts in zip(("long", "short"), heads, zip(*sizes, strict=True), strict=True):
         tokens = sum(counts) // batch + 3
         arguments[side] = torch.randn(batch, number, tokens, d, generator=random).to(dtype)
@@ -41,7 +61,7 @@ def packed(x, index):
     return x.double().transpose(1, 2).flatten(0, 1)[index]
 
 
-def loops(long, short, long_index, long_starts, short_index, short_starts, scale, reduce, most_long, most_short):
+def loops(long, short, long_index, long_starts, short_index, short_starts, scale, reduce, longest_long, longest_short):
     rows, columns = packed(long, long_index), packed(short, short_index)
     out, heads = torch.zeros(len(rows), dtype=torch.float64), max(rows.shape[1], columns.shape[1])
     for r in range(len(long_starts) - 1):
@@ -217,7 +237,7 @@ def test_a_batch_is_what_its_sequences_are_alone(operation):
     arguments = case((2, 4), reduce="max")
     whole = operation(**arguments)
     for r, (long, short) in enumerate(SIZES):
-        alone = dict(arguments, most_long=long, most_short=short)
+        alone = dict(arguments, longest_long=long, longest_short=short)
         for side, size in (("long", long), ("short", short)):
             begin = arguments[f"{side}_starts"][r]
             alone[f"{side}_index"] = arguments[f"{side}_index"][begin : begin + size]
@@ -296,14 +316,14 @@ def test_the_environment_chooses(choice, monkeypatch):
     ("change", "says"),
     [
         ({"reduce": "mean"}, "reduce must be one of"),
-        ({"short": torch.zeros(2, 2, 20, 6)}, r"same d, got \[2, 4, 34, 5\] and \[2, 2, 20, 6\]"),
+        ({"short": torch.zeros(2, 2, 20, 6)}, r"same d on both sides, got \[2, 4, 34, 5\] and \[2, 2, 20, 6\]"),
         ({"short": torch.zeros(2, 3, 20, 5)}, r"must divide the other, got \[3, 4\]"),
         ({"short": torch.zeros(2, 2, 20, 5, dtype=torch.float16)}, "both sides must have one of"),
-        ({"long_index": torch.zeros(62, dtype=torch.int32)}, "long_index must be int64"),
-        ({"short_starts": torch.zeros(1, 6, dtype=torch.int64)}, "short_starts must be int64"),
+        ({"long_index": torch.zeros(62, dtype=torch.int32)}, "long.index must be int64"),
+        ({"short_starts": torch.zeros(1, 6, dtype=torch.int64)}, "short.sequences.starts must be int64"),
         ({"long_starts": torch.tensor([0, 62])}, "got 2 and 6"),
-        ({"most_long": 39}, "most_long must be at least the largest sequence, 40, got 39"),
-        ({"most_short": 3}, "most_short must be at least the largest sequence, 17, got 3"),
+        ({"longest_long": 39}, "long.sequences.longest must be at least the longest sequence, 40, got 39"),
+        ({"longest_short": 3}, "short.sequences.longest must be at least the longest sequence, 17, got 3"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, says):
