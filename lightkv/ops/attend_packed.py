@@ -1,6 +1,6 @@
-"""`attend` on many sequences in one launch, laid end to end without padding: prefill, decode, and both at once.
+"""`attend` on packed sequences in one launch, for prefill, decode steps, or a mix of both.
 
-What a sequence gets depends on its own tokens alone, not on what else is in the launch.
+The result of a sequence depends on its own tokens only, not on the other sequences of the launch.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,16 @@ from lightkv.ops.ragged import Keys, Sequences
 
 
 def attend_packed(q: Tensor, keys: Keys, q_sequences: Sequences, k_sequences: Sequences, scale: float) -> Tensor:
-    """[N, Hq, d] in q's dtype, without gradient; softmax and sums in fp32; 0 for queries that see no key.
+    """Returns attention [N, Hq, d] in q's dtype, without gradient; 0 for queries that see no key.
 
     q            [N, Hq, d] fp32, bf16 or fp16, d ≤ 256, any strides
     keys         k, v [M, Hkv, d] of that dtype and bias [M]; query head h uses key head h // (Hq / Hkv)
     q_sequences  bounds of R sequences of queries, from 0 to N, starts on q's device
-    k_sequences  bounds of their keys, of which the queries are the last. A sequence may have no queries, or neither.
-                 Keys before its first start and from its last one on belong to no sequence and are not read
+    k_sequences  bounds of the keys of the same sequences; a sequence's queries are the last of its keys. A sequence may
+                 have no queries, or no keys either. Keys outside all sequences are not read
 
-    Raises ConfigError for what does not fit. What the starts hold is checked by the twin alone: the kernels trust it.
+    Softmax and sums are fp32. Raises ConfigError for arguments that do not fit. Only the twin checks the values in
+    starts; the kernels trust them.
     """
     _check(q, keys, q_sequences, k_sequences)
     if use_triton(q):
@@ -38,7 +39,7 @@ def attend_packed(q: Tensor, keys: Keys, q_sequences: Sequences, k_sequences: Se
 
 
 def attend_packed_torch(q: Tensor, keys: Keys, q_sequences: Sequences, k_sequences: Sequences, scale: float) -> Tensor:
-    """The definition: the twin of `attend`, a sequence at a time."""
+    """The twin: `attend_torch`, one sequence at a time."""
     twin = partial(attend_torch, first=None, scale=scale)
     return _one_by_one(twin, q, keys, q_sequences, k_sequences)
 
@@ -86,6 +87,6 @@ def _check_lengths(ends_q: list[int], ends_k: list[int], longest_q: int, longest
     sizes = [(b - a, d - c) for (a, b), (c, d) in zip(pairwise(ends_q), pairwise(ends_k), strict=True)]
     for queries, keys in sizes:
         if not 0 <= queries <= keys:
-            raise ConfigError(f"queries are the last of their sequence's keys, got {queries} of {keys}")
+            raise ConfigError(f"expected at most as many queries as keys in a sequence, got {queries} of {keys}")
         if queries > longest_q or keys > longest_k:
             raise ConfigError(f"longest must be at least {queries} and {keys}, got {longest_q} and {longest_k}")

@@ -1,4 +1,4 @@
-"""The attention of decoding over keys and values of 4 or 8 bits (codes.py), and a tail in full precision."""
+"""Decode attention over quantised keys and values (codes.py) and a tail in full precision."""
 
 from itertools import pairwise
 
@@ -15,16 +15,16 @@ from lightkv.ops.ragged import Keys, Sequences
 def attend_quantised(
     q: Tensor, packed: Quantised, sequences: Sequences, bias: Tensor | None, tail: Keys, scale: float
 ) -> Tensor:
-    """[B, Hq, d] in q's dtype: a query per sequence hears packed keys and a tail in full precision in one softmax.
+    """Returns [B, Hq, d] in q's dtype: one query per sequence attends to its packed keys and its tail in one softmax.
 
     q          [B, Hq, d] fp32, bf16 or fp16; query head h uses key head h // (Hq / Hkv)
-    packed     all sequences' tokens, end to end
+    packed     quantised keys and values of all sequences, N tokens end to end
     sequences  bounds of the B sequences in packed: from 0 to N, multiples of group
     bias       fp32 [N] added to the scaled scores of each packed key, or None
     tail       k, v [B, Hkv, T, d] of q's dtype, T ≥ 0, and bias [B, T]
 
-    A key of a bias ≤ -1e30 is not there; in the tail, what is stored in its place is not read. Softmax and sums are in
-    fp32, without gradient; 0 for a query that hears nothing. Raises ConfigError where shapes or dtypes do not fit.
+    Keys with a bias ≤ -1e30 are masked out; in the tail, their k and v are not read. Softmax and sums are fp32, without
+    gradient. Queries without any key get 0. Raises ConfigError for shapes or dtypes that do not fit.
     """
     _check(q, packed, sequences, bias, tail)
     if use_triton(q):
@@ -38,9 +38,9 @@ def attend_quantised(
 def attend_quantised_torch(
     q: Tensor, packed: Quantised, sequences: Sequences, bias: Tensor | None, tail: Keys, scale: float
 ) -> Tensor:
-    """The definition: dense scores over dequantised keys, one sequence at a time.
+    """The twin: dense scores over dequantised keys, one sequence at a time.
 
-    Raises ConfigError where starts does not fit the packed tokens or a sequence is longer than `longest`.
+    Raises ConfigError if starts do not fit the packed tokens or a sequence is longer than `longest`.
     """
     ends, tail_bias, most = sequences.starts.tolist(), tail.bias, sequences.longest
     longest = max((end - begin for begin, end in pairwise(ends)), default=0)
@@ -51,7 +51,7 @@ def attend_quantised_torch(
     bias = q.new_zeros(len(packed), dtype=torch.float32) if bias is None else bias
     tail_bias = q.new_zeros(len(q), tail.k.shape[2], dtype=torch.float32) if tail_bias is None else tail_bias
     of_each = q.shape[1] // packed.heads
-    rows = q.float().unflatten(1, (packed.heads, of_each)) * scale  # a key head's queries, one under another
+    rows = q.float().unflatten(1, (packed.heads, of_each)) * scale  # [B, Hkv, its queries, d]
     tail_scores = rows @ tail.k.float().mT
     tail_v = tail.v.float().masked_fill(~(tail_bias > ABSENT)[:, None, :, None], 0.0)
     out = torch.empty_like(rows)
@@ -60,7 +60,7 @@ def attend_quantised_torch(
         biases = torch.cat([bias[begin:end], tail_bias[b]])
         absent = ~(biases > ABSENT)
         scores = torch.cat([rows[b] @ k.mT, tail_scores[b]], -1).add_(biases).masked_fill_(absent, -torch.inf)
-        weights = scores.softmax(-1).masked_fill_(absent, 0.0)  # NaN where all are absent
+        weights = scores.softmax(-1).masked_fill_(absent, 0.0)  # softmax is NaN where all keys are absent
         out[b] = weights[..., : end - begin] @ v + weights[..., end - begin :] @ tail_v[b]
     return out.flatten(1, 2).to(q.dtype)
 

@@ -1,7 +1,8 @@
-"""Votes of short sequences on long ones: a softmax along the long side, reduced over heads and the short side.
+"""Scores tokens of long sequences by softmax along the long side, reduced over heads and the tokens of a short side.
 
-Both kinds of scores that a stage asks for are this: prompt guidance (method step 1: queries are the long side, the
-text's keys the short one, summed) and the question's attention (vision keys and the question's queries, the maximum).
+Stages use it for two scores. Prompt guidance (method step 1): queries are the long side, text keys the short side,
+reduced by sum. Question attention: vision keys are the long side, the question's queries the short side, reduced by
+maximum.
 """
 
 import torch
@@ -14,7 +15,7 @@ from lightkv.ops.ragged import Selection
 
 REDUCES = ("sum", "max")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-SCORES_AT_ONCE = 1 << 24  # fp32 scores the twin holds at a time: 64 MiB
+SCORES_AT_ONCE = 1 << 24  # fp32 scores in memory at once in the twin: 64 MiB
 
 
 def softmax_votes(long: Selection, short: Selection, scale: float, reduce: Reduce) -> Tensor:
@@ -23,12 +24,12 @@ def softmax_votes(long: Selection, short: Selection, scale: float, reduce: Reduc
     The softmax runs over the long tokens i of the same sequence. A sequence without short tokens gets 0.
 
     long   N tokens of [B, Hl, S, d] in R sequences
-    short  M tokens of [B, Hs, S', d], of the same floating dtype, in R sequences
+    short  M tokens of [B, Hs, S', d] in R sequences, of the same floating-point dtype
 
-    The larger of Hl and Hs, H, is a multiple of the other: h runs over H, and H / Hl of them share a head of long,
-    likewise short.
+    H, the larger of Hl and Hs, is a multiple of the other. h runs over H; each head of long serves H / Hl of them, each
+    head of short H / Hs.
 
-    → fp32 [N], in the order of long.index, without gradient. Raises ConfigError for arguments that do not fit together.
+    → fp32 [N], in the order of long.index, without gradient. Raises ConfigError for arguments that do not fit.
     """
     _check(long, short, reduce)
     if use_triton(long.states):
@@ -40,9 +41,9 @@ def softmax_votes(long: Selection, short: Selection, scale: float, reduce: Reduc
 
 @torch.no_grad()
 def softmax_votes_torch(long: Selection, short: Selection, scale: float, reduce: Reduce) -> Tensor:
-    """softmax_votes in fp32, one sequence and head of `long` at a time, SCORES_AT_ONCE of its scores at most.
+    """The twin: fp32, one sequence and head of `long` at a time, at most SCORES_AT_ONCE scores.
 
-    Raises ConfigError where a sequence is longer than its `longest` says.
+    Raises ConfigError if a sequence is longer than its `longest`.
     """
     votes = torch.zeros(len(long.index), dtype=torch.float32, device=long.states.device)
     group, shared = short_heads(long.states.shape[1], short.states.shape[1])

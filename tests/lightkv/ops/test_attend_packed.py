@@ -39,7 +39,7 @@ def starts(sizes):
 
 
 def case(sizes=SIZES, heads=(4, 2), dims=20, dtype=FP32, seed=0):
-    """Arguments by name."""
+    """Returns the arguments of attend_packed by name."""
     draw = torch.Generator().manual_seed(seed)
     lengths, reaches = zip(*sizes, strict=True)
     q = torch.randn(sum(lengths), heads[0], dims, generator=draw).to(dtype)
@@ -52,7 +52,7 @@ def case(sizes=SIZES, heads=(4, 2), dims=20, dtype=FP32, seed=0):
 
 
 def apart(form, arguments):
-    """form(q, k, v, bias) on every sequence that has queries, as a batch of one; packed again."""
+    """Runs form(q, k, v, bias) on each sequence with queries, as a batch of one, and packs the results."""
     q, k, v, bias = (arguments[name] for name in ("q", "k", "v", "bias"))
     out = torch.empty_like(q)
     for r in range(len(arguments["starts_q"]) - 1):
@@ -64,7 +64,7 @@ def apart(form, arguments):
 
 
 def poison(patch):
-    """NaN in memory that nothing has been written to; a list of all that is made."""
+    """Fills new memory with NaN; returns the list of all tensors that are allocated from then on."""
     empty, made = Tensor.new_empty, []
 
     def new_empty(like, *size, **how):
@@ -168,7 +168,7 @@ def only(arguments, r):
     }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's, of the others
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # from the interpreter, for the other sequences
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("r", [0, 1, 2, 3])
 def test_what_else_is_in_the_launch_does_not_matter(form, r):
@@ -222,7 +222,7 @@ def test_biases_of_any_size_give_finite_results(form, bias, monkeypatch):
 
 @pytest.mark.parametrize("length", [18, 1], ids=["prefill", "decode"])
 def test_kernels_read_beyond_two_to_the_31_elements(length, tmp_path):
-    """In a file of which only the pages touched take space."""
+    """In a sparse file, of which only touched pages use disk space."""
     arguments = case([(length, 18), (length, 18)], (1, 1), 16, FP16)
     expected, apart, file = attend_packed_triton(**arguments), 1 << 27, tmp_path / "sparse"
     memory = torch.from_file(str(file), shared=True, size=36 * apart, dtype=FP16)
@@ -259,7 +259,7 @@ def test_each_launch_leaves_the_sequences_of_the_other_alone(monkeypatch):
     made = poison(monkeypatch)
     out = attend_packed_triton(**arguments)
     assert out.isnan().flatten(1).all(1).tolist() == [True] * 20 + [False] * 3
-    _, sums, values, *_ = made  # in slots, of which the first is the prefill's
+    _, sums, values, *_ = made  # by slots; the first slot belongs to the prefill sequence
     assert sums[..., 0].isnan().all()
     assert values[:, :, 0].isnan().all()
 
@@ -295,7 +295,7 @@ def test_a_launch_that_has_nothing_to_do_is_left_out(sizes, launches, monkeypatc
         (dict(starts_k=torch.tensor([0, 7])), "starts must be sequences . 1 on both sides, got 3 and 2"),
         (dict(starts_q=torch.tensor([], dtype=torch.int64)), "sequences . 1"),
         (dict(longest_q=2), r"2 sequences of at most 2 queries \(longest\) cannot have 6"),
-        (dict(starts_q=torch.tensor([0, 4, 6])), "queries are the last of their sequence's keys, got 4 of 3"),
+        (dict(starts_q=torch.tensor([0, 4, 6])), "expected at most as many queries as keys in a sequence, got 4 of 3"),
         (dict(starts_q=torch.tensor([0, 2, 6])), "must be at least 4 and 4, got 3 and 4"),
         (dict(longest_k=3), "must be at least 3 and 4, got 3 and 3"),
         (dict(starts_q=torch.tensor([0, 3, 5])), "from 0 to 6 for queries"),

@@ -31,10 +31,10 @@ SMALL = [(1, 1), (3, 2), (0, 2), (5, 5), (2, 0), (1, 4)]
 
 
 def case(groups: list[tuple[int, int]], width: int, dtype: torch.dtype, seed: int = 0, whole: bool = False) -> dict:
-    """A call's arguments over more rows than the groups use; the others, row 0 too, are NaN.
+    """Returns arguments by name, with more rows than the groups use; unused rows, row 0 included, are NaN.
 
-    `whole`: integers, no distance and sums that are exact, so that all ways to compute them give the same bits. (Square
-    roots are not: PyTorch's differ in the last bit with the shape of the tensor.)
+    `whole`: integers without distance, so that all sums are exact and every form gives the same bits. (Square roots are
+    not exact: PyTorch's last bit depends on the shape of the tensor.)
     """
     random = torch.Generator().manual_seed(seed)
     counts = torch.tensor(groups)
@@ -61,7 +61,7 @@ def case(groups: list[tuple[int, int]], width: int, dtype: torch.dtype, seed: in
 
 
 def naive(call: dict) -> list[tuple[int, float]]:
-    """(closest, apart) by slot, in fp64, pair by pair."""
+    """(closest, apart) by slot, in fp64, one pair at a time."""
     found = [(-1, math.inf)] * len(call["order"])
     starts, middles = call["starts"].tolist(), call["middles"].tolist()
     for first, middle, last in zip(starts[:-1], middles, starts[1:], strict=True):
@@ -98,7 +98,7 @@ def test_the_nearest_b_is_the_one_that_a_loop_over_all_pairs_finds(form, groups,
 @FORMS
 def test_equal_differences_go_to_the_b_that_comes_first_in_order(form):
     call = case([(3, 150), (20, 40)], 9, torch.float32, whole=True)
-    call["hidden"][call["order"][3:]] = call["hidden"][call["order"][3]].clone()  # all b's of the first group are alike
+    call["hidden"][call["order"][3:]] = call["hidden"][call["order"][3]].clone()  # the first B is of equal tokens
     closest, _ = form(**call)
     assert closest[:3].tolist() == [int(call["order"][3])] * 3
     assert closest.tolist() == [token for token, _ in naive(call)]
@@ -144,7 +144,7 @@ def test_rows_that_lie_apart_in_memory_give_what_packed_rows_give(form):
 
 @pytest.mark.parametrize("far", ["rows", "columns"])
 def test_the_kernel_reads_beyond_two_to_the_31_elements(far, tmp_path):
-    """In a file of which only the pages touched take space."""
+    """In a sparse file, of which only touched pages use disk space."""
     call = case([(2, 2)], 9, torch.float16)
     expected = nearest_torch(**call)
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=9 << 29, dtype=torch.float16)
@@ -172,7 +172,7 @@ def test_a_bound_above_the_largest_set_changes_nothing(form):
     same(form(**call | {"largest": 16}), form(**call))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, on inf − inf
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy warns on inf − inf
 @FORMS
 def test_what_is_not_a_finite_difference_away_is_nobodys_nearest(form):
     call = case([(2, 3), (1, 1)], 6, torch.float32)

@@ -1,4 +1,4 @@
-"""softmax_votes: the twin against loops in fp64 and the scores it stands for, the kernels against the twin."""
+"""softmax_votes: the twin against loops in fp64 and against both scores of stages, the kernels against the twin."""
 
 from functools import wraps
 from itertools import accumulate
@@ -45,7 +45,7 @@ def starts(sizes):
 
 
 def case(heads=(4, 2), sizes=SIZES, d=5, dtype=torch.float32, reduce="sum", seed=0, batch=2):
-    """Arguments for sequences of these sizes whose tokens lie anywhere in a batch, in any order."""
+    """Returns arguments for sequences of these sizes; their tokens are at random places of a batch."""
     random, (longest_long, longest_short) = generator(seed), map(max, zip(*sizes, strict=True))
     arguments = {"scale": 0.7, "reduce": reduce, "longest_long": longest_long, "longest_short": longest_short}
     for side, number, counts in zip(("long", "short"), heads, zip(*sizes, strict=True), strict=True):
@@ -57,7 +57,7 @@ def case(heads=(4, 2), sizes=SIZES, d=5, dtype=torch.float32, reduce="sum", seed
 
 
 def packed(x, index):
-    """[N, H, d] in fp64."""
+    """The tokens at `index`, [N, H, d] in fp64."""
     return x.double().transpose(1, 2).flatten(0, 1)[index]
 
 
@@ -76,7 +76,7 @@ def loops(long, short, long_index, long_starts, short_index, short_starts, scale
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several tiles and chunks for few tokens."""
+    """Several tiles and chunks even for few tokens."""
     monkeypatch.setattr(votes_kernel, "MOST_ROWS", {2: 16, 4: 16})
     monkeypatch.setattr(votes_kernel, "CHUNK", 32)
 
@@ -99,7 +99,7 @@ def test_twin_holds_a_bounded_block_of_scores(monkeypatch):
 
 
 def batch_of(rows, heads, seed):
-    """q and k of left-padded rows, and where in the flattened batch each row's tokens are."""
+    """Returns q and k of left-padded rows, and each row's token indices in the flattened batch."""
     length = max(len(row) for row in rows)
     q = torch.randn(len(rows), heads[0], length, 4, generator=generator(seed))
     k = torch.randn(len(rows), heads[1], length, 4, generator=generator(seed + 1))
@@ -114,7 +114,7 @@ def chosen(places, masks):
 
 
 def both_scores(operation, rows, heads, seed):
-    """The operation as prompt guidance and as the question's attention, each with what the loops over one row say."""
+    """Yields (result, expected) for prompt guidance and question attention; expected is from loops over each row."""
     q, k, places = batch_of(rows, heads, seed)
     pads = [q.shape[2] - len(row) for row in rows]
     pairs = [
@@ -166,7 +166,7 @@ def test_kernel_gives_prompt_guidance_and_the_questions_attention(rows, heads, s
     ],
 )
 def test_kernel_equals_twin(heads, d, dtype, reduce):
-    """Ragged sequences, empty on either side, in several tiles and chunks."""
+    """Ragged sequences, some empty on either side, in several tiles and chunks."""
     arguments = case(heads, d=d, dtype=dtype, reduce=reduce)
     torch.testing.assert_close(softmax_votes_triton(**arguments), softmax_votes_torch(**arguments), **TOLERANCE)
 
@@ -177,7 +177,7 @@ def test_kernel_equals_twin_in_tiles_of_full_size():
 
 
 def strided(layout, x):
-    """The values of x [B, H, S, d] in another order of memory."""
+    """The values of x [B, H, S, d] in another memory layout."""
     if layout == "tokens first":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "part of a projection":
@@ -206,7 +206,7 @@ def test_kernel_takes_a_repeated_batch():
 
 @pytest.mark.parametrize("far", ["heads", "tokens"])
 def test_kernel_reads_beyond_two_to_the_31_elements(far, tmp_path):
-    """In a file of which only the pages touched take space."""
+    """In a sparse file, of which only touched pages use disk space."""
     arguments = case((6, 1), [(3, 2)], d=4, dtype=torch.float16, batch=1)
     expected, apart, file = softmax_votes_torch(**arguments), 1 << 29, tmp_path / "sparse"
     memory = torch.from_file(str(file), shared=True, size=6 * apart, dtype=torch.float16)
@@ -282,7 +282,7 @@ def test_votes_carry_no_gradient(operation, reduce):
 
 
 class Unlaunched:
-    """In place of a kernel: takes the launch and does nothing."""
+    """Replaces a kernel: records launches and does nothing."""
 
     def __init__(self):
         self.launches = []
@@ -292,7 +292,7 @@ class Unlaunched:
 
 
 def test_launcher_does_not_wait_for_the_device(monkeypatch):
-    """Tensors of the meta device have no values to ask for."""
+    """Tensors on the meta device have no values to wait for."""
     unlaunched = Unlaunched()
     monkeypatch.setattr(votes_kernel, "peaks_kernel", unlaunched)
     monkeypatch.setattr(votes_kernel, "votes_kernel", unlaunched)
