@@ -324,11 +324,11 @@ def test_flex_attention_with_the_bias_is_the_same_attention():
 
 def test_packed_prefills_are_the_same_attention_in_every_form():
     form = packed(TINY, 100)
-    _, k, _, _, starts, starts_k, _, most, most_k = form.operation.args
-    lengths = starts.diff().tolist()
+    _, keys, sequences, k_sequences, _ = form.operation.args
+    lengths = sequences.starts.diff().tolist()
     assert lengths == [2, 6, 8, 11, 14, 17, 19, 23]
-    assert (most, most_k, len(k)) == (23, 23, 100)
-    assert torch.equal(starts, starts_k)
+    assert (sequences.longest, len(keys.k)) == (23, 100)
+    assert sequences is k_sequences
     twin = form.twin()
     torch.testing.assert_close(form.operation(), twin, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.cat(form.beside["no kernel"](), 1)[0], twin, atol=1e-5, rtol=1e-5)
