@@ -1,5 +1,6 @@
-"""Kernels run in Triton's interpreter here: asked for before anything, such as transformers, imports Triton."""
+"""Settings of libraries that they read when they are imported."""
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run in Triton's interpreter; transformers may import Triton
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a stray call to Ray fails instead of starting a cluster

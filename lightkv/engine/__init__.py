@@ -1,1 +1,1 @@
-"""Many prompts at once: streamed prefill, shared decode steps and quantised KV caches, in bounded memory."""
+"""The engine: many prompts at once, with streaming prefill, batched decoding and quantised KV caches."""

@@ -1,4 +1,4 @@
-"""The answers in progress: all take their next token together, some leave while others enter."""
+"""Batched decoding: one decode step per token for all answers in progress; rows enter and leave between steps."""
 
 import math
 import time
@@ -16,33 +16,33 @@ from lightkv.engine.request import Generated, Job, Result
 from lightkv.engine.slots import Slots, slots
 from lightkv.errors import out_of_memory
 
-REGROW_STEPS = 256  # steps without running out of memory before twice as many rows are tried again
+REGROW_STEPS = 256  # steps without running out of memory before the reduced number of rows is doubled
 
 
 @dataclass(eq=False)
 class _Row:
-    """An answer in progress, on its row of the slots."""
+    """An answer in progress: a row of the decode batch."""
 
     job: Job
     number: int
-    position: int  # of the token that comes next
+    position: int  # of the next token
     tokens: list[int]
-    begun: Generated
+    figures: Generated  # without tokens yet
     draw: torch.Generator | None
-    heard: set[int]  # tokens of its text and of what it has said, for the repetition penalty
+    seen: set[int]  # token ids of the prompt, the question and the answer so far, for the repetition penalty
 
 
-class Flow:
-    """The answers in progress, and those that wait for a row."""
+class DecodeBatch:
+    """Decodes all answers in progress; prefilled prompts wait in `_ready` for a row."""
 
     def __init__(self, layers: Layers, memory: Memory, axes: int, penalty: float, stops: frozenset[int]) -> None:
-        """axes: of the model's positions. penalty: transformers' repetition penalty. stops: tokens that end answers."""
+        """axes: position axes of the model; penalty: transformers' repetition penalty; stops: stop token ids."""
         self._layers, self._memory, self._axes, self._penalty, self._stops = layers, memory, axes, penalty, stops
         self._slots = self._no_slots()
         self._rows: list[_Row] = []
         self._ready: deque[tuple[_Row, Prefilled]] = deque()
         self._most = memory.answers
-        self._fitted = 0  # steps since memory ran out on rows
+        self._fitted = 0  # steps since memory ran out on admitting rows
 
     def _no_slots(self) -> Slots:
         return slots(len(self._layers), self._memory.bits)
@@ -52,42 +52,42 @@ class Flow:
 
     @property
     def nbytes(self) -> int:
-        """Of all caches of the answers."""
+        """Bytes of the caches of all answers."""
         return self._slots.nbytes + sum(prompt.nbytes for _, prompt in self._ready)
 
     @property
     def most(self) -> int:
-        """Prompts that the engine may hold; fewer for a while after memory ran out on them."""
+        """Most prompts that the engine may hold at present; for a while after memory ran out, fewer than configured."""
         return self._most
 
     def prompts(self) -> int:
-        """How many are being answered, or wait for a row."""
+        """Number of answers in progress or waiting for a row."""
         return len(self._rows) + len(self._ready)
 
     def alone(self) -> bool:
-        """Whether a request is being answered that no other may be beside."""
+        """Whether an answer belongs to a request that must run alone."""
         return any(row.job.request.alone for row in (*self._rows, *(row for row, _ in self._ready)))
 
     def enter(self, job: Job, prompts: Sequence[Prefilled]) -> Iterator[Result]:
-        """Take over a request that is prefilled, or has failed."""
+        """Add the prompts of a request after prefill, with their first tokens; yields results that are complete."""
         request = job.request
         for number, prompt in enumerate(prompts):
             draw = None
             if request.temperature > 0:
                 seed = request.seeds[number] if request.seeds is not None else 0
                 draw = torch.Generator(device=prompt.first.device).manual_seed(seed)
-            heard = job.heard | set(request.questions[number].tolist())
-            row = _Row(job, number, prompt.position, [], self._begun(job, number, prompt), draw, heard)
-            self._say([row], prompt.first[None])
+            seen = job.text_ids | set(request.questions[number].tolist())
+            row = _Row(job, number, prompt.position, [], self._figures(job, number, prompt), draw, seen)
+            self._append_tokens([row], prompt.first[None])
             self._ready.append((row, prompt))
         yield from self._leave([row for row, _ in self._ready if row.job is job], job)
 
     def step(self) -> Iterator[Result]:
-        """One more token of every answer. Where that fails, it is the result of all of their requests."""
+        """Decode one token of every answer; a failure becomes the result of all their requests."""
         try:
             self._admit()
             began = time.perf_counter()
-            self._say(self._rows, self._decode())
+            self._append_tokens(self._rows, self._decode())
             self._fitted += 1
             if self._fitted % REGROW_STEPS == 0:
                 self._most = min(self._memory.answers, 2 * self._most)
@@ -111,10 +111,10 @@ class Flow:
         return self._layers.logits(hidden[:, -1])
 
     def _admit(self) -> None:
-        """Give rows to answers that wait; to fewer, for a while, where memory runs out on that."""
+        """Give rows to waiting answers; where memory runs out, try fewer and lower the maximum for a while."""
         while self._ready and len(self._rows) < self._most:
             fresh = [self._ready.popleft() for _ in range(min(len(self._ready), self._most - len(self._rows)))]
-            last = len(self._rows) + len(fresh) == 1  # if this does not fit, nothing less will
+            last = len(self._rows) + len(fresh) == 1  # a single row: nothing smaller can be tried
             try:
                 self._slots.admit([prompt for _, prompt in fresh], spend=last)
                 self._rows += [row for row, _ in fresh]
@@ -127,13 +127,13 @@ class Flow:
             self._most, self._fitted = len(self._rows) or len(fresh) // 2, 0
             self._close_up(range(len(self._rows)))
 
-    def _say(self, rows: Sequence[_Row], logits: Tensor) -> None:
-        """Each row's next token, from logits [B, V]."""
+    def _append_tokens(self, rows: Sequence[_Row], logits: Tensor) -> None:
+        """Choose each row's next token from logits [B, V]."""
         if self._penalty != 1.0:
             logits = torch.stack([self._penalised(row, one) for row, one in zip(rows, logits, strict=True)])
         best, greedy = (found.tolist() for found in logits.max(-1))
         for number, row in enumerate(rows):
-            if not math.isfinite(best[number]):  # a maximum over what is no number is none
+            if not math.isfinite(best[number]):  # max over NaN is NaN
                 row.job.error = FloatingPointError("the model's logits are not finite")
                 continue
             token = greedy[number]
@@ -141,22 +141,22 @@ class Flow:
                 chances = (logits[number] / row.job.request.temperature).softmax(-1)
                 token = int(torch.multinomial(chances, 1, generator=row.draw))
             row.tokens.append(token)
-            row.heard.add(token)
+            row.seen.add(token)
             row.position += 1
 
     def _penalised(self, row: _Row, logits: Tensor) -> Tensor:
-        """As transformers' repetition penalty: what was heard or said becomes less likely."""
-        heard = torch.tensor(sorted(row.heard), device=logits.device)
-        some, penalty = logits[heard], self._penalty
-        return logits.index_copy(0, heard, torch.where(some > 0, some / penalty, some * penalty))
+        """logits [V] with transformers' repetition penalty: tokens seen before become less likely."""
+        seen = torch.tensor(sorted(row.seen), device=logits.device)
+        some, penalty = logits[seen], self._penalty
+        return logits.index_copy(0, seen, torch.where(some > 0, some / penalty, some * penalty))
 
     def _leave(self, rows: Sequence[_Row], *jobs: Job) -> Iterator[Result]:
-        """Take out those of `rows` whose answer has ended, and all of requests that have failed; what is complete."""
+        """Remove ended answers among `rows` and all rows of failed requests; yields results that are complete."""
         ended = {id(row): row for row in rows if row.job.error is not None or self._ended(row)}
         for row in ended.values():
             if row.job.error is None:
                 stopped = row.tokens[-1] in self._stops
-                row.job.answers[row.number] = replace(row.begun, tokens=row.tokens, stopped=stopped)
+                row.job.answers[row.number] = replace(row.figures, tokens=row.tokens, stopped=stopped)
         goes_on = [number for number, row in enumerate(self._rows) if id(row) not in ended]
         if len(goes_on) < len(self._rows):
             self._rows = [self._rows[number] for number in goes_on]
@@ -177,13 +177,14 @@ class Flow:
     def _ended(self, row: _Row) -> bool:
         return row.tokens[-1] in self._stops or len(row.tokens) >= row.job.request.max_new_tokens
 
-    def _begun(self, job: Job, number: int, prompt: Prefilled) -> Generated:
+    def _figures(self, job: Job, number: int, prompt: Prefilled) -> Generated:
+        """An answer without tokens: the size of its cache, compressed and uncompressed."""
         vision, text = job.vision_tokens, job.text_tokens + len(job.request.questions[number])
         k, v = prompt.tail[0]
         each = (k.nbytes + v.nbytes) // k.shape[1]
         held = sum(prompt.held) / (len(prompt.held) * vision) if vision else 1.0
         whole = (vision + text) * each * len(prompt.held)
-        numbers, dims = 2 * k.shape[0] * k.shape[2], k.shape[2]  # of a token in a layer
+        numbers, dims = 2 * k.shape[0] * k.shape[2], k.shape[2]  # numbers: per token and layer
         packed = sum(len(layer) for layer in prompt.kv) * self._memory.bits.per_number(dims)
         bits = numbers * (packed + 16.0 * k.shape[1] * len(prompt.kv))
         bits_whole = 16.0 * numbers * (vision + text) * len(prompt.kv)

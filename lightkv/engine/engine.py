@@ -1,12 +1,12 @@
-"""The engine: prompts stream in, answers are decoded together, in bounded memory.
+"""The engine: prefills many prompts piece by piece and decodes their answers in one batch, in bounded memory.
 
     engine = Engine(model, LightKVConfig.for_model(model.config, retention=0.25), Memory(bits=Bits(4)))
     for result in engine.run(requests):
         print(result.key, [answer.tokens for answer in result.answers])
 
 A request is one prompt (text, images, parts of a video, in order, as they arrive) and one or more questions after it.
-Prefill goes piece by piece (intake.py, prefill.py), with several requests in turns; answers share decoding steps
-(decoding.py, slots.py) and leave while others go on. Answers are the same as one by one.
+Requests in prefill take turns, one piece each (intake.py, prefill.py). Answers share decode steps (decoding.py,
+slots.py); a finished answer frees its row while the others continue. Answers are the same as one by one.
 """
 
 import time
@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from transformers import PreTrainedModel
 
-from lightkv.engine.decoding import Flow
-from lightkv.engine.intake import POLL_S, Entering, Intake, PieceSize
+from lightkv.engine.decoding import DecodeBatch
+from lightkv.engine.intake import POLL_S, Intake, PieceSize, PrefillScheduler
 from lightkv.engine.layers import Layers
 from lightkv.engine.memory import Memory
 from lightkv.engine.positions import Positions
@@ -27,9 +27,9 @@ from lightkv.vision.families import first_stage_layer
 
 
 class Engine:
-    """Holds one model. Raises UnsupportedModelError and ConfigError for what it cannot run.
+    """Runs requests on one model. Raises UnsupportedModelError and ConfigError for what it cannot run.
 
-    compiled   decoding runs through torch.compile, which takes its time at the first answers
+    compiled   decode steps run through torch.compile; the first answers then wait for the compilation
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Engine:
                 raise ConfigError('the engine keeps positions: use positions="keep", or compress() and generate')
         if first_stage_layer(model.config) > -1:
             raise UnsupportedModelError(
-                f"{model.config.model_type} takes vision inside its layers too, which the engine does not feed"
+                f"{model.config.model_type} takes vision inside its layers too, which the engine does not support"
             )
         if any(not 0 <= layer < len(self.layers) for layer in self.memory.silent):
             raise ConfigError(f"silent layers must be of 0 … {len(self.layers) - 1}, got {sorted(self.memory.silent)}")
@@ -62,47 +62,48 @@ class Engine:
         beat: Callable[[], None] | None = None,
         wait: Callable[[float], None] = time.sleep,
     ) -> Iterator[Result]:
-        """Results as they are complete, in any order; one per request, also where it failed.
+        """Yields one result per request, failed or not, as soon as it is complete, in any order.
 
-        Requests are taken as there is room; None says that there is none yet. Several are prefilled at once: those
-        whose next piece is ready take turns, piece by piece, and after each turn every answer in progress gets a
-        token. So no request waits for the segments of another, and a long one neither blocks short ones nor starves.
+        The engine draws the next request when it has room; None means that no request is ready yet. Requests whose
+        next piece is ready take turns in prefill, one piece each; after each turn, every answer in progress decodes
+        one token. So no request waits for another's segments, and a long request neither blocks short ones nor
+        starves.
 
-        `beat` is called at every piece, every token and while waiting: silence means that the engine hangs. `wait`
-        gets the seconds to sleep when there is nothing to compute. Lost device contexts (torch.AcceleratorError) are
-        raised; any other failure of a request is its result.
+        `beat` is called at every piece, at every token and while waiting; if the calls stop, the engine hangs. `wait`
+        is called with the seconds to sleep when there is nothing to compute. Lost device contexts
+        (torch.AcceleratorError) are raised; any other failure of a request becomes its result.
         """
-        flow, entering = self._flow(), Entering(self.memory)
+        batch, scheduler = self._decode_batch(), PrefillScheduler(self.memory)
         waiting, more = iter(requests), True
         while True:
-            if more and entering.room(flow):
+            if more and scheduler.room(batch):
                 request = next(waiting, ...)
                 more = request is not ...
                 if isinstance(request, Request):
-                    entering.add(self._intake(request))
+                    scheduler.add(self._intake(request))
             if beat is not None:
                 beat()
-            moved = entering.step(flow)
-            if moved is not None and moved.done:
-                yield from flow.enter(moved.job, moved.prompts)
-            if flow.busy():
-                yield from flow.step()
-            elif moved is None:
-                if not more and not entering.intakes:
+            stepped = scheduler.step(batch)
+            if stepped is not None and stepped.done:
+                yield from batch.enter(stepped.job, stepped.prompts)
+            if batch.busy():
+                yield from batch.step()
+            elif stepped is None:
+                if not more and not scheduler.intakes:
                     return
-                entering.waited(POLL_S)
+                scheduler.waited(POLL_S)
                 wait(POLL_S)
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens of a piece at present: fewer than configured for a while after memory ran out."""
+        """Tokens per piece at present; for a while after memory ran out, fewer than configured."""
         return self._pieces.tokens
 
     def _intake(self, request: Request) -> Intake:
         return Intake(request, self.layers, self.config, self.memory, self.positions(), self._pieces)
 
-    def _flow(self) -> Flow:
-        return Flow(self.layers, self.memory, self.positions().axes, self.penalty, self.stops)
+    def _decode_batch(self) -> DecodeBatch:
+        return DecodeBatch(self.layers, self.memory, self.positions().axes, self.penalty, self.stops)
 
     def positions(self) -> Positions:
         return Positions(self._model_config)

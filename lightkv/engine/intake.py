@@ -1,4 +1,4 @@
-"""Requests in prefill: each goes into its cache piece by piece as its segments arrive, and several take turns."""
+"""Requests in prefill: reads their segments, forms pieces, and prefills them in turns."""
 
 import time
 from collections import deque
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lightkv.engine.decoding import Flow
+from lightkv.engine.decoding import DecodeBatch
 from lightkv.engine.layers import Layers
 from lightkv.engine.memory import Memory
 from lightkv.engine.positions import Positions
@@ -17,32 +17,32 @@ from lightkv.engine.segments import Segment, Text
 from lightkv.errors import out_of_memory
 from lightkv.methods.config import LightKVConfig
 
-REGROW_PIECES = 64  # pieces that fit before smaller pieces are doubled again
-TURN_S = 0.25  # of preparing a piece (its vision tower), before others have their turn
-POLL_S = 0.002  # between two looks for the next segment, when there is nothing to compute
+REGROW_PIECES = 64  # pieces without running out of memory before the reduced piece size is doubled
+TURN_S = 0.25  # longest turn spent on preparing a piece (vision encoder) before other requests get theirs
+POLL_S = 0.002  # between two polls for the next segment when there is nothing to compute
 
 
 class PieceSize:
-    """How many tokens a piece takes, for all requests of an engine: fewer after memory ran out, then more again."""
+    """Tokens per piece for all requests of an engine: halved when memory runs out, doubled again later."""
 
     def __init__(self, most: int) -> None:
         self.tokens = self._most = most
         self._fitted = 0  # pieces since memory ran out
 
     def shrink(self, length: int) -> bool:
-        """After memory ran out on a piece of so many tokens: whether a smaller one is worth trying."""
+        """Halve the size after memory ran out on a piece of `length` tokens; False if that piece cannot be smaller."""
         self.tokens, self._fitted = max(1, min(self.tokens, length) // 2), 0
         return length > 1
 
     def fitted(self) -> None:
-        """A piece was prefilled: after some of them, smaller pieces than configured grow again."""
+        """Count a piece that fitted into memory; after REGROW_PIECES of them, double the size up to the maximum."""
         self._fitted += 1
         if self._fitted % REGROW_PIECES == 0:
             self.tokens = min(self._most, 2 * self.tokens)
 
 
 class Intake:
-    """One request: `step` until it is `done`; then its `prompts` are prefilled, or `job.error` says why not."""
+    """One request in prefill: call `step` until `done`; then `prompts` holds the result, or `job.error` the failure."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Intake:
     ) -> None:
         self._layers, self._pieces, self.job = layers, pieces, Job(request)
         self._segments: Iterator[Segment | None] = iter(())
-        self._parts: deque[Segment] = deque()  # of the segment that came last
+        self._parts: deque[Segment] = deque()  # of the last segment
         self._gathered: list[Segment] = []
         self._stream: Stream | None = None
         self.prompts: list[Prefilled] = []
@@ -72,7 +72,7 @@ class Intake:
             self._fail(error)
 
     def step(self) -> bool:
-        """Prefill the next piece, or prepare it for TURN_S; False where its next segment is not ready yet."""
+        """Prefill the next piece, or prepare it for at most TURN_S; False if its next segment is not ready."""
         turn_began = time.perf_counter()
         try:
             while not self.done:
@@ -94,11 +94,11 @@ class Intake:
 
     @property
     def nbytes(self) -> int:
-        """Of the caches so far."""
+        """Bytes of its caches so far."""
         return self._stream.nbytes if self._stream is not None else 0
 
     def _next(self) -> Any:
-        """The next part of the prompt that fits a piece; None: not there yet, `...`: there is none."""
+        """The prompt's next part, small enough for a piece; None: not ready yet, `...`: the prompt has ended."""
         while not self._parts:
             segment = next(self._segments, ...)
             if segment is None or segment is ...:
@@ -107,9 +107,9 @@ class Intake:
         return self._parts.popleft()
 
     def _gather(self, part: Segment) -> bool:
-        """Add a part to the piece; whether one was full, and was prefilled."""
+        """Add a part to the piece; True if a full piece was prefilled."""
         if isinstance(part, Text):
-            self.job.heard.update(part.ids.tolist())
+            self.job.text_ids.update(part.ids.tolist())
         most, full = self._pieces.tokens, False
         if self._gathered and _tokens(self._gathered) + len(part) > most:
             full = self._flush()
@@ -122,7 +122,7 @@ class Intake:
         return True
 
     def _take(self, piece: list[Segment]) -> None:
-        """Prefill a piece, in smaller ones where memory runs out."""
+        """Prefill a piece; where memory runs out, split it into smaller ones."""
         if not piece:
             return
         assert self._stream is not None
@@ -146,12 +146,13 @@ class Intake:
         self._take(parts[half:])
 
     def _finish(self) -> bool:
-        """Prefill what is left of the prompt, and the questions."""
+        """Prefill the rest of the prompt, then the questions."""
         self._flush()
         assert self._stream is not None
         with self._layers.attached():
             self.prompts = self._stream.finish()
-        self.job.vision_tokens, self.job.text_tokens = self._stream.vision_tokens, self._stream.text_tokens
+        counts = self._stream.input
+        self.job.vision_tokens, self.job.text_tokens = counts.vision_tokens, counts.text_tokens
         self.done = True
         return True
 
@@ -162,36 +163,36 @@ class Intake:
             close()
 
 
-class Entering:
-    """The requests in prefill, in the order in which they were taken."""
+class PrefillScheduler:
+    """Schedules the requests in prefill: which may enter, and whose turn is next."""
 
     def __init__(self, memory: Memory) -> None:
         self.intakes: list[Intake] = []
         self._memory = memory
-        self._turns: dict[Intake, int] = {}  # number of each request's last turn
+        self._turns: dict[Intake, int] = {}  # the number of each request's last turn
         self._turn = 0
 
     def add(self, intake: Intake) -> None:
-        """Take a request in."""
+        """Add a request."""
         self.intakes.append(intake)
         self._served(intake)
 
-    def room(self, flow: Flow) -> bool:
-        """Whether a further request may be taken."""
-        if not self.intakes and not flow.busy():
+    def room(self, batch: DecodeBatch) -> bool:
+        """Whether another request may enter."""
+        if not self.intakes and not batch.busy():
             return True
-        alone = flow.alone() or any(intake.job.request.alone for intake in self.intakes)
-        prompts = flow.prompts() + sum(len(intake.job.request.questions) for intake in self.intakes)
-        return not alone and prompts < flow.most and not self._full(flow)
+        alone = batch.alone() or any(intake.job.request.alone for intake in self.intakes)
+        prompts = batch.prompts() + sum(len(intake.job.request.questions) for intake in self.intakes)
+        return not alone and prompts < batch.most and not self._full(batch)
 
-    def step(self, flow: Flow) -> Intake | None:
-        """One piece of the request that has waited longest for its turn and whose piece is ready; None: none is.
+    def step(self, batch: DecodeBatch) -> Intake | None:
+        """Prefill one piece of the request that has waited longest and is ready; returns it, or None if none is ready.
 
-        While the caches are full it is the turn of the first one alone, which then ends and frees its memory.
+        While the caches are full, only the oldest request gets turns, so that it ends and frees its memory.
         """
-        intakes = self.intakes[:1] if self._full(flow) else sorted(self.intakes, key=self._turns.__getitem__)
+        intakes = self.intakes[:1] if self._full(batch) else sorted(self.intakes, key=self._turns.__getitem__)
         for intake in intakes:
-            if intake.job.request.alone and (flow.busy() or len(self.intakes) > 1):
+            if intake.job.request.alone and (batch.busy() or len(self.intakes) > 1):
                 continue
             if intake.step():
                 self._served(intake)
@@ -202,7 +203,7 @@ class Entering:
         return None
 
     def waited(self, seconds: float) -> None:
-        """All of them have waited with nothing to compute: together they account for that time once."""
+        """Divide time that the engine spent waiting equally among the requests."""
         for intake in self.intakes:
             intake.job.waited_s += seconds / len(self.intakes)
 
@@ -210,9 +211,9 @@ class Entering:
         self._turn += 1
         self._turns[intake] = self._turn
 
-    def _full(self, flow: Flow) -> bool:
+    def _full(self, batch: DecodeBatch) -> bool:
         most = self._memory.cache_bytes
-        return most is not None and flow.nbytes + sum(intake.nbytes for intake in self.intakes) >= most
+        return most is not None and batch.nbytes + sum(intake.nbytes for intake in self.intakes) >= most
 
 
 def _tokens(piece: Sequence[Segment]) -> int:

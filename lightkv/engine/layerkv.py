@@ -1,4 +1,4 @@
-"""The KV of one decoder layer of one prompt, growing at its end while the prompt streams in."""
+"""The KV cache of one decoder layer of one prompt; it grows during prefill and can be quantised group by group."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from lightkv.errors import ConfigError
 from lightkv.ops.codes import ABSENT, LEAST_GROUP, Quantised, concatenated, dequantise, quantise, usual_value_group
 
-GROWTH = 1.25  # of the room, when it runs out
+GROWTH = 1.25  # factor by which the allocation grows when it is full
 
 
 @dataclass(frozen=True)
 class Bits:
-    """How many bits the cache of what came before the question takes per number: 16 leaves the model's own type.
+    """Precision of the prompt's cache in bits per number: 4, 8, or 16 for the model's own type.
 
     Keys are scaled per channel over `group` tokens, values per token over `value_group` channels (None: the
-    operation's own choice).
+    operation's default).
     """
 
     bits: int = 16
@@ -30,7 +30,7 @@ class Bits:
             raise ConfigError(f"group must be a power of two of at least {LEAST_GROUP} tokens, got {self.group}")
 
     def per_number(self, dims: int) -> float:
-        """Bits that a number of keys and values takes on average in a 16-bit model, its share of scales included."""
+        """Average bits per number of keys and values in a 16-bit model, including its share of scales."""
         if self.bits == 16:
             return 16.0
         scale_and_zero = 2 * 16
@@ -40,21 +40,21 @@ class Bits:
         )
 
     def check(self, dims: int) -> None:
-        """Raises ConfigError where heads of so many dimensions do not fit."""
+        """Raises ConfigError if heads of `dims` dimensions cannot be quantised this way."""
         if self.bits != 16:
             none = torch.empty(1, 0, dims)
             quantise(none, none, self.bits, self.group, self.value_group)
 
 
 class LayerKV:
-    """Keys and values [Hkv, n, d] and the log of the tokens' sizes, fp32 [n]. What is sealed stays."""
+    """Keys and values [Hkv, n, d], and the log of the tokens' sizes, fp32 [n]. Sealed tokens cannot be changed."""
 
     def __init__(self, bits: Bits) -> None:
         self._bits = bits
         self._parts: list[Quantised] = []
         self._sealed = 0  # tokens
-        self._log_size = torch.empty(0)  # of all tokens, with room at the end
-        self._k = torch.empty(0, 0, 0)  # of those that are not sealed, with room at the end
+        self._log_size = torch.empty(0)  # of all tokens; room at the end
+        self._k = torch.empty(0, 0, 0)  # of the tokens that are not sealed; room at the end
         self._v = torch.empty(0, 0, 0)
         self._open = 0
 
@@ -63,7 +63,7 @@ class LayerKV:
 
     @property
     def nbytes(self) -> int:
-        """Of the keys and values held; room that is not in use yet does not count."""
+        """Bytes of keys and values, without unused room."""
         held = sum(part.nbytes for part in self._parts)
         return held + 2 * self._k.shape[0] * self._open * self._k.shape[2] * self._k.element_size()
 
@@ -78,7 +78,7 @@ class LayerKV:
         self._open = end
 
     def view(self) -> tuple[Tensor, Tensor, Tensor]:
-        """k, v [Hkv, n, d] and log sizes fp32 [n] of all tokens; sealed ones are unpacked for the caller."""
+        """k, v [Hkv, n, d] and log sizes fp32 [n] of all tokens; sealed tokens are dequantised."""
         k, v, log_size = self._k[:, : self._open], self._v[:, : self._open], self._log_size[: len(self)]
         if self._parts:
             k_old, v_old = dequantise(self._packed(), k.dtype)
@@ -86,19 +86,19 @@ class LayerKV:
         return k, v, log_size
 
     def since(self, begin: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies of what came after the first `begin` tokens, which must not be sealed."""
+        """Copies of k, v and log sizes of the tokens after the first `begin`; none of them may be sealed."""
         assert begin >= self._sealed
         first = begin - self._sealed
         k, v = self._k[:, first : self._open], self._v[:, first : self._open]
         return k.clone(), v.clone(), self._log_size[begin : len(self)].clone()
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+        """Remove all tokens after the first `length`."""
         assert self._sealed <= length <= len(self)
         self._open = length - self._sealed
 
     def seal(self, rest: bool = False) -> None:
-        """Pack what fills whole groups in few bits; with `rest` all, the last group filled up by tokens not there."""
+        """Quantise all full groups; with `rest` also the last one, padded with tokens of size zero (ABSENT)."""
         if self._bits.bits == 16:
             return
         if rest and (short := -self._open % self._bits.group):
@@ -111,11 +111,11 @@ class LayerKV:
         packed = quantise(k, v, self._bits.bits, self._bits.group, self._bits.value_group)
         left = slice(whole, self._open)
         self._k, self._v = self._k[:, left].clone(), self._v[:, left].clone()
-        self._parts.append(packed)  # nothing changes where memory runs out before this
+        self._parts.append(packed)  # if memory ran out before this line, nothing has changed
         self._sealed, self._open = self._sealed + whole, self._open - whole
 
     def packed(self) -> tuple[Quantised, Tensor]:
-        """All tokens in few bits, with their log sizes; only after `seal(rest=True)`."""
+        """All tokens, quantised, and their log sizes; only after `seal(rest=True)`."""
         assert not self._open
         if not self._parts:
             none = self._k[:, :0]
@@ -129,11 +129,11 @@ class LayerKV:
 
 
 def _room(held: Tensor, used: int, new: Tensor, axis: int = 1) -> Tensor:
-    """A tensor that holds the first `used` of `held` and has room for `new` after them along `axis`."""
+    """A tensor with the first `used` entries of `held` along `axis` and room for `new` after them."""
     need = used + new.shape[axis]
-    if held.shape[axis] >= need and len(held):  # no heads: nothing was ever pushed
+    if held.shape[axis] >= need and len(held):  # no heads: nothing was pushed yet
         return held
-    # The first time there is no telling what will come: what fits exactly is what most prompts need.
+    # The first allocation is exact: most prompts need no more.
     shape = list(new.shape)
     shape[axis] = max(need, int(held.shape[axis] * GROWTH))
     grown = new.new_empty(shape)

@@ -1,7 +1,7 @@
-"""Some decoder layers of a stock model, run over states with an attention of the caller's own.
+"""Runs some decoder layers of a stock model with the caller's own attention.
 
-transformers picks attention by name. Under ours, a layer hands queries and keys after RoPE, and values, to whoever
-runs it, who knows what else there is to attend to. So no cache of transformers and no mask takes part.
+transformers selects attention by name. Under ours, a layer passes q, k (after RoPE) and v to the callback given to
+`run`, which attends to them and to its own cache. transformers' cache and masks are not used.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +25,9 @@ _RUNNING: WeakKeyDictionary[nn.Module, tuple[int, Attend]] = WeakKeyDictionary()
 
 
 class Layers:
-    """The decoder of a model, layer by layer. Raises UnsupportedModelError where a layer wants more than attention.
+    """The decoder of a model, layer by layer. Raises UnsupportedModelError for attention that it cannot replace.
 
-    compiled   steps of one token run through torch.compile, attention excepted
+    compiled   steps of one token run through torch.compile, except attention
     """
 
     def __init__(self, model: PreTrainedModel, compiled: bool = False) -> None:
@@ -71,7 +71,7 @@ class Layers:
         return cos[0], sin[0]
 
     def run(self, hidden: Tensor, angles: tuple[Tensor, Tensor], which: range, attend: Attend) -> Tensor:
-        """hidden [B, S, D] after the layers `which`; angles as above of the B · S tokens."""
+        """hidden [B, S, D] after the layers `which`; angles: cos and sin of the B · S tokens."""
         cos, sin = (table.view(*hidden.shape[:2], -1) for table in angles)
         forward = self._step if hidden.shape[1] == 1 else _forward
         for index in which:
@@ -87,12 +87,12 @@ class Layers:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Of hidden [..., D] after the last layer, fp32."""
+        """fp32 logits [..., V] of hidden [..., D] after the last layer."""
         return self._head(self._decoder.norm(hidden)).float()
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Within this scope the model's layers attend as `run` says; outside they are as they were."""
+        """Within this scope the model uses the attention of `run`; on exit its own is restored."""
         before = self._config._attn_implementation
         self._config._attn_implementation = NAME
         try:
@@ -106,10 +106,12 @@ def _forward(layer: nn.Module, hidden: Tensor, angles: tuple[Tensor, Tensor]) ->
 
 
 def check_angles(decoder: Any) -> None:
-    """Raises UnsupportedModelError where the angles of what is cached would change with what comes later."""
+    """Raises UnsupportedModelError if the RoPE angles of cached keys depend on the final length of the prompt."""
     rope = (getattr(decoder.config, "rope_parameters", None) or {}).get("rope_type")
     if rope in ("dynamic", "longrope"):
-        raise UnsupportedModelError(f"{rope} RoPE is not supported: its angles depend on how much is still to come")
+        raise UnsupportedModelError(
+            f"{rope} RoPE is not supported: its angles depend on the final length of the prompt"
+        )
 
 
 def _attend(

@@ -1,4 +1,4 @@
-"""Memory: the limits of the engine's memory, and what its caches are made of."""
+"""The engine's memory settings: size and precision of its caches, and limits on what it holds at once."""
 
 from dataclasses import dataclass, field
 
@@ -8,16 +8,16 @@ from lightkv.errors import ConfigError
 
 @dataclass(frozen=True)
 class Memory:
-    """What bounds the engine's memory, and what its caches are made of.
+    """Size and precision of the engine's caches, and limits on what it holds at once.
 
-    bits         of the cache of what comes before the questions
-    fold         early layers end at the size of the last stage (fold.py)
-    silent       layers that keep no vision after its piece
-    budget       vision tokens that a prompt's cache may hold per layer; what is more merges (budget.py); needs fold
-    chunk_tokens vision and text tokens that are prefilled together, but at least one image or step of a video
-    answers      prompts in the engine at most, in prefill and in decoding
-    cache_bytes  of all caches together: while they are full no request is taken, and of those in prefill only the one
-                 that was taken first goes on. None: unbounded
+    bits         precision of the prompt's cache; questions and answers keep the model's own type
+    fold         early layers keep as many tokens as the last stage leaves (fold.py)
+    silent       numbers of layers that drop their vision entries after each piece
+    budget       most vision tokens per layer of a prompt's cache; more are merged (budget.py); needs fold
+    chunk_tokens vision and text tokens per piece; a piece has at least one image or one step of a video
+    answers      most prompts in the engine, in prefill and in decoding
+    cache_bytes  limit on all caches together, None: none. While it is reached, no request enters and only the oldest
+                 request in prefill continues
     """
 
     bits: Bits = field(default_factory=Bits)
@@ -35,6 +35,6 @@ class Memory:
             )
         if self.budget is not None and not (self.fold and self.budget >= 1):
             raise ConfigError(
-                "a budget is of at least one token and needs fold=True, since layers that merge together must hold the "
-                f"same tokens; got budget={self.budget}, fold={self.fold}"
+                "a budget must be at least 1 token and needs fold=True, because layers that are merged together must "
+                f"hold the same tokens; got budget={self.budget}, fold={self.fold}"
             )

@@ -1,4 +1,4 @@
-"""RoPE positions of a prompt that arrives piece by piece, and keys taken out of their rotation."""
+"""RoPE positions of a prompt that arrives piece by piece; rotating keys and undoing the rotation."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,31 +12,31 @@ if TYPE_CHECKING:
 
 
 class Positions:
-    """Hands out the positions that `generate` would give the same prompt in one piece, repeated steps included.
+    """Assigns the positions that `generate` gives the same prompt in one piece, counting repeated steps.
 
-    Ordinary RoPE counts tokens. M-RoPE (Qwen2-VL, Qwen2.5-VL) gives a vision token its step in time, row and column
-    from where its item begins; text goes on after the larger side of the item's frames, whatever its length in time,
-    and so does the answer after it.
-    Raises ConfigError for a later part of an item that does not follow an earlier one.
+    Ordinary RoPE counts tokens. M-RoPE (Qwen2-VL, Qwen2.5-VL) numbers a vision token by its time step, row and column,
+    from where its item begins. Text after an item continues after the larger side of its frames, whatever the item's
+    duration, and so does the answer.
+    Raises ConfigError for a later part of an item that does not follow an earlier part.
     """
 
     def __init__(self, model_config: Any) -> None:
         rope = getattr(model_config.get_text_config(), "rope_parameters", None) or {}
         self.axes = 3 if "mrope_section" in rope else 1
         self._per_second = getattr(getattr(model_config, "vision_config", None), "tokens_per_second", None)
-        self._next = 0  # of text, and of a new item
-        self._begin = 0  # of the item in progress
-        self._frame: tuple[int, int] | None = None  # its rows and columns; None after text
+        self._next = 0  # position of the next text token or item
+        self._begin = 0  # first position of the item in progress
+        self._frame: tuple[int, int] | None = None  # rows and columns of that item; None after text
 
     def text(self, count: int, *, taken: bool = True) -> Tensor:
-        """int64 [axes, count] of the next text tokens; with taken=False only looked at."""
+        """int64 [axes, count]: positions of the next text tokens; with taken=False they stay free."""
         place = (torch.arange(count) + self._next).expand(self.axes, -1)
         if taken and count:
             self._next, self._frame = self._next + count, None
         return place
 
     def vision(self, vision: "Vision") -> Tensor:
-        """int64 [axes, t·h·w] of the next part of an item."""
+        """int64 [axes, t·h·w]: positions of the next part of an item."""
         _, h, w = vision.grid
         if vision.first == 0:
             self._begin = self._next
@@ -59,13 +59,13 @@ class Positions:
 
 
 def turned(states: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """states [..., S, d] rotated to the angles (cos, sin) [S, d], as the attention of Llama and Qwen does it."""
+    """states [..., S, d] rotated by the angles (cos, sin) [S, d], as in Llama and Qwen."""
     cos, sin = angles
     return states * cos + _half(states) * sin
 
 
 def unturned(states: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """The inverse of `turned`, also where the angles are scaled (YaRN)."""
+    """The inverse of `turned`, also for scaled angles (YaRN)."""
     cos, sin = angles
     return (states * cos - _half(states) * sin) / (cos.square() + sin.square())
 

@@ -1,4 +1,4 @@
-"""What the engine is asked, and what comes of it."""
+"""Requests to the engine, and their results."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +13,12 @@ from lightkv.errors import ConfigError
 class Request:
     """One prompt and the questions after it.
 
-    key        whatever tells the caller which it is
-    segments   the prompt but its questions, in order; None where the next part is not there yet
-    questions  token ids int64 [T], T ≥ 1, of the text after everything else, one per answer
+    key        identifies the request to the caller
+    segments   the prompt without its questions, in order; None: the next segment is not ready yet
+    questions  token ids int64 [T], T ≥ 1, of the text at the end of the prompt; one answer each
     max_new_tokens, temperature (0: greedy), seeds (one per question; None: 0 for all)
-    traced     return where every vision token went
-    alone      with no other request beside it
+    traced     return which vision token each was merged into
+    alone      run with no other request in the engine
     """
 
     key: Hashable
@@ -44,13 +44,13 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Generated:
-    """One answer: token ids with the stop token if there was one; what its cache held when it began.
+    """One answer: token ids, with the stop token if there was one, and the size of its cache at the end of prefill.
 
-    retention  layer-averaged share of vision KV entries kept
-    kv_bytes   of its cache at the end of prefill, shared parts counted in full; kv_bytes_uncompressed without
-               compression, in the model's own type
-    kv_bits    of the same cache in a model of 16 bits per number, whatever this one computes in; kv_bits_uncompressed
-    merges     per stage int64 [V]: the vision token that each is part of, -1 for dropped; empty unless traced
+    retention  share of vision KV entries kept, averaged over layers
+    kv_bytes   bytes of its cache, shared parts counted in full; kv_bytes_uncompressed: without compression, in the
+               model's own type
+    kv_bits    bits of the same cache if the model's type had 16 bits, whatever it has; kv_bits_uncompressed likewise
+    merges     per stage int64 [V]: the vision token that each is merged into, -1: dropped; empty unless traced
     """
 
     tokens: list[int]
@@ -67,10 +67,10 @@ class Generated:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What came of a request: an answer per question, or the exception that ended it.
+    """The result of a request: one answer per question, or the exception that ended it.
 
-    prefill_s, generate_s  its share of the engine's time
-    waited_s               for its segments, with nothing else to do
+    prefill_s, generate_s  its share of the engine's time in prefill and in decoding
+    waited_s               its share of the time in which the engine had nothing to do but wait for segments
     """
 
     key: Hashable
@@ -84,12 +84,12 @@ class Result:
 
 @dataclass(eq=False)
 class Job:
-    """A request in the engine."""
+    """A request in the engine: its counts, times, and answers so far."""
 
     request: Request
     vision_tokens: int = 0
-    text_tokens: int = 0  # but the questions
-    heard: set[int] = field(default_factory=set)  # tokens of its text but the questions
+    text_tokens: int = 0  # without the questions
+    text_ids: set[int] = field(default_factory=set)  # distinct token ids of its text, without the questions
     answers: dict[int, Generated] = field(default_factory=dict)
     error: Exception | None = None
     prefill_s: float = 0.0
@@ -97,7 +97,7 @@ class Job:
     waited_s: float = 0.0
 
     def result(self) -> Result:
-        """When all is answered, or it has failed."""
+        """The result; only once every question is answered or the request has failed."""
         count = len(self.request.questions)
         answers = [] if self.error is not None else [self.answers[number] for number in range(count)]
         times = self.prefill_s, self.generate_s, self.waited_s

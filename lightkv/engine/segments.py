@@ -1,4 +1,4 @@
-"""What a prompt is made of when it arrives piece by piece: text, and parts of images and videos."""
+"""The segments of a prompt: text, images, and parts of videos."""
 
 from dataclasses import dataclass
 
@@ -18,20 +18,20 @@ class Text:
         return len(self.ids)
 
     def split(self, most: int) -> list["Text"]:
-        """Parts of at most `most` tokens; none of no text."""
+        """Parts of at most `most` tokens; an empty list for empty text."""
         return [Text(ids) for ids in self.ids.split(most) if len(ids)]
 
 
 @dataclass(frozen=True, eq=False)
 class Vision:
-    """An image, or some consecutive steps in time of a video, as its encoder gave them.
+    """An image, or some consecutive time steps of a video, as output by the vision encoder.
 
-    features    [t·h·w, D], row-major: what goes to the decoder's first layer
+    features    [t·h·w, D], row-major: the input of the decoder's first layer
     grid        (t, h, w) of these tokens
-    first       step of the item at which they begin: 0 starts an item, more goes on with the one before
-    counts      how many steps each of the t steps stands for; None: one each. Frames that repeat the ones before are
-                left out by their encoder and counted here
-    interval_s  seconds from step to step, for models whose positions follow time; None: one position per step
+    first       the item's step at which they begin: 0 starts an item, more continues the previous one
+    counts      how many equal steps each of the t steps represents; None: one each. Repeated frames are not encoded
+                but counted here
+    interval_s  seconds between steps, for models whose positions follow time; None: one position per step
     """
 
     features: Tensor
@@ -55,26 +55,26 @@ class Vision:
 
     @property
     def stands_for(self) -> int:
-        """Vision tokens of the prompt, those that were left out as repeats included."""
+        """Vision tokens of the prompt that these represent, including repeated frames that were not encoded."""
         return self.grid[1] * self.grid[2] * int(self.repeats.sum())
 
     @property
     def repeats(self) -> Tensor:
-        """int64 [t]: `counts`, 1 each where there are none."""
+        """int64 [t]: `counts`, or ones where it is None."""
         return torch.tensor(self.counts or (1,) * self.grid[0])
 
     @property
     def steps(self) -> Tensor:
-        """int64 [t]: the step of the item that each of its own steps is."""
+        """int64 [t]: the number of each step within the item."""
         return self.first + self.repeats.cumsum(0) - self.repeats
 
     @property
     def sizes(self) -> Tensor:
-        """fp32 [t·h·w]: how many tokens of the prompt each stands for."""
+        """fp32 [t·h·w]: each token's size, the number of prompt tokens it represents."""
         return self.repeats.float().repeat_interleave(self.grid[1] * self.grid[2])
 
     def split(self, most: int) -> list["Vision"]:
-        """Parts of at most `most` tokens, but of at least one step."""
+        """Parts of at most `most` tokens, or of one step where a step has more."""
         t, h, w = self.grid
         each = max(1, most // (h * w))
         steps, parts = self.steps.tolist(), []

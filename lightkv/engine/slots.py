@@ -1,4 +1,4 @@
-"""The caches of answers in progress, side by side: rows of different lengths, that come and go while others go on."""
+"""The KV caches of the decode batch: rows of different lengths that are added and removed between decode steps."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -15,38 +15,41 @@ from lightkv.ops.codes import ABSENT, Quantised, concatenated
 from lightkv.ops.quantised import attend_quantised
 from lightkv.ops.ragged import Keys, Sequences
 
-ROOM = 64  # tokens by which a row's room for its answer grows
+ROOM = 64  # tokens by which the room for answers grows
 
 
 class Slots(Protocol):
-    """Rows 0 … n - 1 of a batch, each with a cache per layer."""
+    """Rows 0 … n - 1 of the decode batch, each with one cache per layer."""
 
     def __len__(self) -> int: ...
 
     @property
     def nbytes(self) -> int:
-        """Of the memory held, room for what comes included."""
+        """Bytes allocated, including unused room."""
 
     def admit(self, prompts: Sequence[Prefilled], spend: bool = False) -> None:
-        """Further rows, after those that are there. With `spend` the prompts let go of each layer as it is taken over,
-        so that it is held twice for no longer: they are of no use afterwards, whatever comes of it."""
+        """Append rows.
+
+        With spend=True each prompt's layer is freed as soon as it is copied, so at most one layer exists twice; the
+        prompts cannot be used again even if this raises.
+        """
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget all rows but these, which close up in this order."""
+        """Remove all rows except these, which become rows 0 … in this order."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """The step of `Layers.run`: a new token per row, q [B, Hq, 1, d], joins its row and hears all of it."""
+        """The callback of `Layers.run`: append one token per row, then attend, q [B, Hq, 1, d], to the whole row."""
 
 
 def slots(layers: int, bits: Bits) -> Slots:
-    """Empty ones: in the model's own type, or what came before the questions packed in few bits."""
+    """Empty slots: all in the model's own type (16 bits), or with quantised prompts."""
     return PlainSlots(layers) if bits.bits == 16 else PackedSlots(layers)
 
 
 class _Padded:
     """Keys and values [B, Hkv, room, d] of one layer, rows filled from the left; bias [B, room], ABSENT where empty.
 
-    The rows' lengths are kept twice: `lengths` on the host, `ends` int64 [B] on the device. A decode step then uploads
+    The rows' lengths are kept twice: `lengths` on the host, `ends` int64 [B] on the device. So a decode step uploads
     nothing; an upload would wait until the layers before it are finished.
     """
 
@@ -57,11 +60,11 @@ class _Padded:
         self.rows = self.ends = torch.empty(0, dtype=torch.int64)
 
     def add(self, rows: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """k, v [Hkv, n, d] and bias [n] of further rows, which may be on any layer's own lengths."""
+        """Append rows: k, v [Hkv, n, d] and bias [n] of each; n may differ."""
         lengths = [k.shape[1] for k, _, _ in rows]
         before, (heads, _, dims) = len(self.lengths), rows[0][0].shape
         room = max(max([*self.lengths, *lengths]) + ROOM, self.bias.shape[-1])
-        # Zeros, not what lay there: weights of nothing times what is no number would be no number.
+        # Zero-filled, not empty(): 0 x NaN from uninitialised memory would be NaN.
         k, v = (rows[0][part].new_zeros(before + len(rows), heads, room, dims) for part in (0, 1))
         bias = rows[0][2].new_full((before + len(rows), room), ABSENT)
         ends = torch.zeros(before + len(rows), dtype=torch.int64, device=k.device)
@@ -82,14 +85,14 @@ class _Padded:
         return self.bias.device
 
     def keep(self, rows: Sequence[int], index: Tensor) -> None:
-        """`index`: the rows again, int64 on the device."""
+        """See `Slots.keep`; index: the same rows, int64 on the device."""
         self.lengths = [self.lengths[row] for row in rows]
         room = min(self.bias.shape[1], max(self.lengths, default=0) + ROOM)
         self.k, self.v, self.bias = self.k[index, :, :room], self.v[index, :, :room], self.bias[index, :room]
         self.rows, self.ends = self.rows[: len(rows)], self.ends[index]
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        """A token per row, k, v [B, Hkv, 1, d]."""
+        """Append one token per row, k, v [B, Hkv, 1, d]."""
         if max(self.lengths) == self.bias.shape[1]:
             self._widen(self.bias.shape[1] + ROOM)
         self.k[self.rows, :, self.ends] = k[:, :, 0]
@@ -99,7 +102,7 @@ class _Padded:
         self.ends += 1
 
     def view(self) -> tuple[Tensor, Tensor, Tensor]:
-        """k, v and bias up to the longest row."""
+        """k, v and bias, cut to the longest row."""
         most = max(self.lengths)
         return self.k[:, :, :most], self.v[:, :, :most], self.bias[:, :most]
 
@@ -115,7 +118,7 @@ class _Padded:
 
 
 class PlainSlots:
-    """Everything in the model's own type."""
+    """Slots in the model's own type."""
 
     def __init__(self, layers: int) -> None:
         self._layers = [_Padded() for _ in range(layers)]
@@ -139,7 +142,7 @@ class PlainSlots:
                 rows.append((torch.cat([k, tail_k], 1), torch.cat([v, tail_v], 1), torch.cat([log_size, bias])))
             layer.add(rows)
             if spend:
-                _let_go(prompts, index)
+                _free_layer(prompts, index)
 
     def keep(self, rows: Sequence[int]) -> None:
         index = _uploaded(rows, self._layers)
@@ -154,7 +157,7 @@ class PlainSlots:
 
 
 class PackedSlots:
-    """What came before the questions in few bits, end to end; questions and answers in the model's own type."""
+    """Slots with quantised prompts, concatenated; questions and answers are in the model's own type."""
 
     def __init__(self, layers: int) -> None:
         self._tails = [_Padded() for _ in range(layers)]
@@ -176,7 +179,7 @@ class PackedSlots:
                 [(k, v, k.new_zeros(k.shape[1], dtype=torch.float32)) for k, v in (p.tail[index] for p in prompts)]
             )
             if spend:
-                _let_go(prompts, index)
+                _free_layer(prompts, index)
         self._join()
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -193,7 +196,7 @@ class PackedSlots:
         return attend_quantised(q[:, :, 0], packed, sequences, bias, Keys(*tail.view()), scale)[:, None]
 
     def _join(self) -> None:
-        """Lay the rows of every layer end to end, as the kernel reads them; the rows are views of that from then on."""
+        """Concatenate the prompts of every layer, as the kernel reads them; the rows become views of the result."""
         self._joined = []
         uploaded: dict[tuple[int, ...], Sequences] = {}  # layers between two stages have the same starts
         for index, rows in enumerate(self._rows if len(self) else ()):
@@ -209,7 +212,7 @@ def _uploaded(rows: Sequence[int], layers: Sequence[_Padded]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device=layers[0].device)
 
 
-def _let_go(prompts: Sequence[Prefilled], index: int) -> None:
-    """Empty a layer of prompts that nobody wants any more."""
+def _free_layer(prompts: Sequence[Prefilled], index: int) -> None:
+    """Free a layer of prompts that are not used again."""
     for prompt in prompts:
         prompt.kv[index] = LayerKV(Bits())

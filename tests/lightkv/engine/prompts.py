@@ -1,4 +1,4 @@
-"""Samples of tests/lightkv/tiny.py as the engine takes them: the prompt in segments, the question by itself."""
+"""Samples of tests/lightkv/tiny.py as engine requests: the prompt in segments, the question separate."""
 
 import torch
 
@@ -9,7 +9,7 @@ QUESTION = 3  # tokens at the end of a sample
 
 
 def apart(model, sample, question=QUESTION):
-    """(segments, question) of one prompt: its text, and its images and videos as the model's own encoder gives them."""
+    """(segments, question) of one prompt: its text, and its images and videos as encoded by the model."""
     ids = sample["input_ids"][0]
     embeds, _ = reference.prompt_of(model, sample)
     layout = family_of(model.config).layouts(model.config, sample["input_ids"], sample)[0]
@@ -23,7 +23,7 @@ def apart(model, sample, question=QUESTION):
 
 
 def run(engine, *requests):
-    """Results by key, none of them an error."""
+    """Results by key; raises the error of a failed request."""
     results = {}
     for result in engine.run(iter(requests)):
         if result.error is not None:

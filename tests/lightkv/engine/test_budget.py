@@ -1,4 +1,4 @@
-"""A budget for one prompt's cache: never more, all of it used, and spent where the video changes."""
+"""The budget of one prompt's cache: never exceeded, fully used, and spent where the video changes."""
 
 import dataclasses
 
@@ -11,6 +11,7 @@ from lightkv.engine.layerkv import Bits
 from lightkv.engine.layers import Layers
 from lightkv.engine.positions import Positions
 from lightkv.engine.prefill import Stream
+from lightkv.engine.stages import Stages
 from lightkv.methods.spacetime import blocks
 from lightkv.vision.layout import coordinates
 from tests.lightkv.tiny import random, tiny_model
@@ -26,7 +27,7 @@ def model():
 
 
 def _video(still=0):
-    """Parts of two steps of a video whose first `still` steps are the same."""
+    """A video in parts of two steps; its first `still` steps are equal."""
     frames = random(STEPS, SIDE * SIDE, 32, seed=1)
     frames[:still] = frames[0]
     return [Vision(frames[t : t + 2].flatten(0, 1), (2, SIDE, SIDE), first=t) for t in range(0, STEPS, 2)]
@@ -58,16 +59,16 @@ def test_every_layer_holds_at_most_the_budget_and_the_text(model, budget):
 def test_sizes_stay_what_came_in(model):
     stream = _stream(model, budget=20)
     _prefilled(model, stream, _video())
-    vision = stream._trunk.cached.place[:, 0] >= 0
-    assert stream._trunk.cached.size[vision].sum() == STEPS * SIDE * SIDE
-    assert torch.equal(stream._trunk.cached.size[~vision], torch.ones(3))
-    assert torch.allclose(stream._trunk.kv[0].view()[2].exp(), stream._trunk.cached.size)
+    vision = stream._caches.trunk.cached.place[:, 0] >= 0
+    assert stream._caches.trunk.cached.size[vision].sum() == STEPS * SIDE * SIDE
+    assert torch.equal(stream._caches.trunk.cached.size[~vision], torch.ones(3))
+    assert torch.allclose(stream._caches.trunk.kv[0].view()[2].exp(), stream._caches.trunk.cached.size)
 
 
 def test_a_budget_is_spent_where_the_video_changes(model):
     stream = _stream(model, budget=40)
     _prefilled(model, stream, _video(still=8))
-    t = stream._trunk.cached.place[stream._trunk.cached.place[:, 0] >= 0, 1]
+    t = stream._caches.trunk.cached.place[stream._caches.trunk.cached.place[:, 0] >= 0, 1]
     still, moving = int((t < 8).sum()), int((t >= 8).sum())
     assert still <= SIDE * SIDE  # 8 steps of the same 16 tokens
     assert moving / 4 >= 2 * still / 8
@@ -93,24 +94,24 @@ def test_questions_share_what_a_budget_leaves(model):
     stream = _stream(model, questions=[QUESTION, QUESTION[:2]], budget=30)
     first, second = _prefilled(model, stream, _video())
     (alone,) = _prefilled(model, _stream(model, budget=30), _video())
-    # Linear layers that see the rows of both questions round a little differently.
+    # Linear layers round differently for the rows of two questions than for one.
     torch.testing.assert_close(first.first, alone.first, atol=1e-4, rtol=1e-4)
     assert first.held == second.held == alone.held
 
 
-def test_the_question_is_asked_of_all_that_is_cached_as_a_stage_asks_it(model, monkeypatch):
-    """One piece from which nothing was dropped: both see the same keys, after one stage or before another."""
-    asked, ask = [], Stream._score
-    monkeypatch.setattr(Stream, "_score", lambda *arguments: asked.append(ask(*arguments)) or asked[-1])
+def test_cached_tokens_are_scored_as_a_stage_scores_them(model, monkeypatch):
+    """One piece, nothing dropped: the cache after one stage and the next stage see the same keys."""
+    asked, ask = [], Stages.score
+    monkeypatch.setattr(Stages, "score", lambda *arguments: asked.append(ask(*arguments)) or asked[-1])
     for layer in (1, 2):
         config = LightKVConfig((Stage(-1, drop=0.0), Stage(layer, drop=0.0)), method="lightkv")
         stream, text = _stream(model, config, budget=STEPS * SIDE * SIDE), Text(torch.tensor([1, 2, 3]))
         with stream._layers.attached():
             stream.take([text, *_video()])
             if layer == 1:
-                score = stream._score_of_cached(stream._trunk)
-                held = {len(kv) for kv in (*stream._trunk.kv, *stream._branches[0].kv)}
-                assert held == {len(score)}  # the question has left nothing behind
+                score = stream._score_cached(stream._caches.trunk)
+                held = {len(kv) for kv in (*stream._caches.trunk.kv, *stream._caches.branches[0].kv)}
+                assert held == {len(score)}  # the question left nothing in the cache
     torch.testing.assert_close(score, asked[-1])
     assert torch.equal(score[:3], torch.zeros(3))
     assert float(score.max()) > 2 * float(score[3:].min()) > 0
@@ -128,7 +129,7 @@ def test_what_the_question_attends_to_merges_late():
 
 
 def test_the_fewer_tokens_are_left_the_more_time_a_block_spans():
-    """Patches look among patches, then what they became among regions, then over frames: 64 frames of 64 tokens."""
+    """Windows of patches, then of regions, then of frames: 64 frames of 64 tokens."""
     place = torch.nn.functional.pad(coordinates(64, 8, 8), (1, 0))
     spans = []
     for left in (4096, 2048, 1024):
@@ -138,7 +139,7 @@ def test_the_fewer_tokens_are_left_the_more_time_a_block_spans():
     assert spans[0] < 32 <= spans[1] < 63 == spans[2]
 
 
-def test_every_question_guides_the_merging_of_layers_of_its_own(model):
+def test_every_question_guides_the_merging_of_its_own_layers(model):
     guided = LightKVConfig((Stage(-1, drop=0.4), Stage(1, drop=0.4)), method="lightkv")
     other, third = torch.tensor([40, 41, 42]), torch.tensor([70, 71])
     (alone,) = _prefilled(model, _stream(model, guided, budget=30), _video())
@@ -152,7 +153,7 @@ def test_every_question_guides_the_merging_of_layers_of_its_own(model):
     assert torch.equal(pair[0].kv[0].view()[0], pair[1].kv[0].view()[0])  # shared
     own = [prompt.kv[-1].view()[0] for prompt in (*pair, again[1])]
     assert own[0].shape != own[1].shape or not torch.allclose(own[0], own[1], atol=1e-2)
-    torch.testing.assert_close(own[1], own[2], atol=1e-4, rtol=1e-4)  # whoever is asked beside it
+    torch.testing.assert_close(own[1], own[2], atol=1e-4, rtol=1e-4)  # independent of the other question
 
 
 @pytest.mark.parametrize("options", [{"budget": 30}, {"budget": 0, "fold": True}])
@@ -169,7 +170,7 @@ def test_more_items_than_the_budget_are_refused(model):
         _prefilled(model, _stream(model, budget=4), images)
 
 
-def test_memory_that_runs_out_while_merging_is_no_matter_of_smaller_pieces(model, monkeypatch):
+def test_out_of_memory_while_merging_is_not_retried_with_smaller_pieces(model, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError
 
@@ -177,6 +178,6 @@ def test_memory_that_runs_out_while_merging_is_no_matter_of_smaller_pieces(model
     parts = _video()
     with stream._layers.attached():
         stream.take([parts[0]])
-        monkeypatch.setattr("lightkv.engine.prefill.folded", full)
+        monkeypatch.setattr("lightkv.engine.branches.folded", full)
         with pytest.raises(LightKVError, match="while the cache was merged to its budget"):
             stream.take([parts[1]])

@@ -1,4 +1,4 @@
-"""The engine against `generate`, plain and under `compress`, and against itself one request at a time."""
+"""The engine against `generate`, with and without `compress`, and against itself with one request at a time."""
 
 import copy
 import shutil
@@ -77,7 +77,7 @@ def test_a_repetition_penalty_that_comes_with_a_model_holds(prompt):
 
 @pytest.mark.parametrize("config", [None, LIGHTKV], ids=["plain", "lightkv"])
 def test_time_between_frames_counts_as_in_generate(config):
-    """Two videos and an image, 2 positions per second: the last video's times go beyond the question's places."""
+    """Two videos and an image, 2 positions per second: the last video's positions exceed the question's."""
     model = copy.deepcopy(tiny_model("qwen2_5_vl"))
     model.config.vision_config.tokens_per_second = 2
     one, two = tiny_sample("qwen2_5_vl", 0, video=1, question=()), tiny_sample("qwen2_5_vl", video=0)
@@ -106,7 +106,7 @@ def test_a_decoder_alone_answers_text():
     out = model.generate(input_ids=ids, **GREEDY)
     for before in (0, 1, 17):
         for bits in (16, 8):
-            memory = Memory(bits=Bits(bits, group=32))  # none of which fills a group before the question comes
+            memory = Memory(bits=Bits(bits, group=32))  # no prompt here fills a group
             tokens, logits = spoken(model, None, [Text(ids[0, :before])], ids[0, before:], memory)
             if bits == 16 or not before:
                 assert tokens == out.sequences[0, 20:].tolist()
@@ -193,7 +193,7 @@ def answers_of(results):
 
 
 def arriving(segments, draw):
-    """Segments that are not there yet for a while."""
+    """The segments, with None before some of them."""
     for segment in segments:
         for _ in range(draw.randint(0, 3)):
             yield None
@@ -204,7 +204,7 @@ def arriving(segments, draw):
 
 @pytest.mark.parametrize("answers", [1, 3, 16])
 @pytest.mark.parametrize(("temperature", "bits"), [(0.0, 16), (0.8, 8)])
-def test_answers_do_not_depend_on_who_is_answered_beside_them(temperature, bits, answers):
+def test_answers_do_not_depend_on_the_other_requests(temperature, bits, answers):
     memory = Memory(bits=Bits(bits, group=16), answers=answers, chunk_tokens=60)
     for seed in range(2):
         draw = Random(seed)
@@ -238,7 +238,7 @@ def test_sampling_draws_from_the_models_distribution():
 
 
 class Watched:
-    """Segments that note when they are asked for, in the order of everything that happens."""
+    """Segments that append to `seen` when they are requested."""
 
     def __init__(self, seen, key, segments):
         self.seen, self.key, self.segments = seen, key, segments
@@ -249,7 +249,7 @@ class Watched:
             yield segment
 
 
-def test_answers_go_on_while_another_prompt_is_not_there_yet():
+def test_answers_continue_while_another_prompt_is_not_ready():
     model = tiny_model("llava")
     (first, question), (second, _) = (apart(model, tiny_sample("llava", n)) for n in (0, 1))
     seen = []
@@ -266,7 +266,7 @@ def test_answers_go_on_while_another_prompt_is_not_there_yet():
     assert order[0][1] < len(waiting)
 
 
-def test_while_nothing_else_is_to_do_the_engine_waits_and_says_so():
+def test_with_nothing_to_compute_the_engine_waits_and_calls_beat():
     model = tiny_model("llava")
     segments, question = apart(model, tiny_sample("llava", 0))
     waits = Request("waits", [*segments[:1], *[None] * 5, *segments[1:]], [question], max_new_tokens=2)
@@ -278,7 +278,7 @@ def test_while_nothing_else_is_to_do_the_engine_waits_and_says_so():
     assert result.answers[0].tokens == ask(model, None, segments, question, max_new_tokens=2)[0].tokens
 
 
-def test_answers_go_on_while_there_is_no_further_request_yet():
+def test_answers_continue_while_no_further_request_is_ready():
     model = tiny_model("llava")
     segments, question = apart(model, tiny_sample("llava", 0))
     ended = []
@@ -296,7 +296,7 @@ def test_answers_go_on_while_there_is_no_further_request_yet():
 
 
 @pytest.mark.parametrize(("most", "pieces"), [(40, 12), (64, 12), (130, 6), (1000, 1)])
-def test_every_piece_of_a_long_prompt_is_a_sign_of_life(most, pieces):
+def test_every_piece_of_a_long_prompt_calls_beat(most, pieces):
     model = tiny_model("llava")
     (_, image, _), question = apart(model, tiny_sample("llava", 0))
     long = Vision(image.features.repeat(12, 1), (12, 8, 8))
@@ -308,7 +308,7 @@ def test_every_piece_of_a_long_prompt_is_a_sign_of_life(most, pieces):
 
 
 def in_flight(model, requests, memory):
-    """The most requests that the engine was busy with at once."""
+    """The most requests that the engine held at once."""
     begun, most, done = [], 0, 0
 
     def noted(request):
@@ -324,15 +324,15 @@ def in_flight(model, requests, memory):
 
 
 def parts_of(image, number, seen, key, late=0):
-    """A video of so many pieces, each noted when it is asked for; the first `late` looks find nothing."""
+    """A video of `number` pieces, each noted in `seen` when requested; the first `late` polls return None."""
     yield from [None] * late
     for step in range(number):
         seen.append(key)
         yield Vision(image.features, (1, 8, 8), first=step)
 
 
-def entering(seen, *pieces, new=2, late=()):
-    """Results of requests of so many pieces each, asked in this order."""
+def requests_of_pieces(seen, *pieces, new=2, late=()):
+    """The model and requests with these numbers of pieces, in this order."""
     model = tiny_model("llava")
     (_, image, _), question = apart(model, tiny_sample("llava", 0))
     requests = [
@@ -342,9 +342,9 @@ def entering(seen, *pieces, new=2, late=()):
     return model, requests
 
 
-def test_short_requests_pass_a_long_one_which_goes_on_meanwhile():
+def test_short_requests_overtake_a_long_one_that_continues():
     seen = []
-    model, requests = entering(seen, 24, 1, 1, 1, 1)
+    model, requests = requests_of_pieces(seen, 24, 1, 1, 1, 1)
     ended = []
     for result in Engine(model, None, Memory(chunk_tokens=64)).run(requests):
         assert result.error is None
@@ -356,22 +356,22 @@ def test_short_requests_pass_a_long_one_which_goes_on_meanwhile():
 
 def test_requests_whose_pieces_are_ready_take_turns():
     seen = []
-    model, requests = entering(seen, 6, 6, 6)
+    model, requests = requests_of_pieces(seen, 6, 6, 6)
     assert not any(result.error for result in Engine(model, None, Memory(chunk_tokens=64)).run(requests))
     places = {key: [place for place, one in enumerate(seen) if one == key] for key in range(3)}
     assert all(later - earlier <= 4 for of in places.values() for earlier, later in pairwise(of))
 
 
-def test_a_request_whose_segments_are_late_holds_up_no_other():
+def test_a_request_with_late_segments_blocks_no_other():
     seen = []
-    model, requests = entering(seen, 2, 2, 2, late={0})
+    model, requests = requests_of_pieces(seen, 2, 2, 2, late={0})
     ended = [result.key for result in Engine(model, None, Memory(chunk_tokens=64)).run(requests)]
     assert ended == [1, 2, 0]
 
 
-def test_while_the_caches_are_full_the_request_that_came_first_goes_on():
+def test_while_the_caches_are_full_only_the_oldest_request_continues():
     seen = []
-    model, requests = entering(seen, 5, 5, 5)
+    model, requests = requests_of_pieces(seen, 5, 5, 5)
     memory = Memory(chunk_tokens=64, cache_bytes=1)
     ended = [result.key for result in Engine(model, None, memory).run(requests)]
     assert ended == [0, 1, 2]
@@ -382,11 +382,11 @@ def test_smaller_pieces_grow_again_once_memory_suffices(monkeypatch):
     monkeypatch.setattr(Stream, "take", full_above(100))
     monkeypatch.setattr("lightkv.engine.intake.REGROW_PIECES", 4)
     seen = []
-    model, requests = entering(seen, 12, 4)
+    model, requests = requests_of_pieces(seen, 12, 4)
     engine = Engine(model, None, Memory(chunk_tokens=192))
     assert not any(result.error for result in engine.run(requests))
     monkeypatch.setattr(Stream, "take", full_above(10_000))
-    model, requests = entering(seen, 24)
+    model, requests = requests_of_pieces(seen, 24)
     assert not any(result.error for result in engine.run(requests))
     assert engine.chunk_tokens == 192
 
@@ -399,7 +399,7 @@ def test_memory_bounds_how_many_requests_are_in_the_engine():
     assert in_flight(model, requests, Memory(answers=2)) <= 3
 
 
-def test_a_request_that_wants_to_be_alone_is():
+def test_an_alone_request_runs_without_others():
     model = tiny_model("qwen2_5_vl")
     for lone in (0, 3):
         begun, live = [], set()
@@ -427,7 +427,7 @@ def test_keys_need_not_differ():
     assert all(result.error is None for result in results)
 
 
-def test_two_runs_on_one_model_do_not_meet():
+def test_two_runs_on_one_model_are_independent():
     model = tiny_model("qwen2_5_vl")
     runs = {config: Engine(model, config).run(requests_of_pool()) for config in (None, LIGHTKV)}
     for results in zip(*runs.values(), strict=True):
@@ -444,7 +444,7 @@ def broken(segments, error):
 
 
 def others_are_answered(bad, config=LIGHTKV, memory=None):
-    """The error of a bad request, beside which the others are answered as ever."""
+    """The error of a bad request; checks that the other requests' answers are unchanged."""
     engine, requests = Engine(tiny_model("qwen2_5_vl"), config, memory), requests_of_pool()
     results = {one.key: one for one in engine.run([*requests[:2], bad, *requests[2:]])}
     failed = results.pop("bad")
@@ -468,12 +468,12 @@ def features_of(dims, fill=0.0):
 @pytest.mark.parametrize(
     ("segments", "questions"),
     [
-        ([features_of(31)], [[5, 6]]),  # of another model
+        ([features_of(31)], [[5, 6]]),  # wrong hidden size
         ([Text(torch.tensor([5000]))], [[5, 6]]),  # no such token
         ([features_of(32)], [[5, 6], [5000]]),
         (None, [[5]]),
         ([torch.tensor([1])], [[5]]),
-        ([Vision(torch.ones(6, 32), (1, 2, 3), first=4)], [[5]]),  # of an item that never began
+        ([Vision(torch.ones(6, 32), (1, 2, 3), first=4)], [[5]]),  # an item without its beginning
     ],
 )
 def test_a_request_that_cannot_be_answered_is_its_own_failure(segments, questions):
@@ -483,18 +483,18 @@ def test_a_request_that_cannot_be_answered_is_its_own_failure(segments, question
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("config", [None, LIGHTKV], ids=["plain", "lightkv"])
-def test_logits_that_are_no_numbers_are_an_error_not_an_answer(config, temperature):
+def test_nan_logits_are_an_error_not_an_answer(config, temperature):
     bad = Request("bad", [features_of(32, torch.nan)], QUESTIONS, temperature=temperature, seeds=[1, 2, 3])
     assert isinstance(others_are_answered(bad, config), FloatingPointError)
 
 
-def test_logits_that_turn_into_no_numbers_while_decoding_end_their_request_alone():
+def test_nan_logits_while_decoding_end_only_their_request():
     engine = Engine(tiny_model("qwen2_5_vl"), LIGHTKV)
     logits, poisoned = engine.layers.logits, []
 
     def poison_once(hidden):
         said = logits(hidden)
-        if hidden.ndim == 2 and len(said) > 2 and not poisoned:  # the first step that the bad request takes part in
+        if hidden.ndim == 2 and len(said) > 2 and not poisoned:  # the first step with the bad request
             poisoned.append(len(said))
             said[2] = torch.nan
         return said
@@ -509,7 +509,7 @@ def test_logits_that_turn_into_no_numbers_while_decoding_end_their_request_alone
     assert answers_of(results) == alone(LIGHTKV, Memory())
 
 
-def test_a_decoding_step_that_fails_is_the_result_of_all_who_took_it():
+def test_a_failed_decode_step_is_the_result_of_all_its_requests():
     model = tiny_model("qwen2_5_vl")
     requests, expected = requests_of_pool(), alone(LIGHTKV, Memory())
     engine = Engine(model, LIGHTKV, Memory(answers=2))
@@ -519,7 +519,7 @@ def test_a_decoding_step_that_fails_is_the_result_of_all_who_took_it():
         if hidden.shape[1] == 1 and len(which) == len(engine.layers) and hidden.shape[0] == 2:
             steps.append(None)
             if len(steps) == 2:
-                run_layers(hidden, angles, range(3), attend)  # some layers have taken the step already
+                run_layers(hidden, angles, range(3), attend)  # some layers have already run
                 raise ValueError("a kernel failed")
         return run_layers(hidden, angles, which, attend)
 
@@ -561,8 +561,8 @@ def test_where_memory_runs_out_pieces_become_smaller_and_the_answer_stays(most, 
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("no"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )
-def test_memory_that_runs_out_in_the_middle_of_a_piece_is_made_good(error):
-    """In the layers themselves: what has been pushed by then is taken back."""
+def test_out_of_memory_in_the_middle_of_a_piece_is_undone_and_retried(error):
+    """Memory runs out inside a layer: entries already pushed are removed."""
     model = tiny_model("qwen2_5_vl")
     segments, question = apart(model, tiny_sample("qwen2_5_vl", 1, video=1))
     expected = ask(model, None, segments, question)[0].tokens
@@ -639,7 +639,7 @@ def test_a_lost_device_is_raised(monkeypatch):
         list(Engine(model, None).run([Request(0, [Text(torch.tensor([1]))], [torch.tensor([1])])]))
 
 
-# --- leaving no trace ---
+# --- the model is restored ---
 
 
 def state(model):
@@ -690,7 +690,7 @@ def test_the_model_is_as_it_was_before(ending, monkeypatch):
             results.close()
         del results
         assert len(closed) < 5
-        requests = None  # whose generators close with the last that knows them
+        requests = None  # the generators close with their last reference
     else:
         results = list(engine.run(requests))
         assert all((result.error is None) == (ending == "exhausted") for result in results)
@@ -700,7 +700,7 @@ def test_the_model_is_as_it_was_before(ending, monkeypatch):
     assert torch.equal(torch.cat(again.logits), torch.cat(out.logits))
 
 
-def test_gradients_are_off_inside_alone():
+def test_gradients_are_off_only_inside():
     model = tiny_model("llava")
     segments, question = apart(model, tiny_sample("llava", 0))
     requests = [Request(number, segments, [question], 2) for number in range(3)]
@@ -792,9 +792,9 @@ def test_a_layer_that_attends_by_itself_is_refused(monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own, while it compiles
-def test_compiled_steps_say_the_same():
-    """Several answers together, and one alone."""
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # from torch.compile itself
+def test_compiled_steps_give_the_same_answers():
+    """With several answers at once, and with one."""
     model = tiny_model("qwen2_5_vl")
     engine = Engine(model, LIGHTKV, compiled=True)
     counters.clear()

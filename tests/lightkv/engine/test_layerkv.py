@@ -29,7 +29,7 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("lengths", [[50], [1, 49], [20, 0, 30], [10] * 5, [0, 50]])
-def test_what_is_pushed_in_pieces_is_there_in_order(lengths):
+def test_tokens_pushed_in_pieces_are_in_order(lengths):
     whole, layer, begin = states(50), LayerKV(Bits()), 0
     for length in lengths:
         layer.push(*cut(whole, begin, begin + length))
@@ -39,7 +39,7 @@ def test_what_is_pushed_in_pieces_is_there_in_order(lengths):
     assert layer.nbytes == 2 * HEADS * 50 * DIMS * 4
 
 
-def test_truncating_forgets_the_end_and_what_is_taken_from_it_is_a_copy():
+def test_truncating_removes_the_end_and_since_returns_copies():
     whole, layer = states(50), LayerKV(Bits())
     layer.push(*whole)
     end = layer.since(30)
@@ -53,7 +53,7 @@ def test_truncating_forgets_the_end_and_what_is_taken_from_it_is_a_copy():
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("lengths", [[70], [16, 16, 38], [1, 69], [40, 30]])
-def test_whole_groups_are_sealed_and_read_back_as_what_they_were_packed_to(lengths, bits):
+def test_full_groups_are_sealed_and_read_back_dequantised(lengths, bits):
     whole, layer, begin = states(70), LayerKV(Bits(bits, group=16)), 0
     for length in lengths:
         layer.push(*cut(whole, begin, begin + length))
@@ -85,8 +85,8 @@ def test_sixteen_bits_leave_everything_as_it_is():
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 40])
-def test_the_filling_of_the_last_group_is_never_heard(length, bits):
-    """Attention over the packed layer, filling included, is attention over its first tokens alone."""
+def test_the_padding_of_the_last_group_gets_no_attention(length, bits):
+    """Attention over the packed layer with its padding equals attention over its tokens."""
     layer = LayerKV(Bits(bits, group=16))
     layer.push(*states(length))
     layer.seal(rest=True)
@@ -106,7 +106,7 @@ def test_the_filling_of_the_last_group_is_never_heard(length, bits):
 def test_a_layer_that_never_held_anything_is_packed_as_nothing():
     layer = LayerKV(Bits(8))
     layer.seal(rest=True)
-    layer.push(*states(5))  # a question that looks on, and leaves
+    layer.push(*states(5))  # a question, removed again
     layer.truncate(0)
     packed, bias = layer.packed()
     assert (len(packed), len(bias), packed.heads, packed.dims) == (0, 0, HEADS, DIMS)

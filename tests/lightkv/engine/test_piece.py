@@ -1,4 +1,4 @@
-"""Sequences packed into one piece, and out of it again."""
+"""Packing sequences into one piece and splitting it again."""
 
 import torch
 from hypothesis import given, settings
@@ -18,7 +18,7 @@ def piece_of(layout, seed):
 
 @settings(max_examples=30)
 @given(several=st.lists(layouts(), min_size=1, max_size=4), seed=st.integers(0, 100))
-def test_what_is_packed_comes_out_as_it_was(several, seed):
+def test_splitting_undoes_packing(several, seed):
     pieces = [piece_of(layout, seed + number) for number, layout in enumerate(several)]
     packed = Piece.packed(pieces)
     assert packed.lengths == tuple(len(layout) for layout in several)
@@ -29,7 +29,7 @@ def test_what_is_packed_comes_out_as_it_was(several, seed):
             assert torch.equal(*same) if isinstance(same[0], torch.Tensor) else same[0] == same[1]
         assert all(torch.equal(*tables) for tables in zip(one.angles, other.angles, strict=True))
         item = torch.where(one.layout.mergeable, one.layout.item + first, one.layout.item)
-        assert torch.equal(other.layout.item, item)  # numbered through
+        assert torch.equal(other.layout.item, item)  # numbered across the pieces
         assert torch.equal(packed.layout.grid[first : first + len(one.layout.grid)], one.layout.grid)
         assert torch.equal(torch.stack([one.layout.t, one.layout.y]), torch.stack([other.layout.t, other.layout.y]))
         first += len(one.layout.grid)

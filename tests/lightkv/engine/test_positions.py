@@ -1,4 +1,4 @@
-"""Positions against the models' own, and rotations against transformers'."""
+"""Positions against the models' own, rotations against transformers'."""
 
 from unittest.mock import patch
 
@@ -22,7 +22,7 @@ def vision(t, h, w, **options):
 
 @st.composite
 def prompts(draw):
-    """Texts of n tokens, and images and videos (t, h, w) of so many seconds a step, a text before each."""
+    """Texts of n tokens, and images and videos (t, h, w) with seconds per step, each after a text."""
     parts = []
     for _ in range(draw(st.integers(1, 4))):
         parts.append(draw(st.integers(1, 4)))
@@ -32,7 +32,7 @@ def prompts(draw):
 
 
 def by_the_model(model, prompt, timed):
-    """Positions [3, S] as get_rope_index has them."""
+    """Positions [3, S] from get_rope_index."""
     ids, images, videos = [], [], []
     for part in prompt:
         if isinstance(part, int):
@@ -51,7 +51,7 @@ def by_the_model(model, prompt, timed):
 
 
 def streamed(config, prompt, timed, most):
-    """The same by Positions, items in parts of at most `most` tokens."""
+    """The same from Positions, items in parts of at most `most` tokens."""
     positions, places = Positions(config), []
     for part in prompt:
         if isinstance(part, int):
@@ -74,7 +74,7 @@ def test_qwen2_5_vl_positions_follow_time_as_the_models_own_do(prompt, per_secon
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 @given(prompt=prompts(), most=st.sampled_from([1, 7, 1000]))
 def test_without_time_every_step_is_one_position(family, prompt, most):
-    model = tiny_model(family)  # of one position per second, and a second per step is what the model assumes
+    model = tiny_model(family)  # one position per second; the model assumes one second per step
     found = streamed(model.config, prompt, False, most)
     assert torch.equal(found, by_the_model(model, prompt, timed=False))
 
@@ -88,7 +88,7 @@ def test_ordinary_rope_counts_tokens(prompt, most):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("most", [6, 1000])
 def test_a_repeated_step_keeps_the_place_of_its_first_and_what_follows_keeps_its_own(family, most):
-    """Steps 0 1 1 1 2 3 3, of which 0 1 2 3 came."""
+    """Steps 0 1 1 1 2 3 3, of which 0 1 2 3 were encoded."""
     whole, fewer = (Positions(tiny_model(family).config) for _ in range(2))
     for positions in (whole, fewer):
         positions.text(3)
@@ -99,7 +99,7 @@ def test_a_repeated_step_keeps_the_place_of_its_first_and_what_follows_keeps_its
     assert torch.equal(fewer.text(2), whole.text(2))
 
 
-def test_text_that_is_only_looked_at_is_not_taken():
+def test_text_positions_with_taken_false_stay_free():
     positions = Positions(tiny_model("qwen2_5_vl").config)
     positions.text(4)
     looked_at = positions.text(3, taken=False)
@@ -135,6 +135,6 @@ def test_turning_is_transformers_and_unturning_its_inverse(family):
 
 def test_scaled_angles_are_undone_too():
     angle = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)).repeat(1, 2)
-    angles = 1.3 * angle.cos(), 1.3 * angle.sin()  # as YaRN has them
+    angles = 1.3 * angle.cos(), 1.3 * angle.sin()  # as in YaRN
     states = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(unturned(turned(states, angles), angles), states)

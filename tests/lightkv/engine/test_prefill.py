@@ -1,4 +1,4 @@
-"""Streaming prefill: pieces against the whole, several questions against one each, what is left in every layer."""
+"""Streaming prefill: pieces against the whole prompt, several questions against one each, what every layer keeps."""
 
 import dataclasses
 
@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from lightkv import Bits, LightKVConfig, Memory, Stage, Text, Vision, compress
-from lightkv.engine import prefill as streaming
+from lightkv.engine.fold import folded
 from lightkv.engine.layers import Layers
 from lightkv.engine.positions import Positions
 from lightkv.engine.prefill import Stream
 from lightkv.methods.table import METHODS as TABLE
+from lightkv.ops.attend import attend
 from lightkv.ops.codes import quantise
 from tests.lightkv.engine.prompts import apart, ask, spoken
 from tests.lightkv.hooks.test_generation import GREEDY, METHODS, VARIANTS
@@ -34,12 +35,12 @@ def without_drop(config):
 
 
 def fits(method, family):
-    """`evs` takes videos alone."""
+    """A sample that the method accepts: `evs` takes only videos."""
     return tiny_sample(family, 0, 2, 1) if method != "evs" else tiny_sample(family, video=1)
 
 
 def streamed(model, config, pieces, questions=QUESTIONS[:1], bits=None, **options):
-    """A stream that has taken the pieces, but not its questions."""
+    """A stream after its pieces, before its questions."""
     layers = Layers(model)
     stream = Stream(layers, Positions(model.config), config, questions, bits or Bits(), **options)
     with layers.attached():
@@ -50,7 +51,11 @@ def streamed(model, config, pieces, questions=QUESTIONS[:1], bits=None, **option
 
 def caches(stream):
     """Per layer of the first question: k, v, log sizes."""
-    return [layer.view() for layer in (*stream._trunk.kv, *stream._branches[0].kv)]
+    return [layer.view() for layer in (*stream._caches.trunk.kv, *stream._caches.branches[0].kv)]
+
+
+def state(stream):
+    return stream.input.state(), stream._caches.state()
 
 
 def same_caches(found, expected, **tolerance):
@@ -66,7 +71,7 @@ def same_caches(found, expected, **tolerance):
 @pytest.mark.parametrize("method", ["none", "lightkv, later", "asked", "keep", "fastv"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_where_nothing_is_dropped_pieces_of_any_size_are_the_whole(family, method):
-    """Images and words lie over several pieces, or several in one."""
+    """Images and text span several pieces, or share one."""
     model, config = tiny_model(family), without_drop(KEEPING[method])
     sample = tiny_sample(family, 0, 1, video=0 if family != "llava" else None)
     segments, question = apart(model, sample)
@@ -83,7 +88,7 @@ BY_ITEM = ["spacetime", "spacetime, later", "stride", "tome", "evs", "published,
 @pytest.mark.parametrize("method", BY_ITEM)
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_an_item_that_is_ranked_by_itself_may_come_in_a_piece_of_its_own(family, method):
-    """Exact for every method that asks neither the question nor the rest of the prompt."""
+    """Exact for every method that depends neither on the question nor on the rest of the prompt."""
     model, config = tiny_model(family), KEEPING[method]
     first, word = apart(model, tiny_sample(family, video=1))[0][-2:]
     second = apart(model, tiny_sample(family, video=0) if method == "evs" else tiny_sample(family, 2))[0][-2]
@@ -96,25 +101,25 @@ def test_an_item_that_is_ranked_by_itself_may_come_in_a_piece_of_its_own(family,
 
 
 def merges(stream):
-    """Per stage, where the vision tokens went."""
-    return [torch.cat(parts) for parts in zip(*stream._branches[0].merges, strict=True)]
+    """Per stage: the targets of the prompt's vision tokens."""
+    return [torch.cat(parts) for parts in zip(*stream._caches.branches[0].merges, strict=True)]
 
 
 @pytest.mark.parametrize("method", ["lightkv", "asked", "fastv", "random", "keep"])
 def test_a_piece_is_never_merged_with_another(method):
-    """Whatever a method asks: what a token is part of stood in its own piece, and is still there."""
+    """For every method, a token's target is a surviving token of its own piece."""
     model, config = tiny_model("qwen2_5_vl"), STAGED[method]
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 1, 2))
     pieces = [segments[:2], segments[2:4], segments[4:]]
     stream, _ = streamed(model, config, pieces, traced=True)
     begin = 0
-    for piece, targets in zip(pieces, stream._branches[0].merges, strict=True):
+    for piece, targets in zip(pieces, stream._caches.branches[0].merges, strict=True):
         count = sum(len(segment) for segment in piece if isinstance(segment, Vision))
         for target in targets:
             survivors = torch.nonzero(target == torch.arange(begin, begin + count)).flatten() + begin
             assert torch.equal(target[target >= 0].unique(), survivors)
         begin += count
-    assert begin == stream.vision_tokens
+    assert begin == stream.input.vision_tokens
 
 
 def test_parts_of_a_video_in_one_piece_are_one_item():
@@ -133,7 +138,7 @@ def test_parts_of_a_video_in_one_piece_are_one_item():
     [(method, 1000) for method in KEEPING]
     + [(method, 40) for method in ("none", "lightkv", "asked", "fastv", "keep", "spacetime", "random")],
 )
-def test_several_questions_are_as_many_requests(method, most):
+def test_several_questions_equal_one_request_each(method, most):
     model, config = tiny_model("qwen2_5_vl"), KEEPING[method]
     sample = fits(method, "qwen2_5_vl")
     memory = Memory(chunk_tokens=most)
@@ -183,7 +188,7 @@ class EnoughError(Exception):
 
 
 def failing(function, after):
-    """`function` until it was called so many times, then EnoughError."""
+    """`function` for the first `after` calls, then EnoughError."""
     calls = []
 
     def called(*args, **kwargs):
@@ -196,7 +201,7 @@ def failing(function, after):
 
 
 @pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize(("where", "calls"), [("attend", 6), ("folded", 1)])
+@pytest.mark.parametrize(("where", "calls"), [("forward.attend", 6), ("fold.folded", 1)])
 def test_a_piece_that_fails_anywhere_leaves_nothing_behind(where, calls, bits, monkeypatch):
     model, config, bits = tiny_model("qwen2_5_vl"), STAGED["lightkv"], Bits(bits, group=16)
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 1, video=0))
@@ -204,20 +209,21 @@ def test_a_piece_that_fails_anywhere_leaves_nothing_behind(where, calls, bits, m
     options = dict(questions=QUESTIONS[:1], bits=bits, fold=True, traced=True)
     expected, layers = streamed(model, config, [first, second], **options)
     stream, layers = streamed(model, config, [first], **options)
-    stream._seal()  # which the next piece begins with
-    before = caches(stream), stream._state()
+    stream._caches.seal()  # the first step of the next piece
+    path, function = f"lightkv.engine.{where}", {"forward.attend": attend, "fold.folded": folded}[where]
+    before = caches(stream), state(stream)
     for after in range(calls):
         with monkeypatch.context() as patch, layers.attached():
-            patch.setattr(streaming, where, failing(getattr(streaming, where), after))
+            patch.setattr(path, failing(function, after))
             with pytest.raises(EnoughError):
                 stream.take(second)
         assert same_caches(caches(stream), before[0], atol=0, rtol=0)
-        assert repr(stream._state()) == repr(before[1])
+        assert repr(state(stream)) == repr(before[1])
     with monkeypatch.context() as patch, layers.attached():
-        patch.setattr(streaming, where, failing(getattr(streaming, where), calls))
+        patch.setattr(path, failing(function, calls))
         stream.take(second)
     assert same_caches(caches(stream), caches(expected), atol=0, rtol=0)
-    assert repr(stream._state()) == repr(expected._state())
+    assert repr(state(stream)) == repr(state(expected))
 
 
 def test_a_seal_that_fails_leaves_the_piece_untaken(monkeypatch):
@@ -234,7 +240,7 @@ def test_a_seal_that_fails_leaves_the_piece_untaken(monkeypatch):
     assert same_caches(caches(stream), caches(expected), atol=0, rtol=0)
 
 
-def test_what_is_no_number_is_refused_where_a_stage_would_compare_it():
+def test_nan_before_a_stage_is_refused():
     model = tiny_model("llava")
     features = random(16, 32, seed=0)
     features[5, 3] = torch.nan
@@ -242,17 +248,17 @@ def test_what_is_no_number_is_refused_where_a_stage_would_compare_it():
         streamed(model, STAGED["spacetime"], [[Vision(features, (1, 4, 4))]])
 
 
-# --- folding and silence ---
+# --- folding and silent layers ---
 
 
 @pytest.mark.parametrize("method", [name for name in STAGED if name != "evs"])
-def test_folded_layers_all_hold_what_the_last_stage_has_left(method):
+def test_folded_layers_all_hold_what_the_last_stage_left(method):
     model, config = tiny_model("qwen2_5_vl"), STAGED[method]
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 2))
     plain, _ = streamed(model, config, [segments[:2], segments[2:]])
     stream, _ = streamed(model, config, [segments[:2], segments[2:]], fold=True)
-    held = [*stream._trunk.held, *stream._branches[0].held]
-    assert held == [[*plain._trunk.held, *plain._branches[0].held][-1]] * LAYERS
+    held = [*stream._caches.trunk.held, *stream._caches.branches[0].held]
+    assert held == [[*plain._caches.trunk.held, *plain._caches.branches[0].held][-1]] * LAYERS
     *early, (_, _, size) = caches(stream)
     for _, _, log_size in early:
         assert len(log_size) == len(size)
@@ -276,14 +282,14 @@ def test_folding_a_piece_changes_neither_its_text_nor_the_layers_after_the_last_
 
 
 def words(target):
-    """Where the words before, between and after images of 48 and 32 tokens stand when these went to `target`."""
+    """Places of the text before, between and after images of 48 and 32 tokens with these targets."""
     stays = target == torch.arange(80)
     first, second = int(stays[:48].sum()), int(stays[48:].sum())
     return torch.tensor([0, 1, 2 + first, 3 + first + second])
 
 
 def test_folded_values_are_means_by_size():
-    """Σ size · v over the vision of a layer is what it was before folding, where stages merge and drop nothing."""
+    """If stages merge but drop nothing, folding keeps Σ size · v over a layer's vision."""
     model, config = tiny_model("qwen2_5_vl"), STAGED["spacetime, later"]
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 2))
     plain, folded = (streamed(model, config, [segments], fold=fold)[0] for fold in (False, True))
@@ -301,25 +307,25 @@ def test_folding_where_nothing_is_dropped_changes_nothing(method):
     same_caches(caches(folded), caches(plain), atol=1e-4, rtol=1e-4)
 
 
-def test_layers_that_several_questions_share_fold_as_far_as_they_share():
+def test_layers_shared_by_several_questions_fold_to_what_the_shared_stages_left():
     model, config = tiny_model("qwen2_5_vl"), STAGED["lightkv"]
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 2))
     alone, _ = streamed(model, config, [segments], fold=True)
     stream, _ = streamed(model, config, [segments], questions=QUESTIONS, fold=True)
     plain, _ = streamed(model, config, [segments], questions=QUESTIONS)
-    assert stream._trunk.held == plain._trunk.held
-    assert stream._trunk.held[0] > alone._trunk.held[0]
-    assert {held for branch in stream._branches for held in branch.held} == {alone._branches[0].held[-1]}
+    assert stream._caches.trunk.held == plain._caches.trunk.held
+    assert stream._caches.trunk.held[0] > alone._caches.trunk.held[0]
+    assert {held for branch in stream._caches.branches for held in branch.held} == {alone._caches.branches[0].held[-1]}
 
 
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("method", ["none", "lightkv", "spacetime"])
-def test_silent_layers_hold_text_alone_and_all_of_it(method, fold):
+def test_silent_layers_hold_all_text_and_no_vision(method, fold):
     model, config = tiny_model("qwen2_5_vl"), KEEPING[method]
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 2))
     plain, _ = streamed(model, config, [segments])
     stream, _ = streamed(model, config, [segments], silent=frozenset({0, 3}), fold=fold)
-    held = [*stream._trunk.held, *stream._branches[0].held]
+    held = [*stream._caches.trunk.held, *stream._caches.branches[0].held]
     assert [number for number, count in enumerate(held) if not count] == [0, 3]
     there = words(torch.arange(80))
     for index in (0, 3):
@@ -330,13 +336,15 @@ def test_silent_layers_hold_text_alone_and_all_of_it(method, fold):
             assert same_caches([(k, v)], [(whole[0][:, there], whole[1][:, there])], **CLOSE)
 
 
-@pytest.mark.parametrize(("limit", "most"), [("TOKENS_AT_ONCE", 150), ("TOKENS_AT_ONCE", 1), ("KEYS_AT_ONCE", 0)])
+@pytest.mark.parametrize(
+    ("limit", "most"), [("branches.TOKENS_AT_ONCE", 150), ("branches.TOKENS_AT_ONCE", 1), ("forward.KEYS_AT_ONCE", 0)]
+)
 @pytest.mark.parametrize("method", ["lightkv", "asked", "published, early"])
-def test_how_many_questions_pass_the_layers_together_does_not_matter(method, limit, most, monkeypatch):
+def test_results_do_not_depend_on_how_many_questions_run_together(method, limit, most, monkeypatch):
     model, config = tiny_model("qwen2_5_vl"), STAGED[method]
     segments, _ = apart(model, tiny_sample("qwen2_5_vl", 0, 2))
     together, layers = streamed(model, config, [segments[:2], segments[2:]], questions=QUESTIONS)
-    monkeypatch.setattr(streaming, limit, most)
+    monkeypatch.setattr(f"lightkv.engine.{limit}", most)
     apart_, _ = streamed(model, config, [segments[:2], segments[2:]], questions=QUESTIONS)
     with layers.attached():
         for one, other in zip(together.finish(), apart_.finish(), strict=True):
@@ -346,12 +354,12 @@ def test_how_many_questions_pass_the_layers_together_does_not_matter(method, lim
                 same_caches([a.view()], [b.view()], **CLOSE)
 
 
-# --- few bits ---
+# --- quantised caches ---
 
 
 @pytest.mark.parametrize("method", ["none", "lightkv"])
 @pytest.mark.parametrize("most", [40, 1000])
-def test_fewer_bits_answer_about_the_same_and_eight_better_than_four(method, most):
+def test_quantised_caches_answer_about_the_same_and_eight_bits_better_than_four(method, most):
     model, config = tiny_model("qwen2_5_vl"), KEEPING[method]
     segments, question = apart(model, tiny_sample("qwen2_5_vl", 0, video=1))
     said = {
@@ -361,14 +369,14 @@ def test_fewer_bits_answer_about_the_same_and_eight_better_than_four(method, mos
     away = {bits: float((said[bits] - said[16]).norm() / said[16].norm()) for bits in (8, 4)}
     assert 0 < away[8] < 0.02
     assert 5 * away[8] < away[4]
-    assert method != "none" or away[4] < 0.3  # with stages, one merge that goes another way is more than that
+    assert method != "none" or away[4] < 0.3  # with stages, a single different merge changes more
 
 
-# --- steps that stand for several ---
+# --- steps that represent several ---
 
 
-def test_a_step_that_stands_for_three_is_three_equal_ones_merged():
-    """On the embeddings, before any layer has told them apart; time stands still, so that they share a place."""
+def test_a_step_with_count_three_is_three_equal_steps_merged():
+    """On the embeddings, before any layer; all steps have the same time, so they share a position."""
     model = tiny_model("qwen2_5_vl")
     one, other = random(2, 1, 32, seed=3)
     config = LightKVConfig((Stage(-1, drop=0.51),), method="spacetime")  # 2 of 4
@@ -380,13 +388,13 @@ def test_a_step_that_stands_for_three_is_three_equal_ones_merged():
     plain, _ = streamed(model, None, [[*before, counted, *after]])
     for stream in (nothing, plain):
         same_caches(caches(stream), caches(joined), atol=1e-5, rtol=1e-5)
-        assert torch.equal(*(one._positions.text(1, taken=False) for one in (stream, joined)))
-        assert (stream.vision_tokens, joined.vision_tokens) == (4, 4)
+        assert torch.equal(*(one.input._positions.text(1, taken=False) for one in (stream, joined)))
+        assert (stream.input.vision_tokens, joined.input.vision_tokens) == (4, 4)
     assert caches(plain)[0][2].exp().tolist() == pytest.approx([1, 1, 3, 1, 1, 1])
 
 
-def test_a_step_that_stands_for_three_is_heard_like_three_that_are_equal():
-    """At the beginning of a prompt, one token a step, all at one place: each hears equal keys alone."""
+def test_a_step_with_count_three_gets_the_attention_of_three_equal_steps():
+    """At the start of a prompt, one token per step, all at one position: each attends only to equal keys."""
     model = tiny_model("qwen2_5_vl")
     one, question = random(1, 32, seed=3), torch.tensor([11, 12, 13])
     thrice = Vision(one.expand(3, -1), (3, 1, 1), interval_s=0.01)

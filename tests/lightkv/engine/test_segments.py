@@ -23,7 +23,7 @@ def test_parts_hold_the_same_tokens_steps_and_sizes_in_as_few_pieces_as_fit(most
     assert [part.first for part in parts] == whole.steps[::steps].tolist()
 
 
-def test_counts_say_which_step_each_is_and_how_many_tokens_it_stands_for():
+def test_counts_give_each_steps_number_and_its_tokens_sizes():
     whole = video(3, 1, 2, first=4, counts=(2, 1, 3))
     assert whole.steps.tolist() == [4, 6, 7]
     assert whole.sizes.tolist() == [2, 2, 1, 1, 3, 3]

@@ -1,4 +1,4 @@
-"""Answers in progress side by side against each by itself."""
+"""Rows decoded together against each row by itself."""
 
 from random import Random
 
@@ -18,7 +18,7 @@ ALL_BITS = [16, 8, 4]
 
 
 def prompt(bits, lengths, tail, seed):
-    """A cache of so many tokens in each layer, and a question of `tail` tokens."""
+    """A cache with `lengths` tokens per layer, and a question of `tail` tokens."""
     kv = [LayerKV(Bits(bits, group=16)) for _ in lengths]
     for number, (layer, length) in enumerate(zip(kv, lengths, strict=True)):
         layer.push(*random(2, HEADS, length, DIMS, seed=seed + number), random(length, seed=seed).abs())
@@ -28,7 +28,7 @@ def prompt(bits, lengths, tail, seed):
 
 
 class ByItself:
-    """One answer, without the others."""
+    """One row by itself."""
 
     def __init__(self, prompt):
         self.layers = [
@@ -45,7 +45,7 @@ class ByItself:
 
 
 def steps(held, rows, count, seed):
-    """So many tokens in every row, each heard by itself and with the others."""
+    """Append `count` tokens to every row; each row attends as it does by itself."""
     for step in range(count):
         for index in range(LAYERS):
             q = random(len(rows), 4, 1, DIMS, seed=seed + step)
@@ -58,7 +58,7 @@ def steps(held, rows, count, seed):
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
-def test_rows_come_and_go_in_any_order_and_hear_what_is_theirs(bits):
+def test_rows_come_and_go_in_any_order_and_attend_to_their_own_tokens(bits):
     draw, held, rows = Random(0), slots(LAYERS, Bits(bits)), []
     for seed in range(0, 1200, 100):
         fresh = [
@@ -85,7 +85,7 @@ def test_answers_may_outgrow_their_room(bits):
 
 @pytest.mark.parametrize("bits", ALL_BITS)
 def test_a_step_uploads_nothing(bits, monkeypatch):
-    """Whatever a layer uploads, a GPU finishes all earlier layers first."""
+    """An upload in a layer would wait until the GPU has finished all earlier layers."""
     held = slots(LAYERS, Bits(bits))
     held.admit([prompt(bits, [5, 0, 16], tail, tail) for tail in (1, 4)])
     made = watched(monkeypatch)
@@ -112,7 +112,7 @@ def watched(monkeypatch):
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
-def test_no_row_is_a_number_of_rows_like_any_other(bits):
+def test_zero_rows_are_allowed(bits):
     held = slots(LAYERS, Bits(bits))
     assert (len(held), held.nbytes) == (0, 0)
     held.admit([prompt(bits, [3, 4, 5], 2, 0)])
@@ -124,7 +124,7 @@ def test_no_row_is_a_number_of_rows_like_any_other(bits):
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
-def test_a_row_is_not_touched_by_what_is_no_number_in_another(bits):
+def test_nan_in_one_row_does_not_change_another(bits):
     broken, whole = prompt(bits, [20, 3, 40], 3, 0), prompt(bits, [7, 30, 0], 5, 9)
     for tail_k, tail_v in broken.tail:
         tail_k.fill_(torch.nan)
@@ -140,7 +140,7 @@ def test_a_row_is_not_touched_by_what_is_no_number_in_another(bits):
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
-def test_prompts_that_are_spent_hold_nothing_and_are_heard_all_the_same(bits):
+def test_spent_prompts_hold_nothing_and_their_rows_attend_the_same(bits):
     fresh, held = [prompt(bits, [40, 0, 17], 3, seed) for seed in (0, 9)], slots(LAYERS, Bits(bits))
     rows = [ByItself(one) for one in fresh]
     held.admit(fresh[:1])

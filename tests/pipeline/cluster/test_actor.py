@@ -131,6 +131,7 @@ def served(monkeypatch, tmp_path):
     monkeypatch.setattr(
         actor, "ActorMetrics", lambda run_id: SimpleNamespace(streams=_ignore, observe=_ignore, waiting=_ignore)
     )
+    monkeypatch.setattr(actor, "_REPORT_EVERY_S", 3600.0)
     monkeypatch.setattr(actor.CaptionActor, "_load", lambda self, run_id: _Captioner())
     monkeypatch.setattr(actor.CaptionActor, "_decoders", lambda self: _streams(lambda unit: _Stream()))
     attempts = _Remote()
