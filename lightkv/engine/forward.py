@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from lightkv.engine.layers import Layers
 from lightkv.engine.piece import LayerQK, Piece
 from lightkv.ops.attend import attend
 from lightkv.ops.attend_packed import attend_packed
+from lightkv.ops.ragged import Keys, Sequences
 
 # With more keys than this, attention runs sequence by sequence on the caches in place instead of concatenating them for
 # one kernel launch.
@@ -93,8 +93,6 @@ def _attend_in_one_launch(
     views: list[tuple[Tensor, Tensor, Tensor]], q: Tensor, lengths: tuple[int, ...], scale: float
 ) -> Tensor:
     k, v = (torch.cat([view[side] for view in views], dim=1).transpose(0, 1) for side in (0, 1))
-    counts = [len(view[2]) for view in views]
-    starts_q, starts_k = (torch.tensor([0, *accumulate(of)], device=q.device) for of in (lengths, counts))
-    bias = torch.cat([view[2] for view in views])
-    states = q[0].transpose(0, 1), k, v
-    return attend_packed(*states, bias, starts_q, starts_k, scale, max(lengths), max(counts))[None]
+    keys = Keys(k, v, torch.cat([view[2] for view in views]))
+    sequences = (Sequences.of(lengths, q.device), Sequences.of([len(view[2]) for view in views], q.device))
+    return attend_packed(q[0].transpose(0, 1), keys, *sequences, scale)[None]

@@ -13,6 +13,7 @@ from lightkv.engine.prefill import Prefilled
 from lightkv.ops.attend import attend
 from lightkv.ops.codes import ABSENT, Quantised, concatenated
 from lightkv.ops.quantised import attend_quantised
+from lightkv.ops.ragged import Keys, Sequences
 
 ROOM = 64  # tokens by which the room for answers grows
 
@@ -161,7 +162,7 @@ class PackedSlots:
     def __init__(self, layers: int) -> None:
         self._tails = [_Padded() for _ in range(layers)]
         self._rows: list[list[tuple[Quantised, Tensor]]] = [[] for _ in range(layers)]
-        self._joined: list[tuple[Quantised, Tensor, Tensor, int]] = []
+        self._joined: list[tuple[Quantised, Tensor, Sequences]] = []
 
     def __len__(self) -> int:
         return len(self._tails[0].lengths)
@@ -191,19 +192,20 @@ class PackedSlots:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         tail = self._tails[layer]
         tail.append(k, v)
-        packed, bias, starts, most = self._joined[layer]
-        return attend_quantised(q[:, :, 0], packed, starts, bias, *tail.view(), scale, most)[:, None]
+        packed, bias, sequences = self._joined[layer]
+        return attend_quantised(q[:, :, 0], packed, sequences, bias, Keys(*tail.view()), scale)[:, None]
 
     def _join(self) -> None:
         """Concatenate the prompts of every layer, as the kernel reads them; the rows become views of the result."""
-        self._joined, uploaded = [], dict[tuple[int, ...], Tensor]()  # layers between two stages have the same starts
+        self._joined = []
+        uploaded: dict[tuple[int, ...], Sequences] = {}  # layers between two stages have the same starts
         for index, rows in enumerate(self._rows if len(self) else ()):
             packed, bias = concatenated([part for part, _ in rows]), torch.cat([bias for _, bias in rows])
             ends = tuple(accumulate((len(part) for part, _ in rows), initial=0))
             self._rows[index] = [(packed.between(*cut), bias[slice(*cut)]) for cut in pairwise(ends)]
             if ends not in uploaded:
-                uploaded[ends] = torch.tensor(ends, device=bias.device)
-            self._joined.append((packed, bias, uploaded[ends], max(len(part) for part, _ in rows)))
+                uploaded[ends] = Sequences.of([len(part) for part, _ in rows], bias.device)
+            self._joined.append((packed, bias, uploaded[ends]))
 
 
 def _uploaded(rows: Sequence[int], layers: Sequence[_Padded]) -> Tensor:

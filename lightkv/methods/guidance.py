@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightkv.ops.ragged import Selection, Sequences
 from lightkv.ops.votes import softmax_votes
 from lightkv.vision.layout import VisionLayout
 from lightkv.vision.packing import Packing
@@ -25,9 +26,7 @@ def prompt_guidance(q: Tensor, k: Tensor, is_text: Tensor, scale: float) -> Tens
 def _prompt_votes(q: Tensor, k: Tensor, voters: Tensor, packing: Packing, scale: float) -> Tensor:
     """`prompt_guidance` for each sequence of a batch separately: q [B, Hq, S, d], voters bool [N] → fp32 [N]."""
     queries, keys = _Side.of(torch.ones_like(voters), packing), _Side.of(voters, packing)
-    return softmax_votes(
-        q, k, queries.index, queries.starts, keys.index, keys.starts, scale, "sum", queries.most, keys.most
-    )
+    return softmax_votes(queries.selection(q), keys.selection(k), scale, "sum")
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,9 @@ class _Side:
         row, index = packing.row.to(token.device)[token], packing.index.to(token.device)[token]
         counts = row.new_zeros(len(packing.lengths)).index_add(0, row, torch.ones_like(row))  # bincount would wait
         return cls(token, index, torch.cat([counts.new_zeros(1), counts.cumsum(0)]), int(counts.max()))
+
+    def selection(self, states: Tensor) -> Selection:
+        return Selection(states, self.index, Sequences(self.starts, self.most))
 
 
 class Guidance(Protocol):
@@ -132,9 +134,7 @@ class QuestionAttention:
     def __call__(self, q: Tensor, k: Tensor, layout: VisionLayout, packing: Packing, scale: float) -> Tensor:
         keys = _Side.of(layout.is_vision, packing)
         queries = _Side.of(QuestionGuidance().voters(layout, packing.row.to(q.device)), packing)
-        best = softmax_votes(
-            k, q, keys.index, keys.starts, queries.index, queries.starts, scale, "max", keys.most, queries.most
-        )
+        best = softmax_votes(keys.selection(k), queries.selection(q), scale, "max")
         return torch.zeros(len(layout), device=q.device).index_copy(0, keys.token, best)
 
     def of_keys(self, q: Tensor, k: Tensor, vision: Tensor, scale: float) -> Tensor:
@@ -142,9 +142,9 @@ class QuestionAttention:
 
         q [Hq, T, d] are the question's queries, k [Hkv, n, d] any keys, `vision` int64 the indices of vision keys.
         """
-        ends = [torch.tensor([0, count], device=q.device) for count in (len(vision), q.shape[1])]
+        keys = Selection(k[None], vision, Sequences.of([len(vision)], q.device))
         text = torch.arange(q.shape[1], device=q.device)
-        best = softmax_votes(k[None], q[None], vision, ends[0], text, ends[1], scale, "max", len(vision), q.shape[1])
+        best = softmax_votes(keys, Selection(q[None], text, Sequences.of([len(text)], q.device)), scale, "max")
         return torch.zeros(k.shape[1], device=q.device).index_copy(0, vision, best)
 
     def pairs(self, tokens: int, text_tokens: int) -> int:

@@ -29,6 +29,7 @@ from torch import Tensor
 from lightkv.methods.windows import mixed_radix
 from lightkv.ops.merge import merge
 from lightkv.ops.nearest import FEATURES_AT_ONCE, nearest
+from lightkv.ops.ragged import Groups
 from lightkv.vision.layout import VisionLayout
 from lightkv.vision.tokens import Compressed, Tokens, removal, removals
 
@@ -58,9 +59,8 @@ def spacetime(tokens: Tokens, drop: float, rounds: int, distance: float) -> Comp
     while left:
         share = wanted * min(number + 1, rounds) // rounds - done
         order, starts, middles = field.sets(alive, alive & (share[field.item] > 0), number)
-        closest, apart = nearest(
-            hidden, unit, place, field.index[order], starts, middles, min(BLOCK_TOKENS, len(order)), distance
-        )
+        groups = Groups(field.index[order], starts, middles, min(BLOCK_TOKENS, len(order)))
+        closest, apart = nearest(hidden, unit, place, groups, distance)
         chosen, into = field.cheapest(order, closest, apart, size, price, share)
         if not len(chosen) and number >= rounds:
             raise FloatingPointError(f"{left} more tokens must merge, but the others' hidden states are not finite")

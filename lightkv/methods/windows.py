@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightkv.ops.nearest import FEATURES_AT_ONCE, nearest
+from lightkv.ops.ragged import Groups
 from lightkv.vision.layout import VisionLayout
 
 
@@ -83,7 +84,8 @@ def match(hidden: Tensor, windows: Windows, quota: Tensor) -> tuple[Tensor, Tens
     `quota` [W] pairs of largest cosine are taken, at most half of the window. Ties go to the lower index.
     """
     order, starts, middles, most = windows.sets()
-    closest, apart = nearest(hidden, _unit(hidden, windows.order), None, order, starts, middles, most, 0.0)
+    groups = Groups(order, starts, middles, most)
+    closest, apart = nearest(hidden, _unit(hidden, windows.order), None, groups, 0.0)
     window = torch.repeat_interleave(windows.sizes)
     source = torch.nonzero(closest >= 0).flatten()
     source = source[torch.argsort(apart[source], stable=True)]

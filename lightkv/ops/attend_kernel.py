@@ -1,15 +1,15 @@
 # mypy: allow-untyped-defs
 # Triton would read annotations as argument types.
-"""Attention with a bias per key on GPUs: one online softmax over key tiles, for prefill and, split over keys, decode.
+"""Triton kernels of `attend` and `attend_packed`: online softmax over key tiles; decode is also split over keys.
 
-Scores are held in units of log 2, s = (q · k) · (scale log2 e) + bias log2 e, so that exp2 serves. Key tiles are
-counted from `first`, so padding is never loaded. The number of key chunks in decode depends on K alone, so that a row's
-result does not depend on the rest of its batch.
+Scores are in base 2, s = (q · k) · (scale log2 e) + bias log2 e, so that the softmax can use exp2. Key tiles begin at
+`first`, so padding is never loaded. The number of key chunks in decode depends on K only, so a row's result does not
+depend on the rest of its batch.
 
-Two forms share the kernels. In a batch, `starts` are None and every sequence has `most_q` queries and `most_k` keys. In
-packed sequences, starts say where each begins and these are upper bounds: programs beyond a sequence's own end return,
-and what a batch's stride is for the one, a token's is for the other. Whether a packed sequence is prefilled or decoded,
-and in which tiles, follows from its own sizes: so its result does not depend on the rest of the launch.
+The kernels take two forms of input. In a batch, `starts` are None, and every sequence has `most_q` queries and `most_k`
+keys. In packed sequences, starts are the bounds, and most_q and most_k are upper bounds: programs beyond the end of a
+sequence return at once. The batch stride of the first form is the token stride in the second. A packed sequence's own
+sizes decide between prefill and decode, and the tiles, so its result does not depend on the rest of the launch.
 """
 
 import math
@@ -20,22 +20,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(math.log2(math.e))
-LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # a maximum over nothing that can be subtracted without NaN
+from lightkv.ops.ragged import Keys, Sequences
 
-# Triton's interpreter multiplies bf16 as the integers that hold it. Products of halves are exact in fp32.
+LOG2E = tl.constexpr(math.log2(math.e))
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # finite initial maximum: subtracting it gives no NaN
+
+# Triton's interpreter multiplies the bit patterns of bf16 as integers. Products of 16-bit floats are exact in fp32.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# Sizes were chosen by what the compiler reports for 64 to 256 dims: no spills on Hopper in prefill, few elsewhere, and
-# half the shared memory there is. Products in fp32 take no tensor cores and keep their operands in registers.
-KEYS_BYTES = 16 * 1024  # of keys, and of values, in a tile
+# Sizes follow the compiler's reports for 64 to 256 dims: no register spills in prefill on Hopper, few elsewhere, and
+# half of the shared memory. Products in fp32 use no tensor cores and keep their operands in registers.
+KEYS_BYTES = 16 * 1024  # keys of one tile; its values take as much again
 KEYS_BYTES_FP32 = 8 * 1024
 PREFILL_ROWS = 128
 PREFILL_ROWS_FP32 = 32
-DECODE_QUERIES = 16  # up to here the queries alone give too few programs, and keys are split
-DECODE_ROWS = 64  # heads of a group × queries in one tile, at most
-CHUNK_KEYS = 256  # per program: 128 KiB of bf16 keys and values of 128 dims against 4 KiB of partial results
-MAX_CHUNKS = 128  # longer caches get longer chunks, so that combining stays a few loads
+DECODE_QUERIES = 16  # up to this many queries, keys are split too: queries alone give too few programs
+DECODE_ROWS = 64  # maximum rows of a tile, heads of a group × queries
+CHUNK_KEYS = 256  # per program: reads 128 KiB of bf16 keys and values of 128 dims, writes 4 KiB of partial results
+MAX_CHUNKS = 128  # longer caches get longer chunks, to keep combining cheap
 CHUNKS_AT_ONCE = 32
 
 
@@ -59,9 +61,9 @@ def _sweep(
     state, q, position, k, v, bias, k_row, v_row, bias_key, begin, end, scale, D: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Take keys begin … end - 1 into state = (max, sum, acc); CAUSAL: those after a query's position are unseen.
+    """Adds keys begin … end - 1 to state = (max, sum, acc); CAUSAL masks keys after a query's position.
 
-    Without CAUSAL, end - begin must be whole tiles.
+    Without CAUSAL, end - begin must be a multiple of BLOCK_N.
     """
     top, total, acc = state
     BLOCK_D: tl.constexpr = acc.shape[1]
@@ -89,7 +91,7 @@ def _sweep(
 
 @triton.jit
 def _sequence(starts, b, most):
-    """(place, tokens) of sequence b: it begins at place × the batch's stride."""
+    """(place, tokens) of sequence b, which begins at place × batch stride."""
     if starts is None:
         return b, most
     else:
@@ -99,7 +101,7 @@ def _sequence(starts, b, most):
 
 @triton.jit
 def _padding(first, b, keys):
-    """first[b], within 0 … keys."""
+    """first[b], clamped to 0 … keys."""
     if first is None:
         return keys * 0
     else:
@@ -110,7 +112,7 @@ def _padding(first, b, keys):
 def _split(starts_k, b, place, keys, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
     """(keys per chunk, chunks, slot of the first chunk's partial results) of sequence b.
 
-    Packed sequences have ⌊keys / CHUNK⌋ + 1 chunks at most, so those before b have ⌊place / CHUNK⌋ + b.
+    A packed sequence has at most ⌊keys / CHUNK⌋ + 1 chunks, so those before b have at most ⌊place / CHUNK⌋ + b.
     """
     chunk = CHUNK * tl.maximum(tl.cdiv(keys, CHUNK * CHUNKS), 1)
     chunks = tl.cdiv(keys, chunk)
@@ -124,9 +126,9 @@ def prefill_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, FEW: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program per tile of BLOCK_M queries of one head; packed sequences of FEW queries or less are left out.
+    """One program per tile of BLOCK_M queries of one head; skips packed sequences of up to FEW queries.
 
-    Neighbours share keys: the heads of a group, then the tiles of a key head, those with most keys first.
+    Neighbouring programs share keys: the heads of a group, then the tiles of a key head, those with most keys first.
     """
     tiles = tl.cdiv(most_q, BLOCK_M)
     index = tl.program_id(0)
@@ -149,7 +151,7 @@ def prefill_kernel(
         bias += place_k * bias_batch
 
     position = keys - length + query
-    lowest = keys - length + tile * BLOCK_M  # position of the tile's first query: it sees least
+    lowest = keys - length + tile * BLOCK_M  # position of the tile's first query, which sees the fewest keys
     begin, end = _padding(first, b, keys), tl.minimum(lowest + BLOCK_M, keys)
     whole = begin + tl.maximum(lowest + 1 - begin, 0) // BLOCK_N * BLOCK_N  # tiles up to here are seen by all queries
     state = (
@@ -179,7 +181,7 @@ def decode_kernel(
     """One program per chunk of keys of one key head and BLOCK_M of its rows, row = head of the group × length + query.
 
     Writes the chunk's maximum and sum, fp32 [Hq, most_q, slots], and unnormalised values, fp32 [Hq, most_q, slots, D].
-    Packed sequences of more than FEW queries are left out.
+    Skips packed sequences of more than FEW queries.
     """
     blocks = tl.cdiv(GROUP * most_q, BLOCK_M)
     index = tl.program_id(0)
@@ -225,7 +227,7 @@ def decode_kernel(
 def combined(
     tops, totals, accs, chunks, out, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """out = Σ_c 2^(top_c - top) acc_c / Σ_c 2^(top_c - top) total_c, of one query and head."""
+    """out = Σ_c 2^(top_c - top) acc_c / Σ_c 2^(top_c - top) total_c, for one query and head."""
     lane, column = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_D)
     inside = column < D
     top = tl.full([1], LOWEST, tl.float32)
@@ -251,7 +253,7 @@ def combine_kernel(
     D: tl.constexpr, FEW: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program per query and head."""
+    """Combines the chunks of decode_kernel; one program per query and head."""
     row = tl.program_id(0).to(tl.int64)
     query, head, b = row % most_q, row // most_q % heads, row // most_q // heads
     place_q, length = _sequence(starts_q, b, most_q)
@@ -265,7 +267,7 @@ def combine_kernel(
 
 
 def attend_triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: Tensor | None, scale: float) -> Tensor:
-    """`attend` by kernels: split over keys where queries are few."""
+    """Runs `attend` on the kernels; for few queries, keys are split too."""
     (batch, heads, length, dims), keys = q.shape, k.shape[2]
     q, k, v = (states if states.stride(-1) == 1 else states.contiguous() for states in (q, k, v))
     first = None if first is None else first.contiguous()
@@ -281,30 +283,28 @@ def attend_triton(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first: T
     return out
 
 
-def attend_packed_triton(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, starts_q: Tensor, starts_k: Tensor, scale: float,
-    most_q: int, most_k: int,
-) -> Tensor:  # fmt: skip
-    """`attend_packed` by the same kernels: every sequence by one of the two launches, which pass over the others."""
-    sequences, group, dims = len(starts_q) - 1, q.shape[1] // k.shape[1], q.shape[2]
+def attend_packed_triton(q: Tensor, keys: Keys, q_sequences: Sequences, k_sequences: Sequences, scale: float) -> Tensor:
+    """Runs `attend_packed` on the same kernels: each of the two launches skips the sequences of the other."""
+    starts_q, starts_k = q_sequences.starts.contiguous(), k_sequences.starts.contiguous()
+    most_q, most_k = q_sequences.longest, k_sequences.longest
+    sequences, group, dims = len(starts_q) - 1, q.shape[1] // keys.k.shape[1], q.shape[2]
     out = q.new_empty(q.shape)
     if out.numel():
-        q, k, v = (states if states.stride(-1) == 1 else states.contiguous() for states in (q, k, v))
-        starts_q, starts_k = starts_q.contiguous(), starts_k.contiguous()
-        work = _Work(q, k, v, bias, None, starts_q, starts_k, out, scale * LOG2E.value, sequences)
+        q, k, v = (states if states.stride(-1) == 1 else states.contiguous() for states in (q, keys.k, keys.v))
+        work = _Work(q, k, v, keys.bias, None, starts_q, starts_k, out, scale * LOG2E.value, sequences)
         if most_q > DECODE_QUERIES:
             work.prefill(most_q, most_k)
-        if len(q) - (sequences - 1) * most_q <= DECODE_QUERIES:  # what one has at least if the others have the most
+        if len(q) - (sequences - 1) * most_q <= DECODE_QUERIES:  # fewest queries of a sequence
             chunks = min(MAX_CHUNKS, triton.cdiv(most_k, CHUNK_KEYS))
             slots = len(k) // CHUNK_KEYS + sequences
-            tiles = decode_tiles(dims, q.dtype, group)  # by what all launches share: tiles decide how sums are rounded
+            tiles = decode_tiles(dims, q.dtype, group)  # by group alone: tiles decide how sums are rounded
             work.decode(min(most_q, DECODE_QUERIES), most_k, chunks, slots, tiles)
     return out
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Arguments of all kernels: tensors [B, heads, tokens, d], or packed [tokens, heads, d] with starts."""
+    """Launches the kernels on tensors [B, heads, tokens, d], or on packed ones [tokens, heads, d] with starts."""
 
     q: Tensor
     k: Tensor
@@ -328,7 +328,7 @@ class _Work:
             )  # fmt: skip
 
     def decode(self, most_q: int, most_k: int, chunks: int, slots: int, tiles: dict[str, int]) -> None:
-        """`chunks` of a sequence at most, `slots` for those of all."""
+        """`chunks` is the maximum per sequence, `slots` the room for the chunks of all sequences."""
         heads, key_heads, dims = self.q.shape[1], self.k.shape[1], self.q.shape[-1]
         group = heads // key_heads
         tops, totals = self.q.new_empty(2, heads, most_q, slots, dtype=torch.float32)
@@ -351,7 +351,7 @@ class _Work:
 
     @property
     def _strides(self) -> tuple[int, ...]:
-        """Of batch, head and token of q, k and v, then of batch and token of bias; a packed batch is its tokens."""
+        """Batch, head and token strides of q, k and v, then of bias (batch, token). Packed: batch means token."""
         of_states = [x.stride(axis) for x in (self.q, self.k, self.v) for axis in (0, 1, 0 if x.ndim == 3 else 2)]
         of_bias = (0, 0) if self.bias is None else (self.bias.stride(0), self.bias.stride(-1))
         return *of_states, *of_bias
@@ -364,13 +364,13 @@ def prefill_tiles(dims: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def decode_tiles(dims: int, dtype: torch.dtype, rows: int) -> dict[str, int]:
-    """Tile sizes, warps and stages of decode_kernel for so many rows per key head."""
+    """Tile sizes, warps and stages of decode_kernel for `rows` rows per key head."""
     rows = min(DECODE_ROWS, max(16, triton.next_power_of_2(rows)))
     return _tiles(dims, dtype, rows) | {"num_warps": 8 if dtype == torch.float32 else 4, "num_stages": 3}
 
 
 def _tiles(dims: int, dtype: torch.dtype, rows: int) -> dict[str, int]:
-    """Powers of two, at least 16: less a product of tiles does not take."""
+    """Block sizes: powers of two, at least 16 as tl.dot requires."""
     dims = max(16, triton.next_power_of_2(dims))
     held = KEYS_BYTES_FP32 if dtype == torch.float32 else KEYS_BYTES
     keys = max(16, min(64, held // (dims * dtype.itemsize)))

@@ -1,10 +1,11 @@
-"""Keys and values of 4 or 8 bits that do not change any more.
+"""Quantises keys and values to 4 or 8 bits and back.
 
-x' = code · scale + zero, asymmetric: keys have a scale per channel and group of tokens, because some of their channels
-are large for all tokens; values one per token and group of channels (KIVI, arXiv 2402.02750). zero is the minimum of a
-group and scale is rounded up to cover it, both in the dtype of what they stand for: so zero is exact, nothing can
-overflow, a constant group comes back as it was, and |x - x'| ≤ scale / 2. In bf16 and groups of 32 they take a bit per
-element.
+x' = code · scale + zero (asymmetric). Keys have one scale per channel and group of tokens, because some channels of the
+keys are large for all tokens. Values have one scale per token and group of channels (KIVI, arXiv 2402.02750).
+
+zero is the minimum of its group. scale is rounded up so that the codes cover the group. Both have the dtype of the
+states. Therefore zero is exact, nothing overflows, constant groups are restored exactly, and |x - x'| ≤ scale / 2. In
+bf16 and groups of 32, scale and zero take 1 bit per element.
 """
 
 from dataclasses import dataclass
@@ -16,16 +17,17 @@ from lightkv.errors import ConfigError
 from lightkv.ops.attend import DTYPES, MAX_DIMS
 
 BITS = (4, 8)
-LEAST_GROUP = 16  # tokens: what a tile of a kernel holds at least, which must not reach into a second group
+LEAST_GROUP = 16  # tokens: the smallest tile of a kernel; a tile must not span two groups
 VALUE_GROUP = 32  # channels
-ABSENT = -1e30  # a key of this bias or less is not there
+ABSENT = -1e30  # keys with this bias or less are masked out
 
 
 @dataclass(frozen=True, eq=False)
 class Quantised:
-    """Keys and values of N packed tokens under Hkv heads of d dims; token n is in key group n // group.
+    """Quantised keys and values of N packed tokens in Hkv heads of d dims; token n is in key group n // group.
 
-    k_codes, v_codes  uint8 [Hkv, N, d · bits / 8]; of 4 bits, byte i holds channel i and, above it, channel i + d / 2
+    k_codes, v_codes  uint8 [Hkv, N, d · bits / 8]; with 4 bits, byte i holds channel i in its low half and
+                      channel i + d / 2 in its high half
     k_scale, k_zero   [Hkv, N / group, d]
     v_scale, v_zero   [Hkv, N, d / value_group]
     """
@@ -66,7 +68,7 @@ class Quantised:
         return Quantised(self.bits, self.group, **{name: x.to(device) for name, x in self.tensors.items()})
 
     def between(self, begin: int, end: int) -> "Quantised":
-        """Tokens begin … end - 1, both multiples of `group`, as views; kernels copy what is not contiguous."""
+        """Views of tokens begin … end - 1, both multiples of `group`. Kernels copy views that are not contiguous."""
         if begin % self.group or end % self.group:
             raise ConfigError(f"expected multiples of {self.group} tokens, got {begin} to {end}")
         tokens, groups = slice(begin, end), slice(begin // self.group, end // self.group)
@@ -75,7 +77,7 @@ class Quantised:
 
 
 def concatenated(parts: list[Quantised]) -> Quantised:
-    """The tokens of all parts, in order. Raises ConfigError where heads, dims, bits, groups or dtypes differ."""
+    """Concatenates the tokens of all parts. Raises ConfigError if heads, dims, bits, groups or dtypes differ."""
     kinds = list({(p.bits, p.group, p.value_group, p.heads, p.dims, p.k_scale.dtype) for p in parts})
     if len(kinds) != 1:
         raise ConfigError(f"expected parts of one (bits, group, value_group, heads, dims, dtype), got {kinds}")
@@ -85,12 +87,12 @@ def concatenated(parts: list[Quantised]) -> Quantised:
 
 @torch.no_grad()
 def quantise(k: Tensor, v: Tensor, bits: int, group: int = 32, value_group: int | None = None) -> Quantised:
-    """k, v [Hkv, N, d] of one dtype (fp32, bf16 or fp16) in 4 or 8 bits, without gradient.
+    """Quantises k, v [Hkv, N, d] of one dtype (fp32, bf16 or fp16) to 4 or 8 bits, without gradient.
 
-    group        tokens that share a scale in each channel of the keys; a power of two of at least 16 that divides N
+    group        tokens that share a scale in each channel of the keys; a power of two, at least 16, that divides N
     value_group  channels that share a scale in each token's values; None: the divisor of d nearest to 32
 
-    Raises ConfigError for what does not fit. Of what is not finite, its whole group becomes NaN.
+    Raises ConfigError for arguments that do not fit. A group with a value that is not finite becomes NaN.
     """
     _check_states(k, v, bits, group, value_group)
     value_group = value_group or usual_value_group(k.shape[2])
@@ -102,7 +104,7 @@ def quantise(k: Tensor, v: Tensor, bits: int, group: int = 32, value_group: int 
 
 @torch.no_grad()
 def dequantise(q: Quantised, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """k, v [Hkv, N, d], computed in fp32."""
+    """Returns k, v [Hkv, N, d] in `dtype`, computed in fp32."""
     k_codes, v_codes = _unpacked(q.k_codes, q.bits), _unpacked(q.v_codes, q.bits)
     k_codes = k_codes.unflatten(1, (len(q) // q.group, q.group))
     v_codes = v_codes.unflatten(2, (q.dims // q.value_group, q.value_group))
@@ -112,14 +114,14 @@ def dequantise(q: Quantised, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def usual_value_group(dims: int) -> int:
-    """Channels of a head's dims that share a scale unless told otherwise: the divisor nearest to VALUE_GROUP."""
+    """The default value_group for heads of `dims` channels: the divisor nearest to VALUE_GROUP."""
     return min(
         (part for part in range(1, dims + 1) if dims % part == 0), key=lambda part: max(part, VALUE_GROUP**2 / part)
     )
 
 
 def _fitted(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 codes like x, and per group along `dim` the scale and zero that they were counted with; contiguous."""
+    """Returns uint8 codes in the shape of x, and the scale and zero of each group along `dim`; all contiguous."""
     x = x.contiguous()
     zero, highest = x.aminmax(dim=dim, keepdim=True)
     levels = 2**bits - 1
@@ -130,11 +132,11 @@ def _fitted(x: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rounded_up(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The least values of `dtype` that are not below x ≥ 0."""
+    """The smallest values of `dtype` that are at least x, for x ≥ 0."""
     near = x.to(dtype)
     if dtype == x.dtype:
         return near
-    return (near.view(torch.int16) + (near.float() < x)).view(dtype)  # the next float has the next bits
+    return (near.view(torch.int16) + (near.float() < x)).view(dtype)  # + 1 on the bits gives the next float
 
 
 def _spread(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -160,7 +162,7 @@ def _check_states(k: Tensor, v: Tensor, bits: int, group: int, value_group: int 
     if bits not in BITS:
         raise ConfigError(f"bits must be one of {BITS}, got {bits}")
     if bits == 4 and k.shape[2] % 2:
-        raise ConfigError(f"4 bits take an even head dimension, got {k.shape[2]}; use 8 bits")
+        raise ConfigError(f"4 bits need an even head dimension, got {k.shape[2]}; use 8 bits")
     if group < LEAST_GROUP or group & (group - 1):
         raise ConfigError(f"group must be a power of two of at least {LEAST_GROUP}, got {group}")
     if k.shape[1] % group:

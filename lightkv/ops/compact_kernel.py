@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs
-# (the arguments of a kernel have no types in Python)
-"""Merging and compaction in Triton, over pairs sorted by target: a survivor's programs add up its run, a tile each."""
+# Triton would read annotations as argument types.
+"""Triton kernel of `compact`. Pairs are sorted by target; each program adds one survivor's run of pairs in one tile."""
 
 import torch
 import triton
@@ -32,7 +32,7 @@ def compact_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A tile of features of one survivor; the first tile's program brings its weight and its integers too."""
+    """One program per survivor and tile of features; the first tile's program also writes weight and columns."""
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(kept + place)
     first, last = tl.load(stop + place - 1, mask=place > 0, other=0), tl.load(stop + place)
@@ -44,7 +44,7 @@ def compact_kernel(
     inside = column < width
     base = hidden + column * stride_d
     value = tl.load(base + row * stride_s, mask=inside, other=0.0)
-    if first < last:  # else it keeps its bits
+    if first < last:  # without a merge the row keeps its bits
         mean = mean_of_run(value, inside, own, total, base, weight, source, first, last, stride_s, stride_w)
         value = mean.to(hidden.dtype.element_ty)
     tl.store(rows + place * width + column, value, mask=inside)
@@ -62,7 +62,7 @@ def compact_kernel(
 def compact_triton(
     hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor, kept: Tensor, columns: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The launcher: each tile of a survivor adds up the weights of its run by itself, for runs are short."""
+    """Launches the kernel. Every tile of a survivor adds the weights of its run again, because runs are short."""
     (survivors,), width, count = kept.shape, hidden.shape[1], len(columns)
     rows, weights, places = (
         hidden.new_empty(survivors, width),
@@ -73,7 +73,7 @@ def compact_triton(
         return rows, weights, places
     target, by_target = torch.sort(target, stable=True)
     kept = kept.contiguous()
-    stop = torch.searchsorted(target, kept, right=True)  # all targets are kept: one's run begins where another's ends
+    stop = torch.searchsorted(target, kept, right=True)  # all targets are kept: runs follow one another
     strides = (hidden.stride(0), hidden.stride(1), weight.stride(0), columns.stride(0), columns.stride(1))
     tiles = max(1, triton.cdiv(width, BLOCK_D))
     with torch.cuda.device_of(hidden):  # Triton launches on the current device

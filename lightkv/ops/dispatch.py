@@ -1,6 +1,6 @@
-"""Which form of an operation runs: the Triton kernel on CUDA devices that have Triton, the torch twin elsewhere.
+"""Chooses the form of an operation: the Triton kernel on CUDA devices if Triton is installed, else the torch twin.
 
-Of attention there is a third, torch's own, for CPUs.
+Attention has a third form, torch's own attention, for CPUs.
 """
 
 import os
@@ -16,10 +16,10 @@ CHOICES = ("auto", "torch", "triton")
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """True where the kernels should work on this tensor.
+    """Whether the Triton kernels should run on this tensor; never for float64.
 
-    Never in float64. LIGHTKV_OPS=torch switches them off; =triton asks for them everywhere, which on a CPU needs
-    TRITON_INTERPRET=1. Raises ConfigError for another value.
+    LIGHTKV_OPS=torch disables the kernels. LIGHTKV_OPS=triton enables them on every device; on CPUs this needs
+    TRITON_INTERPRET=1. Raises ConfigError for other values.
     """
     choice = _choice()
     if tensor.dtype == torch.float64:
@@ -28,7 +28,7 @@ def use_triton(tensor: Tensor) -> bool:
 
 
 def use_fused(tensor: Tensor) -> bool:
-    """True where torch's own attention should do it: in fp32 on CPUs, unless LIGHTKV_OPS says otherwise."""
+    """Whether torch's own attention should run: fp32 on CPUs, unless LIGHTKV_OPS overrides the choice."""
     return _choice() == "auto" and tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 

@@ -1,4 +1,4 @@
-"""What the votes and their kernel share: how votes are reduced, and which heads of the two sides meet."""
+"""Reductions and head pairing shared by softmax_votes and its kernel."""
 
 from typing import Literal
 
@@ -6,5 +6,5 @@ Reduce = Literal["sum", "max"]
 
 
 def short_heads(long: int, short: int) -> tuple[int, int]:
-    """(group, shared) for that many heads: head x of long meets `group` heads of short from x · group // shared on."""
+    """Returns (group, shared): head x of long is paired with `group` heads of short, from x · group // shared on."""
     return max(1, short // long), max(1, long // short)

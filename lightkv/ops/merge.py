@@ -1,8 +1,8 @@
-"""Message aggregation (method step 5) in place: a merged token is the weighted mean of its members.
+"""Merges tokens in place: a merged token is the weighted mean of its members (message aggregation, method step 5).
 
     x_b ← (w_b x_b + Σ w_a x_a) / (w_b + Σ w_a),    w_b ← w_b + Σ w_a
 
-Σ w x over the tokens that remain is what it was over all, up to rounding.
+Σ w x over the remaining tokens equals Σ w x over all tokens before, up to rounding.
 """
 
 import torch
@@ -11,18 +11,23 @@ from torch import Tensor
 from lightkv.errors import ConfigError
 from lightkv.ops.dispatch import use_triton
 
-FEATURES_AT_ONCE = 1 << 25  # fp32 features that the twin holds at a time: 128 MiB
+FEATURES_AT_ONCE = 1 << 25  # fp32 features in memory at once in the twin: 128 MiB
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def merge(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> None:
     """Merges hidden[source[r]] into hidden[target[r]] for all r, IN PLACE on hidden and weight.
 
-    Rows that nothing merges into, the sources' too, keep their bits. Where all weights of a group are 0 (no prompt, or
-    votes below fp32's reach) its members weigh the same. Sums are fp32, by ascending r: the same at every run.
+    Rows that are not a target, sources included, keep their bits. If all weights of a merged token's members are 0 (no
+    prompt, or votes that underflow fp32), the members count equally. Sums are fp32 in ascending order of r, so every
+    run gives the same result.
 
-    hidden [S, D] · weight fp32 [S], ≥ 0 · source and target int64 [R]: targets may repeat, a source
-    comes once and is no target. Raises ConfigError for other shapes and types; contents are not looked at.
+    hidden  [S, D]
+    weight  fp32 [S], ≥ 0
+    source  int64 [R], without repeats; a source is not a target
+    target  int64 [R], may repeat
+
+    Raises ConfigError for other shapes and types. The values in tensors are not checked.
     """
     check_pairs(hidden, weight, source, target)
     if use_triton(hidden):
@@ -34,12 +39,12 @@ def merge(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> Non
 
 
 def merge_torch(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> None:
-    """The twin. On CPUs index_add adds row after row; on a GPU, where the kernel should run, in any order."""
+    """The twin. index_add adds in row order on CPUs, but in any order on GPUs, where the kernel should run."""
     merge_into(hidden, weight, target, hidden, weight, source)
 
 
 def merge_into(rows: Tensor, weights: Tensor, target: Tensor, hidden: Tensor, weight: Tensor, source: Tensor) -> None:
-    """Merges hidden[source[r]] into rows[target[r]], IN PLACE on rows and weights; `merge` where these are one."""
+    """Merges hidden[source[r]] into rows[target[r]], IN PLACE on rows and weights, which may be hidden and weight."""
     if not len(source):
         return
     receiver, group = torch.unique(target, return_inverse=True)
@@ -58,13 +63,13 @@ def merge_into(rows: Tensor, weights: Tensor, target: Tensor, hidden: Tensor, we
 
 
 def check_pairs(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> None:
-    """Raises ConfigError for what `merge` does not take."""
+    """Raises ConfigError for shapes and types that `merge` does not accept."""
     if hidden.ndim != 2 or hidden.dtype not in DTYPES:
-        raise ConfigError(f"hidden must be floating [S, D], got {hidden.dtype} {list(hidden.shape)}")
+        raise ConfigError(f"hidden must be floating-point [S, D], got {hidden.dtype} {list(hidden.shape)}")
     if weight.dtype != torch.float32 or weight.shape != hidden.shape[:1]:
         raise ConfigError(f"weight must be fp32 [{len(hidden)}], got {weight.dtype} {list(weight.shape)}")
     for name, tensor in (("source", source), ("target", target)):
         if tensor.dtype != torch.int64 or tensor.ndim != 1:
-            raise ConfigError(f"{name} must be int64 in one dimension, got {tensor.dtype} {list(tensor.shape)}")
+            raise ConfigError(f"{name} must be int64 with one dimension, got {tensor.dtype} {list(tensor.shape)}")
     if len(source) != len(target):
-        raise ConfigError(f"source and target must be of one length, got {len(source)} and {len(target)}")
+        raise ConfigError(f"source and target must have the same length, got {len(source)} and {len(target)}")

@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs
-# (the arguments of a kernel have no types in Python)
-"""Merging in place in Triton, over pairs sorted by target: the first pair of a target's run does the whole run.
+# Triton would read annotations as argument types.
+"""Triton kernels of `merge`. Pairs are sorted by target; the program of a run's first pair computes the whole run.
 
-Sources are no targets, so that nothing is read that the same launch writes, but for a receiver by its own program.
+A source is never a target. Therefore a launch reads no row that it writes, except each receiver in its own program.
 """
 
 import torch
@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_R = 128  # pairs for a program of weigh_kernel: a lane each
-BLOCK_D = 512  # columns for a program of mean_kernel: 16 bytes of bf16 for each thread of two warps
+BLOCK_R = 128  # pairs per program of weigh_kernel, one per lane
+BLOCK_D = 512  # columns per program of mean_kernel: 16 bytes of bf16 per thread with two warps
 
 
 @triton.jit(do_not_specialize=["pairs"])
 def weigh_kernel(weight, source, target, stop, stride, pairs, BLOCK_R: tl.constexpr):
-    """weight[b] ← w_b + Σ w_a, one lane for a run."""
+    """weight[b] ← w_b + Σ w_a, one lane per run."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = pair < pairs
     receiver = tl.load(target + pair, mask=inside, other=-1)
@@ -33,9 +33,9 @@ def weigh_kernel(weight, source, target, stop, stride, pairs, BLOCK_R: tl.conste
 
 @triton.jit
 def mean_of_run(value, inside, own, total, base, weight, source, first, last, stride_s, stride_w):
-    """(w_b x_b + Σ w_a x_a) / w in fp32, x_b being `value`, w_b `own`, w `total`, and pairs first … last - 1 its run.
+    """(w_b x_b + Σ w_a x_a) / w in fp32: x_b is `value`, w_b `own`, w `total`; the run is pairs first … last - 1.
 
-    `base` points to the columns of the tile, those of x_b too, in row 0.
+    `base` points to the tile's columns in row 0.
     """
     silent = total == 0
     share = tl.where(silent, (last - first + 1).to(tl.float32), total)
@@ -61,7 +61,7 @@ def mean_kernel(
     width,
     BLOCK_D: tl.constexpr,
 ):
-    """x_b ← (w_b x_b + Σ w_a x_a) / w for a tile of columns, `own` holding w_b and `weight` by now w = w_b + Σ w_a."""
+    """x_b ← (w_b x_b + Σ w_a x_a) / w for a tile of columns; `own` holds w_b, `weight` already w = w_b + Σ w_a."""
     pair = tl.program_id(0).to(tl.int64)
     receiver = tl.load(target + pair)
     before = tl.load(target + pair - 1, mask=pair > 0, other=-1)
@@ -78,7 +78,7 @@ def mean_kernel(
 
 
 def merge_triton(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> None:
-    """The launcher: weights first, which frees the tiles of a row from each adding them up."""
+    """Launches the kernels: weights first, so that the tiles of a row need not each add them."""
     if not len(source):
         return
     target, by_target = torch.sort(target, stable=True)

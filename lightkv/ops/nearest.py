@@ -1,10 +1,10 @@
-"""For every token of a set A, the token of its group's set B from which it differs least in content and place.
+"""Finds for each token of a set A the nearest token of its group's set B, by features and position.
 
     d(a, b) = ‖s_a x_a‖² / 2 + ‖s_b x_b‖² / 2 − s_a s_b ⟨x_a, x_b⟩ + λ ‖p_a − p_b‖₂
 
-The first three terms are ‖s_a x_a − s_b x_b‖² / 2, held at ≥ 0. With s = 1/‖x‖ and λ = 0, d is 1 − cos: one operation
-serves both the spatio-temporal method (s = 1 / the item's root mean square length) and the published one (but s x = 0
-is 1/2 from all of length 1, where 1 − cos is taken to be 1).
+The first three terms are ‖s_a x_a − s_b x_b‖² / 2, clamped at 0. With s = 1/‖x‖ and λ = 0, d is 1 − cos. Thus one
+operation serves the spatio-temporal method (s = 1 / root mean square length in the item) and the published one. For a
+zero vector d and 1 − cos differ: d to a vector of length 1 is 1/2, while 1 − cos is defined as 1.
 """
 
 import math
@@ -15,52 +15,43 @@ from torch import Tensor
 
 from lightkv.errors import ConfigError
 from lightkv.ops.dispatch import use_triton
+from lightkv.ops.ragged import Groups
 
-SCORES_AT_ONCE = 1 << 24  # fp32 differences that the twin holds at a time: 64 MiB
-FEATURES_AT_ONCE = 1 << 25  # fp32 features that it holds at a time, but at least one set B: 128 MiB
-EXACT = "donot_use_mm_for_euclid_dist"  # of places, which are small: squares and their sums have no error then
+SCORES_AT_ONCE = 1 << 24  # fp32 differences in memory at once in the twin: 64 MiB
+FEATURES_AT_ONCE = 1 << 25  # fp32 features in memory at once in the twin: 128 MiB, but at least one set B
+EXACT = "donot_use_mm_for_euclid_dist"  # exact for positions, because they are small numbers
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def nearest(
-    hidden: Tensor,
-    scale: Tensor,
-    place: Tensor | None,
-    order: Tensor,
-    starts: Tensor,
-    middles: Tensor,
-    most: int,
-    distance: float,
+    hidden: Tensor, scale: Tensor, place: Tensor | None, groups: Groups, distance: float
 ) -> tuple[Tensor, Tensor]:
-    """Each a's nearest b and d(a, b), by slot of `order`: closest int64 [N] position in hidden, apart fp32 [N].
+    """Returns each a's nearest b and d(a, b), by slot of `order`: closest int64 [N], positions; apart fp32 [N].
 
-    −1 and inf for b's, for a's whose group has no B, and where no difference is finite. Ties go to the b that comes
-    first in `order`. Differences are fp32.
+    The values are −1 and inf for tokens of B, for groups without B, and where no difference is finite. Ties go to the b
+    that is first in `order`. Differences are fp32.
 
-    hidden [S, D] · scale fp32 [S], s · place fp32 [S, 3], p, or None where distance is 0 ·
-    order int64 [N] positions in hidden, group after group, in a group its A before its B · starts int64 [G + 1] and
-    middles int64 [G]: slots starts[g] … middles[g] − 1 are A, middles[g] … starts[g + 1] − 1 are B · most: no set A is
-    larger · distance: λ ≥ 0. Raises ConfigError for other shapes, types and numbers; contents are not looked at.
+    hidden    [S, D]
+    scale     fp32 [S]: s
+    place     fp32 [S, 3]: p; may be None if distance is 0
+    groups    sets A and B of each group; order holds positions in hidden
+    distance  λ ≥ 0
+
+    Raises ConfigError for other shapes, types and numbers. The values in tensors are not checked.
     """
-    _check(hidden, scale, place, order, starts, middles, most, distance)
+    _check(hidden, scale, place, groups, distance)
     if use_triton(hidden):
         from lightkv.ops.nearest_kernel import nearest_triton
 
-        return nearest_triton(hidden, scale, place, order, starts, middles, most, distance)
-    return nearest_torch(hidden, scale, place, order, starts, middles, most, distance)
+        return nearest_triton(hidden, scale, place, groups, distance)
+    return nearest_torch(hidden, scale, place, groups, distance)
 
 
 def nearest_torch(
-    hidden: Tensor,
-    scale: Tensor,
-    place: Tensor | None,
-    order: Tensor,
-    starts: Tensor,
-    middles: Tensor,
-    most: int,
-    distance: float,
+    hidden: Tensor, scale: Tensor, place: Tensor | None, groups: Groups, distance: float
 ) -> tuple[Tensor, Tensor]:
-    """The twin: groups of like size side by side, padded to the largest."""
+    """The twin: batches of groups of similar size, padded to the largest."""
+    order, starts, middles = groups.order, groups.starts, groups.middles
     closest = torch.full_like(order, -1)
     apart = torch.full(order.shape, torch.inf, dtype=torch.float32, device=order.device)
     for group, most_a, most_b in _chunks(starts, middles, hidden.shape[1]):
@@ -88,7 +79,7 @@ def nearest_torch(
 
 
 def _slots(first: Tensor, end: Tensor, begin: int, count: int) -> tuple[Tensor, Tensor | None]:
-    """[C, count] slots from first + begin on, and which of them are not there; None where that is none: one group."""
+    """Returns slots [C, count] from first + begin on, and a mask of padding slots; None for one group (no padding)."""
     slot = first[:, None] + torch.arange(begin, begin + count, device=first.device)
     if len(first) == 1:
         return slot, None
@@ -97,13 +88,13 @@ def _slots(first: Tensor, end: Tensor, begin: int, count: int) -> tuple[Tensor, 
 
 
 def _features(hidden: Tensor, scale: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-    """s x in fp32 [..., D], and half of its squared length."""
+    """Returns s x in fp32 [..., D], and half of its squared length."""
     features = hidden[token].float() * scale[token][..., None]
     return features, features.square().sum(dim=-1) / 2
 
 
 def _chunks(starts: Tensor, middles: Tensor, width: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Groups of like size in bounded batches: (group numbers, largest set A, largest set B)."""
+    """Yields bounded batches of groups of similar size: (group numbers, largest set A, largest set B)."""
     of_a, of_b = middles - starts[:-1], starts[1:] - middles
     group = torch.nonzero((of_a > 0) & (of_b > 0)).flatten()
     group = group[torch.argsort((of_a + of_b)[group], descending=True, stable=True)]
@@ -120,30 +111,22 @@ def _chunks(starts: Tensor, middles: Tensor, width: int) -> Iterator[tuple[Tenso
         first = last
 
 
-def _check(
-    hidden: Tensor,
-    scale: Tensor,
-    place: Tensor | None,
-    order: Tensor,
-    starts: Tensor,
-    middles: Tensor,
-    most: int,
-    distance: float,
-) -> None:
+def _check(hidden: Tensor, scale: Tensor, place: Tensor | None, groups: Groups, distance: float) -> None:
     if hidden.ndim != 2 or hidden.dtype not in DTYPES:
-        raise ConfigError(f"hidden must be floating [S, D], got {hidden.dtype} {list(hidden.shape)}")
+        raise ConfigError(f"hidden must be floating-point [S, D], got {hidden.dtype} {list(hidden.shape)}")
     if scale.dtype != torch.float32 or scale.shape != hidden.shape[:1]:
         raise ConfigError(f"scale must be fp32 [{len(hidden)}], got {scale.dtype} {list(scale.shape)}")
     if not (math.isfinite(distance) and distance >= 0):
         raise ConfigError(f"distance must be finite and at least 0, got {distance}")
     if distance and place is None:
-        raise ConfigError(f"place must be given where distance is not 0, got None with distance {distance}")
+        raise ConfigError(f"place must be given if distance is not 0, got None with distance {distance}")
     if place is not None and (place.dtype != torch.float32 or place.shape != (len(hidden), 3)):
         raise ConfigError(f"place must be fp32 [{len(hidden)}, 3], got {place.dtype} {list(place.shape)}")
-    for name, tensor in (("order", order), ("starts", starts), ("middles", middles)):
+    for name, tensor in (("order", groups.order), ("starts", groups.starts), ("middles", groups.middles)):
         if tensor.dtype != torch.int64 or tensor.ndim != 1:
-            raise ConfigError(f"{name} must be int64 in one dimension, got {tensor.dtype} {list(tensor.shape)}")
-    if len(starts) != len(middles) + 1:
-        raise ConfigError(f"starts must have one more than the {len(middles)} middles, got {len(starts)}")
-    if most < 0:
-        raise ConfigError(f"most must be at least 0, got {most}")
+            raise ConfigError(f"{name} must be int64 with one dimension, got {tensor.dtype} {list(tensor.shape)}")
+    if len(groups.starts) != len(groups.middles) + 1:
+        counts = f"{len(groups.middles)} middles, got {len(groups.starts)}"
+        raise ConfigError(f"starts must have one more than the {counts}")
+    if groups.largest < 0:
+        raise ConfigError(f"largest must be at least 0, got {groups.largest}")

@@ -1,13 +1,15 @@
 # mypy: allow-untyped-defs
-# (the arguments of a kernel have no types in Python)
-"""The nearest b of every a in Triton: one program for a tile of one group's A, over all of the group's B."""
+# Triton would read annotations as argument types.
+"""Triton kernel of `nearest`: one program per tile of a group's A, over all of the group's B."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Triton's interpreter multiplies bf16 as the integers that hold it. Products of halves are exact in fp32.
+from lightkv.ops.ragged import Groups
+
+# Triton's interpreter multiplies the bit patterns of bf16 as integers. Products of 16-bit floats are exact in fp32.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -30,7 +32,7 @@ def nearest_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """closest and apart of the a's of one tile; slots of the others keep what they hold."""
+    """Writes closest and apart for the tokens of A in one tile; other slots are not written."""
     group = (tl.program_id(0) // tiles).to(tl.int64)
     first, middle, last = tl.load(starts + group), tl.load(middles + group), tl.load(starts + group + 1)
     first += (tl.program_id(0) % tiles) * BLOCK_A
@@ -52,12 +54,12 @@ def nearest_kernel(
         dot, square_a, square_b = _products(row_a, in_a, row_b, in_b, stride_d, width, BLOCK_A, BLOCK_B, BLOCK_D)
         half_a, half_b = square_a * scale_a * scale_a / 2, square_b * scale_b * scale_b / 2
         differ = half_a[:, None] + half_b[None, :] - dot * scale_a[:, None] * scale_b[None, :]
-        differ = tl.where(differ < 0, 0.0, differ)  # unlike maximum, keeps NaN
+        differ = tl.where(differ < 0, 0.0, differ)  # tl.maximum would drop NaN
         if place is not None:
             differ += distance * _far(place, token_a, in_a, token_b, in_b)
         differ = tl.where(in_b[None, :] & (differ < float("inf")), differ, float("inf"))
         near, at = tl.min(differ, axis=1, return_indices=True)
-        better = near < least  # not where equal: the earlier b stays
+        better = near < least  # strict, so that ties keep the earlier b
         which = tl.where(better, middle + start + at, which)
         least = tl.where(better, near, least)
     tl.store(closest + slot_a, tl.load(order + which, mask=in_a & (which >= 0), other=-1), mask=in_a)
@@ -107,12 +109,12 @@ def _far(place, token_a, in_a, token_b, in_b):
 
 def blocks(most: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes and launch options for sets A of up to `most` tokens."""
-    if most <= 16:  # the least that tl.dot takes, and wide chunks: windows of a few tokens live from loads in flight
+    if most <= 16:  # minimum for tl.dot; wide chunks keep more loads in flight for small windows
         return {"BLOCK_A": 16, "BLOCK_B": 16, "BLOCK_D": 128, "num_warps": 2, "num_stages": 3}
-    if dtype == torch.float32:  # exact products run on ordinary cores, with both tiles' rows in registers
+    if dtype == torch.float32:  # exact fp32 products use no tensor cores and hold both tiles in registers
         return {"BLOCK_A": 32, "BLOCK_B": 32, "BLOCK_D": 32, "num_warps": 4, "num_stages": 3}
-    # 64 a's are what one of Hopper's products takes; taller tiles are too few for its processors at 16,000 tokens.
-    # Squares need the rows in registers beside the sums: 64 × 128 in four warps does not fit.
+    # One Hopper matrix instruction takes 64 rows; taller tiles would be too few for its processors at 16,000 tokens.
+    # Squares need the rows in registers in addition to the sums: 64 × 128 in four warps does not fit.
     wide = most > 64
     return {
         "BLOCK_A": 64,
@@ -124,20 +126,14 @@ def blocks(most: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def nearest_triton(
-    hidden: Tensor,
-    scale: Tensor,
-    place: Tensor | None,
-    order: Tensor,
-    starts: Tensor,
-    middles: Tensor,
-    most: int,
-    distance: float,
+    hidden: Tensor, scale: Tensor, place: Tensor | None, groups: Groups, distance: float
 ) -> tuple[Tensor, Tensor]:
-    """The launcher: for every group a program per BLOCK_A of `most` a's; one beyond the group's A returns at once."""
+    """Launches one program per group and BLOCK_A slots of its set A; programs beyond the set return at once."""
+    order, starts, middles = groups.order, groups.starts, groups.middles
     closest = torch.full_like(order, -1, memory_format=torch.contiguous_format)
     apart = torch.full(order.shape, torch.inf, dtype=torch.float32, device=order.device)
-    options = blocks(most, hidden.dtype)
-    tiles = triton.cdiv(most, options["BLOCK_A"])
+    options = blocks(groups.largest, hidden.dtype)
+    tiles = triton.cdiv(groups.largest, options["BLOCK_A"])
     if not tiles * len(middles):
         return closest, apart
     with torch.cuda.device_of(hidden):  # Triton launches on the current device

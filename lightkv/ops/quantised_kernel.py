@@ -1,12 +1,12 @@
 # mypy: allow-untyped-defs
 # Triton would read annotations as argument types.
-"""attend_quantised on GPUs: chunks of the tail and of the packed keys, whose codes are read as they are, then combined.
+"""Triton kernels of `attend_quantised`: process chunks of the tail and of the packed keys, then combine them.
 
-The two halves of a head are operands and accumulators of their own: a byte of 4-bit codes holds a channel of each, so
-nothing changes places in registers. Tiles, groups and chunks are multiples of one another and begin with sequences: a
-tile of packed keys has one scale per channel, and none of its rows is masked. Keys and values meet q in its own dtype,
-as in a cache that is not quantised. Parts of the tail come before those of packed keys, so that a row's result does not
-depend on how long others of its batch are.
+The codes are read in packed form. Each half of a head has its own operands and accumulators: a byte of 4-bit codes
+holds a channel of each half, so no value moves between registers. Tile, group and chunk sizes are multiples of one
+another and tiles begin at a sequence's start. So a tile of packed keys has one scale per channel, and no row is masked.
+Keys and values are dequantised to q's dtype, as in an unquantised cache. Parts of the tail come before parts of packed
+keys, so a row's result does not depend on the lengths of other rows in its batch.
 """
 
 import torch
@@ -27,6 +27,7 @@ from lightkv.ops.attend_kernel import (
     combined,
 )
 from lightkv.ops.codes import Quantised
+from lightkv.ops.ragged import Keys, Sequences
 
 ABSENT = tl.constexpr(packed_codes.ABSENT)
 CHUNK_KEYS = 256  # per program, a multiple of any tile
@@ -42,7 +43,7 @@ def _columns(pointers, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def _codes(codes, row, column, D: tl.constexpr, BITS: tl.constexpr):
-    """Codes of the tokens `row` (int64 [N]), [N, BLOCK_H] for each half of the head; 0 beyond."""
+    """Codes of the tokens `row` (int64 [N]), [N, BLOCK_H] for each half of the head, padded with 0."""
     HALF: tl.constexpr = (D + 1) // 2
     MASKED: tl.constexpr = 2 * column.shape[0] != D
     at = codes + row[:, None] * (D * BITS // 8) + column[None, :]
@@ -55,7 +56,7 @@ def _codes(codes, row, column, D: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _spread(codes, scale, zero, at, inside, MASKED: tl.constexpr, dtype: tl.constexpr):
-    """codes · scale + zero, which lie at `at`, for a half; 0 beyond."""
+    """codes · scale[at] + zero[at] for one half, padded with 0."""
     factor = _columns(scale + at, inside, MASKED).to(tl.float32)
     offset = _columns(zero + at, inside, MASKED).to(tl.float32)
     return (codes.to(tl.float32) * factor + offset).to(dtype)
@@ -93,7 +94,7 @@ def _values(
 
 @triton.jit
 def _hear(state, q, k, v, bias, scale):
-    """Take a tile into state = (max, sum, acc of the low half, of the high half); q, k, v are pairs of halves."""
+    """Adds a tile to state = (max, sum, acc of the low half, of the high half); q, k, v are pairs of halves."""
     top, total, low, high = state
     score = _dot(q[0], tl.trans(k[0]), None)
     score = _dot(q[1], tl.trans(k[1]), score) * scale
@@ -115,7 +116,7 @@ def _sweep_packed(
     D: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Take `count` tokens from row `first` (int64, of all heads' rows) on; bias is that of the first of them."""
+    """Adds `count` tokens from row `first` on (int64, over the rows of all heads); bias points to the first token's."""
     dtype: tl.constexpr = q[0].dtype
     key, column = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_H)
     for start in tl.range(0, count, BLOCK_N):
@@ -129,7 +130,7 @@ def _sweep_packed(
 
 @triton.jit
 def _halves(pointers, column, real, D: tl.constexpr):
-    """Two halves of rows of D elements; 0 beyond and where a row is not real."""
+    """Both halves of rows of D elements; 0 in padding and in rows that are not real."""
     HALF: tl.constexpr = (D + 1) // 2
     low = tl.load(pointers + column[None, :], mask=real[:, None] & (column < HALF)[None, :], other=0.0)
     high = tl.load(pointers + HALF + column[None, :], mask=real[:, None] & (column < D - HALF)[None, :], other=0.0)
@@ -141,7 +142,7 @@ def _sweep_tail(
     state, q, k, v, bias, k_row, v_row, begin, end, tail, scale,
     D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Take tokens begin … end - 1 of the tail; end is `tail` or a whole number of tiles after begin."""
+    """Adds tokens begin … end - 1 of the tail; end is `tail` or a multiple of BLOCK_N after begin."""
     column = tl.arange(0, BLOCK_H)
     for start in tl.range(begin, end, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
@@ -185,7 +186,7 @@ def quantised_kernel(
         tl.zeros([BLOCK_M, BLOCK_H], tl.float32),
     )
 
-    begin = part * chunk  # beyond the tail in parts of packed keys
+    begin = part * chunk  # ≥ tail in parts of packed keys
     end = tl.minimum(begin + chunk, tail)
     tail_k += b * k_batch + key_head * k_head
     tail_v += b * v_batch + key_head * v_head
@@ -218,42 +219,34 @@ def quantised_kernel(
 def combine_parts_kernel(
     tops, totals, accs, out, parts, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """One program per row and head."""
+    """Combines the chunks of quantised_kernel; one program per row and head."""
     row = tl.program_id(0).to(tl.int64)
     at = row * parts
     combined(tops + at, totals + at, accs + at * D, parts, out + row * D, D, BLOCK_D, BLOCK_C)
 
 
 def attend_quantised_triton(
-    q: Tensor,
-    packed: Quantised,
-    starts: Tensor,
-    bias: Tensor | None,
-    tail_k: Tensor,
-    tail_v: Tensor,
-    tail_bias: Tensor | None,
-    scale: float,
-    most: int | None = None,
+    q: Tensor, packed: Quantised, sequences: Sequences, bias: Tensor | None, tail: Keys, scale: float
 ) -> Tensor:
-    """`attend_quantised` by kernels. Tokens beyond `most` of a sequence are not heard."""
-    q, tail_k, tail_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, tail_k, tail_v))
-    bias, tail_bias = (x if x is None else x.contiguous() for x in (bias, tail_bias))
-    (batch, heads, dims), (key_heads, tail) = q.shape, tail_k.shape[1:3]
+    """Runs `attend_quantised` on the kernels. Tokens of a sequence beyond `longest` are ignored."""
+    q, tail_k, tail_v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, tail.k, tail.v))
+    bias, tail_bias = (x if x is None else x.contiguous() for x in (bias, tail.bias))
+    (batch, heads, dims), (key_heads, tail_length) = q.shape, tail_k.shape[1:3]
     out = q.new_empty(q.shape)
     if not out.numel():
         return out
-    most = len(packed) if most is None else min(most, len(packed))
+    most = min(sequences.longest, len(packed))
     tiles = quantised_tiles(dims, q.dtype, heads // key_heads, packed.group)
-    chunk = CHUNK_KEYS * max(1, triton.cdiv(max(most, tail), CHUNK_KEYS * MAX_CHUNKS))
-    tail_parts = triton.cdiv(tail, chunk)
+    chunk = CHUNK_KEYS * max(1, triton.cdiv(max(most, tail_length), CHUNK_KEYS * MAX_CHUNKS))
+    tail_parts = triton.cdiv(tail_length, chunk)
     parts = max(1, tail_parts + triton.cdiv(most, chunk))
     tops, totals = q.new_empty(2, batch, heads, parts, dtype=torch.float32)
     accs = q.new_empty(batch, heads, parts, dims, dtype=torch.float32)
     states = (x.contiguous() for x in packed.tensors.values())
     with torch.cuda.device_of(q):
         quantised_kernel[(triton.cdiv(heads // key_heads, tiles["BLOCK_M"]) * parts * key_heads * batch,)](
-            q, *states, starts.contiguous(), bias, tail_k, tail_v, tail_bias, tops, totals, accs,
-            scale * LOG2E.value, len(packed), tail, chunk, parts, tail_parts, key_heads,
+            q, *states, sequences.starts.contiguous(), bias, tail_k, tail_v, tail_bias, tops, totals, accs,
+            scale * LOG2E.value, len(packed), tail_length, chunk, parts, tail_parts, key_heads,
             *q.stride()[:2], *tail_k.stride()[:3], *tail_v.stride()[:3],
             ROWS=heads // key_heads, D=dims, BITS=packed.bits, GROUP=packed.group, VALUE_GROUP=packed.value_group,
             **tiles,
@@ -266,7 +259,7 @@ def attend_quantised_triton(
 
 
 def quantised_tiles(dims: int, dtype: torch.dtype, rows: int, group: int) -> dict[str, int]:
-    """Tile sizes, warps and stages of quantised_kernel for so many query heads per key head and tokens per group."""
+    """Tile sizes, warps and stages of quantised_kernel for `rows` query heads per key head and `group` tokens."""
     half = max(16, triton.next_power_of_2(triton.cdiv(dims, 2)))
     held = KEYS_BYTES_FP32 if dtype == torch.float32 else KEYS_BYTES
     keys = max(16, min(64, group, held // (2 * half * dtype.itemsize)))

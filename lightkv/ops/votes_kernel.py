@@ -1,16 +1,16 @@
 # mypy: allow-untyped-defs
-# (the arguments of a kernel have no types in Python)
-"""softmax_votes on GPUs: two passes over the long side, each of which reads its rows once.
+# Triton would read annotations as argument types.
+"""Triton kernels of `softmax_votes`: two passes over the long side, each reading its rows once.
 
-Pass 1 gives every column (a short token under one head) the peak and the total of its softmax, in chunks of the long
-side; pass 2 reads the long side again and reduces over the columns. Scores exist in tiles only. The heads of short that
-share a head of long are stacked, so that column c of a head of long is short token c // GROUP under the
-(c mod GROUP)-th of its heads; a head of long thus meets all its columns while its tile is at hand.
+Pass 1 computes the peak and the total of each column's softmax, in chunks of the long side. A column is one short token
+under one head. Pass 2 reads the long side again and reduces over the columns. Scores exist only in tiles.
 
-Per element of the long side a pass takes 2 · GROUP · M operations: with the 50 or so text tokens of a prompt and
-GROUP = 1 that is less than it takes to read the element. Beside the result there are fp32 [2, S / CHUNK, Hl, GROUP · M]
-of partial peaks and totals, and fp32 [Hl, N] of votes per head of long. Everything is reduced in a fixed order: results
-are deterministic.
+The heads of short that share a head of long are stacked: column c of a head of long is short token c // GROUP under the
+(c mod GROUP)-th of these heads. So a loaded tile of a head of long is used for all its columns.
+
+A pass takes 2 · GROUP · M operations per element of the long side. With about 50 text tokens in a prompt and GROUP = 1,
+that takes less time than reading the element. Temporary memory: fp32 [2, S / CHUNK, Hl, GROUP · M] of partial peaks and
+totals, and fp32 [Hl, N] of votes per head of long. All reductions have a fixed order, so results are deterministic.
 """
 
 import math
@@ -22,66 +22,56 @@ from torch import Tensor
 from triton import knobs
 
 from lightkv.ops.heads import Reduce, short_heads
+from lightkv.ops.ragged import Selection
 
-CHUNK = (
-    512  # long tokens per program of pass 1: enough programs for a GPU at a few thousand tokens, few partial results
-)
-TILE_BYTES = 32768  # of a side in a tile: with three in flight and the other side's this fits 163 KiB of shared memory
-MOST_ROWS = {2: 128, 4: 32}  # of a tile, by bytes per element: fp32 has no tensor cores and is unrolled instead
-# The interpreter would multiply the bit patterns of bf16; in fp32 the products are the same.
+CHUNK = 512  # long tokens per program of pass 1: fills a GPU at a few thousand tokens, with few partial results
+TILE_BYTES = 32768  # tile of one side; three of them and a tile of the other side fit 163 KiB of shared memory
+MOST_ROWS = {2: 128, 4: 32}  # rows of a tile by bytes per element; fp32 uses no tensor cores and is unrolled instead
+# Triton's interpreter multiplies the bit patterns of bf16 as integers. Products of 16-bit floats are exact in fp32.
 WIDEN = tl.constexpr(knobs.runtime.interpret)
 
 
-def softmax_votes_triton(
-    long: Tensor,
-    short: Tensor,
-    long_index: Tensor,
-    long_starts: Tensor,
-    short_index: Tensor,
-    short_starts: Tensor,
-    scale: float,
-    reduce: Reduce,
-    most_long: int,
-    most_short: int,
-) -> Tensor:
-    """softmax_votes by the kernels below; nothing here waits for the device."""
-    heads, columns = long.shape[1], len(short_index)
-    group, shared = short_heads(heads, short.shape[1])
-    if not columns or not len(long_index):
-        return torch.zeros(len(long_index), dtype=torch.float32, device=long.device)
-    if long.dtype == torch.float64:
-        long, short = long.float(), short.float()  # the arithmetic is fp32 all the same
-    long, short = (x if x.stride(3) == 1 else x.contiguous() for x in (long, short))
-    long_rows, long_stride = _rows(long, long_index)
-    short_rows, short_stride = _rows(short, short_index)
-    sides = (long, short, long_rows, long_starts, short_rows, short_starts)
-    strides = (long.stride(1), long_stride, short.stride(1), short_stride)
-    # Base 2: exp2 is one instruction.
+def softmax_votes_triton(long: Selection, short: Selection, scale: float, reduce: Reduce) -> Tensor:
+    """Runs `softmax_votes` on the kernels below, without waiting for the device."""
+    x, y, length, columns = long.states, short.states, len(long.index), len(short.index)
+    most_long, most_short = long.sequences.longest, short.sequences.longest
+    heads, device = x.shape[1], x.device
+    group, shared = short_heads(heads, y.shape[1])
+    if not columns or not length:
+        return torch.zeros(length, dtype=torch.float32, device=device)
+    if x.dtype == torch.float64:
+        x, y = x.float(), y.float()  # the kernels compute in fp32
+    x, y = (states if states.stride(3) == 1 else states.contiguous() for states in (x, y))
+    long_rows, long_stride = _rows(x, long.index)
+    short_rows, short_stride = _rows(y, short.index)
+    sides = (x, y, long_rows, long.sequences.starts, short_rows, short.sequences.starts)
+    strides = (x.stride(1), long_stride, y.stride(1), short_stride)
+    # Scores are in base 2, because exp2 is one instruction.
     numbers = (scale * math.log2(math.e), columns * group)
-    tiles = _tiles(long, most_short * group)
-    sequences, chunks = len(long_starts) - 1, triton.cdiv(most_long, CHUNK)
-    parts = torch.empty(2, chunks, heads, columns * group, dtype=torch.float32, device=long.device)
+    tiles = _tiles(x, most_short * group)
+    sequences, chunks = len(long.sequences.starts) - 1, triton.cdiv(most_long, CHUNK)
+    parts = torch.empty(2, chunks, heads, columns * group, dtype=torch.float32, device=device)
     short_tiles = triton.cdiv(most_short * group, tiles["BLOCK_M"])
-    # Programs that share a chunk are neighbours: the first brings it to the cache.
+    # Programs that share a chunk are neighbours, so that all but the first read it from the cache.
     peaks_kernel[(sequences * chunks * short_tiles, heads)](
         *sides, parts[0], parts[1], *strides, *numbers, chunks, short_tiles,
         GROUP=group, SHARED=shared, CHUNK=CHUNK, **tiles, num_stages=3,
     )  # fmt: skip
     peak = parts[0].amax(dim=0)
     share = (parts[1] * (parts[0] - peak).exp2()).sum(dim=0).reciprocal()
-    votes = torch.empty(heads, len(long_index), dtype=torch.float32, device=long.device)
+    votes = torch.empty(heads, length, dtype=torch.float32, device=device)
     long_tiles = triton.cdiv(most_long, tiles["BLOCK_N"])
     votes_kernel[(sequences * long_tiles, heads)](
-        *sides, peak, share, votes, *strides, *numbers, len(long_index), long_tiles,
+        *sides, peak, share, votes, *strides, *numbers, length, long_tiles,
         GROUP=group, SHARED=shared, MAXIMUM=reduce == "max", **tiles, num_stages=2,
     )  # fmt: skip
     return votes.sum(dim=0) if reduce == "sum" else votes.amax(dim=0)
 
 
 def _rows(x: Tensor, index: Tensor) -> tuple[Tensor, int]:
-    """(rows, stride): the token b·S + s of a head of x begins rows · stride elements after the head does.
+    """Returns (rows, stride): within a head of x, token b·S + s begins at element rows · stride.
 
-    The stride is an argument of its own because the compiler learns from it how far rows are aligned.
+    The stride is a separate argument because the compiler infers the alignment of rows from it.
     """
     batch, token = x.stride(0), x.stride(2)
     if x.shape[0] == 1 or batch == x.shape[2] * token:
@@ -91,7 +81,7 @@ def _rows(x: Tensor, index: Tensor) -> tuple[Tensor, int]:
 
 
 def _tiles(x: Tensor, columns: int) -> dict[str, int]:
-    """Rows of the long side (BLOCK_N), columns (BLOCK_M), and d as a power of two, of at least 16 as tl.dot wants."""
+    """Rows of the long side (BLOCK_N), columns (BLOCK_M) and d (BLOCK_D): powers of two, at least 16 for tl.dot."""
     d = max(16, triton.next_power_of_2(x.shape[3]))
     most = max(16, min(MOST_ROWS[x.element_size()], TILE_BYTES // (d * x.element_size())))
     block = min(most, max(16, triton.next_power_of_2(columns)))
@@ -110,7 +100,7 @@ def _scores(a, b, scale):
 def _long_tile(
     long, rows, stride_head, stride, head, first, end, D: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """[N, BLOCK_D] of one head's packed tokens first … and whether they are before `end`; zeros beyond."""
+    """[N, BLOCK_D] of one head's packed tokens from `first` on, and whether each is before `end`; 0 from `end` on."""
     n, d = first + tl.arange(0, N), tl.arange(0, BLOCK_D)
     row = tl.load(rows + n, mask=n < end, other=0) * stride
     at = long + head * stride_head + row[:, None] + d[None, :]
@@ -122,7 +112,7 @@ def _short_tile(
     short, rows, stride_head, stride, head, column, end,
     GROUP: tl.constexpr, SHARED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """[M, BLOCK_D] of the columns `column` (int64 [M]) of one head of long; zeros from `end` on."""
+    """[M, BLOCK_D] of the columns `column` (int64 [M]) of one head of long; 0 from `end` on."""
     d = tl.arange(0, BLOCK_D)
     row = tl.load(rows + column // GROUP, mask=column < end, other=0) * stride
     of = (head * GROUP + column % GROUP) // SHARED
@@ -137,7 +127,7 @@ def peaks_kernel(
     D: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Per chunk of a sequence and column: peak = max s and total = Σ 2^(s − peak); −inf and 0 of no tokens.
+    """Per chunk of a sequence and column: peak = max s and total = Σ 2^(s − peak); −inf and 0 without tokens.
 
     peaks and totals are [chunks, Hl, width].
     """
@@ -172,7 +162,7 @@ def votes_kernel(
     D: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr, MAXIMUM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Per long token and head of long: Σ or max over its columns of 2^(s − peak) · share; 0 of no columns.
+    """Per long token and head of long: Σ or max over its columns of 2^(s − peak) · share; 0 without columns.
 
     peak and share = 1 / total are [Hl, width], votes [Hl, length].
     """

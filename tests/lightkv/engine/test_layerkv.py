@@ -7,6 +7,7 @@ from lightkv.engine.layerkv import LayerKV
 from lightkv.ops.attend import attend
 from lightkv.ops.codes import ABSENT, dequantise, quantise
 from lightkv.ops.quantised import attend_quantised
+from lightkv.ops.ragged import Keys, Sequences
 from tests.lightkv.tiny import random
 
 HEADS, DIMS = 2, 8
@@ -93,8 +94,8 @@ def test_the_padding_of_the_last_group_gets_no_attention(length, bits):
     assert len(layer) == len(packed) == len(bias) == -(-length // 16) * 16
     assert bool((bias[length:] <= ABSENT).all())
     q, none = random(1, 4, DIMS, seed=5), torch.empty(1, HEADS, 0, DIMS)
-    starts = torch.tensor([0, len(packed)])
-    heard = attend_quantised(q, packed, starts, bias, none, none, None, 0.3)
+    one = Sequences.of([len(packed)], "cpu")
+    heard = attend_quantised(q, packed, one, bias, Keys(none, none, None), 0.3)
     k, v, log_size = (part[None] for part in cut(layer.view(), 0, length))
     expected = attend(q[:, :, None], k, v, log_size, None, 0.3)[:, 0]
     torch.testing.assert_close(heard, expected, atol=1e-6, rtol=1e-5)

@@ -1,6 +1,6 @@
-"""Compiles kernels for GPUs that are not there, in a process of its own, where Triton's interpreter is off.
+"""Compiles kernels for GPUs without a GPU, in a separate process with Triton's interpreter off.
 
-The interpreter takes much that the compiler refuses; Triton brings its own assembler, so this needs no GPU.
+The interpreter accepts code that the compiler rejects. Triton includes its own assembler, so no GPU is needed.
 """
 
 import importlib
@@ -14,19 +14,19 @@ import types
 from pathlib import Path
 from typing import Any
 
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # by compute capability: what a block may have
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # shared memory limit of a block by compute capability
 
 
 def compile_kernel(
     module: str, kernel: str, signature: dict[str, str], constants: dict[str, Any], **options: int
 ) -> int:
-    """Compile for every capability in SHARED_BYTES; raises AssertionError with the compiler's words where it fails.
+    """Compiles for every capability in SHARED_BYTES; raises AssertionError with the compiler's message if one fails.
 
-    Returns the bytes that a thread keeps in memory for want of registers, at most.
+    Returns the most bytes that a thread spills to local memory.
 
-    signature: every argument's type in order, e.g. {"x": "*bf16", "stride": "i64", "n": "i32", "BLOCK": "constexpr"};
-    pointers and int64, which strides are, count as multiples of 16, as they are in real models: so loads are vectors.
-    options such as num_warps and num_stages.
+    signature: every argument's type in order, e.g. {"x": "*bf16", "stride": "i64", "n": "i32", "BLOCK": "constexpr"}.
+    Pointers and int64 (strides) are declared as multiples of 16, as in real models, so that loads are vectorised.
+    options: num_warps, num_stages and the like.
     """
     job = json.dumps([module, kernel, signature, constants, options])
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -47,7 +47,7 @@ def _main(job: str) -> None:
 
     module, kernel, signature, constants, options = json.loads(job)
     sys.path.insert(0, os.getcwd())
-    package = types.ModuleType("lightkv")  # without what its __init__ imports: kernels need torch and Triton alone
+    package = types.ModuleType("lightkv")  # skips the imports of its __init__: kernels need only torch and Triton
     package.__path__ = [str(Path("lightkv").resolve())]
     sys.modules["lightkv"] = package
     wide = [place for place, kind in enumerate(signature.values()) if kind.startswith("*") or kind == "i64"]
@@ -62,7 +62,7 @@ def _main(job: str) -> None:
 
 
 def _stack_bytes(cubin: bytes) -> int:
-    """Of a thread: where values go that its registers do not hold."""
+    """Stack size of a thread, which holds spilled registers."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

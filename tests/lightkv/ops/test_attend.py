@@ -11,12 +11,12 @@ from lightkv.ops.attend_kernel import attend_triton, decode_tiles, prefill_tiles
 from tests.lightkv.ops.offline import compile_kernel
 
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-TOLERANCE = {FP32: 1e-5, FP16: 2e-3, BF16: 2e-2}  # Triton's interpreter cuts bf16 off where GPUs round
+TOLERANCE = {FP32: 1e-5, FP16: 2e-3, BF16: 2e-2}  # Triton's interpreter truncates to bf16, GPUs round
 FORMS = [attend_torch, attend_triton]
 
 
 def inputs(batch, heads, key_heads, length, keys, dims, dtype=torch.float32, seed=0):
-    """q, k, v as transformers hands them over: views of [B, L, H, d]; and a bias per key."""
+    """Returns q, k, v as transformers passes them, views of [B, L, H, d], and a bias per key."""
     draw = torch.Generator().manual_seed(seed)
     sizes = ((length, heads), (keys, key_heads), (keys, key_heads))
     q, k, v = (torch.randn(batch, *size, dims, generator=draw).to(dtype).transpose(1, 2) for size in sizes)
@@ -24,7 +24,7 @@ def inputs(batch, heads, key_heads, length, keys, dims, dtype=torch.float32, see
 
 
 def dense(q, k, v, bias, first, scale):
-    """PyTorch's attention in fp64 under a dense additive mask; nonsense where a query sees nothing."""
+    """PyTorch's attention in fp64 with a dense additive mask; undefined for queries that see no key."""
     length, keys, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     column, position = torch.arange(keys), torch.arange(keys - length, keys)
     first = torch.zeros(len(q), dtype=torch.int64) if first is None else first
@@ -61,7 +61,7 @@ def test_twin_is_attention_under_a_dense_mask(length, keys, first, biased, monke
 def test_torchs_own_attention_is_the_twins(length, keys, biased, monkeypatch):
     monkeypatch.setattr(operation, "MASK_AT_ONCE", 2 * 9 * 3)  # three queries at a time
     q, k, v, bias = inputs(2, 6, 2, length, keys, 20)
-    bias[1, 0] = -1e30  # not there
+    bias[1, 0] = -1e30  # masked out
     bias = bias if biased else None
     out = attend_fused(q, k, v, bias, 0.3)
     assert (out.shape, out.dtype) == ((2, length, 6, 20), FP32)
@@ -72,7 +72,7 @@ def test_torchs_own_attention_is_the_twins(length, keys, biased, monkeypatch):
 @pytest.mark.parametrize("length", [20, 1], ids=["prefill", "decode"])
 def test_a_key_of_bias_log_n_is_heard_like_n_copies(form, length):
     q, k, v, _ = inputs(1, 2, 1, length, 30, 16)
-    same = torch.tensor([0, 1, 1, 1, 2, 3, 3, *range(4, 30)])  # which of 30 keys each of 33 is; queries follow them
+    same = torch.tensor([0, 1, 1, 1, 2, 3, 3, *range(4, 30)])  # 33 keys are copies of 30; the queries come after them
     many = form(q, k[:, :, same], v[:, :, same], None, None, 0.3)
     few = form(q, k, v, torch.bincount(same).float().log()[None], None, 0.3)
     assert_near(few[:, -min(length, 26) :], many[:, -min(length, 26) :], 1e-5)
@@ -94,7 +94,7 @@ def test_no_bias_is_a_bias_of_zero(form, length):
         (1, 1, 65, 130, 80, [0, 70], FP32),
         (2, 1, 65, 130, 80, [0, 70], BF16),
         (7, 1, 20, 33, 96, [3, 0], FP16),
-        (2, 2, 130, 130, 128, [0, 129], BF16),  # two tiles of queries, the second with whole tiles of keys
+        (2, 2, 130, 130, 128, [0, 129], BF16),  # two tiles of queries; the second has full tiles of keys
         (1, 1, 33, 65, 128, [0, 40], FP32),
         (2, 1, 17, 65, 136, [65, 7], FP16),
         (1, 1, 18, 40, 256, [1, 0], FP32),
@@ -153,7 +153,7 @@ def test_what_padding_holds_does_not_matter(form, length):
     first = torch.tensor([33, 0])
     clean = form(q, k, v, bias, first, 0.3)
     k[0, :, :33], v[0, :, :33], bias[0, :33] = torch.nan, torch.inf, torch.nan
-    q[0, :, : length - 2] = torch.nan  # queries that are padding themselves
+    q[0, :, : length - 2] = torch.nan  # queries that are padding
     out = form(q, k, v, bias, first, 0.3)
     assert torch.equal(out, clean)
     assert out[0, : length - 2].eq(0.0).all()
@@ -201,7 +201,7 @@ def test_kernel_takes_any_strides_and_writes_everything_it_returns(length, monke
 
 @pytest.mark.parametrize("length", [18, 1], ids=["prefill", "decode"])
 def test_kernel_reads_beyond_two_to_the_31_elements(length, tmp_path):
-    """In a file of which only the pages touched take space."""
+    """In a sparse file, of which only touched pages use disk space."""
     q, k, v, bias = inputs(1, 1, 1, length, 18, 16, FP16)
     expected, apart, file = attend_triton(q, k, v, bias, None, 0.3), 1 << 27, tmp_path / "sparse"
     memory = torch.from_file(str(file), shared=True, size=18 * apart, dtype=FP16)
@@ -250,7 +250,7 @@ def test_cpus_have_torchs_own_attention_but_for_padding_and_small_types(monkeypa
         (dict(v=torch.zeros(2, 2, 5, 16)), r"expected q \[B, Hq, L, d\]"),
         (dict(q=torch.zeros(3, 4, 5, 8)), "share the batch"),
         (dict(q=torch.zeros(2, 3, 5, 8)), "multiple of key heads"),
-        (dict(q=torch.zeros(2, 4, 6, 8)), "cannot be more"),
+        (dict(q=torch.zeros(2, 4, 6, 8)), "at most as many queries as keys"),
         (dict(bias=torch.zeros(2, 5).half()), r"bias must be float32 \[2, 5\], got torch.float16"),
         (dict(bias=torch.zeros(2, 4)), r"got torch.float32 \[2, 4\]"),
         (dict(first=torch.zeros(2)), r"first must be int64 \[2\]"),
@@ -280,7 +280,7 @@ SPLIT = {"FEW": 16, "CHUNK": 256, "CHUNKS": 128}
 
 
 def sides(packed: bool) -> dict[str, str]:
-    """Types of `first` and `starts`: what a form does not have is the constant None."""
+    """Types of `first` and `starts`; the form that lacks an argument passes the constant None."""
     of_batch, of_packed = ("constexpr", "*i64") if packed else ("*i64", "constexpr")
     return {"first": of_batch, "starts_q": of_packed, "starts_k": of_packed}
 

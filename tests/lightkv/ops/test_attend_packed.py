@@ -1,5 +1,6 @@
 """attend_packed: the twin against fp64 and `attend` sequence by sequence, the kernels against the twin."""
 
+from functools import wraps
 from itertools import accumulate
 
 import pytest
@@ -10,11 +11,25 @@ from torch import Tensor
 
 from lightkv.errors import ConfigError
 from lightkv.ops import attend_kernel
+from lightkv.ops import attend_packed as operation
 from lightkv.ops.attend import attend_fused, attend_torch
-from lightkv.ops.attend_kernel import attend_packed_triton, attend_triton
-from lightkv.ops.attend_packed import attend_packed, attend_packed_torch
+from lightkv.ops.attend_kernel import attend_triton
+from lightkv.ops.ragged import Keys, Sequences
 from tests.lightkv.ops.test_attend import BF16, FP16, FP32, TOLERANCE, assert_near, dense, poisoned
 
+
+def flat(form):
+    """`form` with the fields of keys and sequences as parameters, so that a case can change one of them."""
+
+    @wraps(form)
+    def call(q, k, v, bias, starts_q, starts_k, scale, longest_q, longest_k):
+        return form(q, Keys(k, v, bias), Sequences(starts_q, longest_q), Sequences(starts_k, longest_k), scale)
+
+    return call
+
+
+attend_packed, attend_packed_torch = flat(operation.attend_packed), flat(operation.attend_packed_torch)
+attend_packed_triton = flat(attend_kernel.attend_packed_triton)
 FORMS = [attend_packed_torch, attend_packed_triton]
 SIZES = [(4, 9), (0, 4), (0, 0), (1, 12), (20, 20)]  # (queries, keys) of each sequence
 
@@ -24,7 +39,7 @@ def starts(sizes):
 
 
 def case(sizes=SIZES, heads=(4, 2), dims=20, dtype=FP32, seed=0):
-    """Arguments by name."""
+    """Returns the arguments of attend_packed by name."""
     draw = torch.Generator().manual_seed(seed)
     lengths, reaches = zip(*sizes, strict=True)
     q = torch.randn(sum(lengths), heads[0], dims, generator=draw).to(dtype)
@@ -32,12 +47,12 @@ def case(sizes=SIZES, heads=(4, 2), dims=20, dtype=FP32, seed=0):
     return {
         "q": q, "k": k, "v": v, "bias": torch.randint(1, 300, (len(k),), generator=draw).float().log(),
         "starts_q": starts(lengths), "starts_k": starts(reaches), "scale": dims**-0.5,
-        "most_q": max(lengths), "most_k": max(reaches),
+        "longest_q": max(lengths), "longest_k": max(reaches),
     }  # fmt: skip
 
 
 def apart(form, arguments):
-    """form(q, k, v, bias) on every sequence that has queries, as a batch of one; packed again."""
+    """Runs form(q, k, v, bias) on each sequence with queries, as a batch of one, and packs the results."""
     q, k, v, bias = (arguments[name] for name in ("q", "k", "v", "bias"))
     out = torch.empty_like(q)
     for r in range(len(arguments["starts_q"]) - 1):
@@ -49,7 +64,7 @@ def apart(form, arguments):
 
 
 def poison(patch):
-    """NaN in memory that nothing has been written to; a list of all that is made."""
+    """Fills new memory with NaN; returns the list of all tensors that are allocated from then on."""
     empty, made = Tensor.new_empty, []
 
     def new_empty(like, *size, **how):
@@ -126,7 +141,7 @@ def test_kernels_are_the_twin_on_ragged_sequences(sizes, heads, deaf, spare, see
     bias = arguments["bias"]
     bias[torch.rand(bias.shape, generator=torch.Generator().manual_seed(seed)) < deaf] = -torch.inf
     expected = attend_packed_torch(**arguments)
-    arguments["most_q"], arguments["most_k"] = arguments["most_q"] + spare, arguments["most_k"] + spare
+    arguments["longest_q"], arguments["longest_k"] = arguments["longest_q"] + spare, arguments["longest_k"] + spare
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attend_kernel, "CHUNK_KEYS", 16)  # several chunks for few keys
         patch.setattr(attend_kernel, "MAX_CHUNKS", 4)
@@ -149,11 +164,11 @@ def only(arguments, r):
     return arguments | {
         "q": arguments["q"][mine], "k": arguments["k"][theirs], "v": arguments["v"][theirs],
         "bias": arguments["bias"][theirs], "starts_q": starts([length]), "starts_k": starts([reach]),
-        "most_q": length, "most_k": reach,
+        "longest_q": length, "longest_k": reach,
     }  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's, of the others
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # from the interpreter, for the other sequences
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("r", [0, 1, 2, 3])
 def test_what_else_is_in_the_launch_does_not_matter(form, r):
@@ -171,7 +186,7 @@ def test_kernels_repeat_themselves_and_take_loose_bounds_bit_for_bit():
     arguments = case(heads=(2, 1), dtype=BF16)
     out = attend_packed_triton(**arguments)
     assert torch.equal(out, attend_packed_triton(**arguments))
-    assert torch.equal(out, attend_packed_triton(**arguments | {"most_q": 40, "most_k": 300}))
+    assert torch.equal(out, attend_packed_triton(**arguments | {"longest_q": 40, "longest_k": 300}))
 
 
 @pytest.mark.parametrize("sizes", [SIZES, [(1, 30), (2, 9)], [(20, 20), (33, 40)]], ids=["both", "decode", "prefill"])
@@ -207,7 +222,7 @@ def test_biases_of_any_size_give_finite_results(form, bias, monkeypatch):
 
 @pytest.mark.parametrize("length", [18, 1], ids=["prefill", "decode"])
 def test_kernels_read_beyond_two_to_the_31_elements(length, tmp_path):
-    """In a file of which only the pages touched take space."""
+    """In a sparse file, of which only touched pages use disk space."""
     arguments = case([(length, 18), (length, 18)], (1, 1), 16, FP16)
     expected, apart, file = attend_packed_triton(**arguments), 1 << 27, tmp_path / "sparse"
     memory = torch.from_file(str(file), shared=True, size=36 * apart, dtype=FP16)
@@ -244,7 +259,7 @@ def test_each_launch_leaves_the_sequences_of_the_other_alone(monkeypatch):
     made = poison(monkeypatch)
     out = attend_packed_triton(**arguments)
     assert out.isnan().flatten(1).all(1).tolist() == [True] * 20 + [False] * 3
-    _, sums, values, *_ = made  # in slots, of which the first is the prefill's
+    _, sums, values, *_ = made  # by slots; the first slot belongs to the prefill sequence
     assert sums[..., 0].isnan().all()
     assert values[:, :, 0].isnan().all()
 
@@ -275,14 +290,14 @@ def test_a_launch_that_has_nothing_to_do_is_left_out(sizes, launches, monkeypatc
         (dict(q=torch.zeros(6, 4, 300)), "1 to 256"),
         (dict(bias=torch.zeros(7).half()), r"bias must be float32 \[7\], got torch.float16"),
         (dict(bias=torch.zeros(6)), r"got torch.float32 \[6\]"),
-        (dict(starts_q=torch.tensor([0, 3, 6]).int()), "starts_q must be int64"),
-        (dict(starts_k=torch.tensor([[0, 3, 7]])), "starts_k must be int64 with one dimension"),
+        (dict(starts_q=torch.tensor([0, 3, 6]).int()), "q_sequences.starts must be int64"),
+        (dict(starts_k=torch.tensor([[0, 3, 7]])), "k_sequences.starts must be int64 with one dimension"),
         (dict(starts_k=torch.tensor([0, 7])), "starts must be sequences . 1 on both sides, got 3 and 2"),
         (dict(starts_q=torch.tensor([], dtype=torch.int64)), "sequences . 1"),
-        (dict(most_q=2), "2 sequences of at most most_q = 2 queries cannot have 6"),
-        (dict(starts_q=torch.tensor([0, 4, 6])), "queries are the last of their sequence's keys, got 4 of 3"),
+        (dict(longest_q=2), r"2 sequences of at most 2 queries \(longest\) cannot have 6"),
+        (dict(starts_q=torch.tensor([0, 4, 6])), "expected at most as many queries as keys in a sequence, got 4 of 3"),
         (dict(starts_q=torch.tensor([0, 2, 6])), "must be at least 4 and 4, got 3 and 4"),
-        (dict(most_k=3), "must be at least 3 and 4, got 3 and 3"),
+        (dict(longest_k=3), "must be at least 3 and 4, got 3 and 3"),
         (dict(starts_q=torch.tensor([0, 3, 5])), "from 0 to 6 for queries"),
         (dict(starts_k=torch.tensor([0, 3, 8])), "within 7 for keys, got 0 to 6 and 0 to 8"),
     ],
@@ -291,7 +306,7 @@ def test_what_does_not_fit_is_refused(change, message):
     fits = {
         "q": torch.zeros(6, 4, 8), "k": torch.zeros(7, 2, 8), "v": torch.zeros(7, 2, 8), "bias": None,
         "starts_q": torch.tensor([0, 3, 6]), "starts_k": torch.tensor([0, 3, 7]),
-        "scale": 1.0, "most_q": 3, "most_k": 4,
+        "scale": 1.0, "longest_q": 3, "longest_k": 4,
     }  # fmt: skip
     attend_packed(**fits)
     with pytest.raises(ConfigError, match=message):

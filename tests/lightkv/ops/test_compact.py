@@ -21,7 +21,7 @@ Call = list[Tensor]
 
 
 def case(width: int = 37, dtype: torch.dtype = torch.float32, pairs: int = 20, receivers: int = 6, integers=3) -> Call:
-    """[hidden, weight, source, target, kept, columns]; target 0 has the longest run, and some rows take no part."""
+    """Returns [hidden, weight, source, target, kept, columns]. Target 0 has the longest run; some rows are not used."""
     hidden, weight, source, target = test_merge.case(width, dtype, pairs, receivers)
     random = torch.Generator().manual_seed(width + pairs)
     columns = torch.randint(-(1 << 40), 1 << 40, (integers, ROWS), generator=random)
@@ -29,7 +29,7 @@ def case(width: int = 37, dtype: torch.dtype = torch.float32, pairs: int = 20, r
 
 
 def rest(source: Tensor) -> Tensor:
-    """Who is left."""
+    """Positions of the survivors."""
     return torch.nonzero(test_merge.survivors(source)).flatten()
 
 
@@ -40,13 +40,13 @@ def in_two_steps(merge, hidden: Tensor, weight: Tensor, source: Tensor, target: 
 
 
 def naive(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """In fp64, receiver by receiver."""
+    """`compact` in fp64, one receiver at a time."""
     rows, weights = test_merge.naive(hidden, weight, source, target)
     return rows[kept], weights[kept]
 
 
 def same(found, expected) -> None:
-    """Bit for bit, NaN included."""
+    """Asserts equality bit for bit, NaN included."""
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
@@ -102,7 +102,7 @@ def test_rows_that_nothing_merges_into_keep_their_bits(form, dtype, close):
     call = case(dtype=dtype)
     whole = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     call[0].view(whole)[-2:] = torch.iinfo(whole).max - torch.arange(2, dtype=whole)[:, None]  # two kinds of NaN
-    call[1][-1] = torch.inf  # times what it is divided by, no number
+    call[1][-1] = torch.inf  # inf / inf would be NaN
     hidden, weight, _ = form(*call)
     alone = ~torch.isin(call[4], call[3])
     same((hidden[alone], weight[alone]), (call[0][call[4]][alone], call[1][call[4]][alone]))
@@ -134,7 +134,7 @@ def test_sums_run_by_ascending_pair_wherever_the_pairs_of_a_survivor_stand(form)
 
 @FORMS
 def test_all_that_comes_back_is_written(form, monkeypatch):
-    """Whatever memory held before: an output that is not filled shows what it was poisoned with."""
+    """Memory is poisoned first, so an output element that is not written would show."""
     call = case()
     expected = form(*call)
     for name in ("empty", "empty_like"):
@@ -164,7 +164,7 @@ def test_rows_that_lie_apart_in_memory_give_what_packed_rows_give(form):
 
 @pytest.mark.parametrize("far", ["rows", "columns"])
 def test_the_kernel_reads_beyond_two_to_the_31_elements(far, tmp_path):
-    """In a file of which only the pages touched take space."""
+    """In a sparse file, of which only touched pages use disk space."""
     hidden, weight = torch.arange(81.0).view(9, 9).half(), torch.ones(9)
     pairs, kept = (torch.tensor([8, 0, 6]), torch.tensor([7, 7, 1])), torch.tensor([1, 2, 3, 4, 5, 7])
     columns = torch.arange(18).view(2, 9)
@@ -238,9 +238,9 @@ def test_the_operation_is_the_form_that_the_environment_asks_for(monkeypatch, ch
         ({"hidden": torch.ones(3)}, "hidden must be"),
         ({"weight": torch.ones(2)}, r"weight must be fp32 \[3\]"),
         ({"source": torch.tensor([1], dtype=torch.int32)}, "source must be int64"),
-        ({"target": torch.tensor([0, 0])}, "must be of one length, got 1 and 2"),
-        ({"kept": torch.tensor([True, False, True])}, "kept must be int64 in one dimension, got torch.bool"),
-        ({"kept": torch.tensor([[0, 2]])}, "kept must be int64 in one dimension"),
+        ({"target": torch.tensor([0, 0])}, "must have the same length, got 1 and 2"),
+        ({"kept": torch.tensor([True, False, True])}, "kept must be int64 with one dimension, got torch.bool"),
+        ({"kept": torch.tensor([[0, 2]])}, "kept must be int64 with one dimension"),
         ({"columns": torch.zeros(3, dtype=torch.int64)}, r"columns must be int64 \[C, 3\]"),
         (
             {"columns": torch.zeros(1, 2, dtype=torch.int64)},

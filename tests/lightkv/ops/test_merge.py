@@ -11,13 +11,13 @@ from tests.lightkv.ops.offline import compile_kernel
 FORMS = pytest.mark.parametrize("form", [merge_torch, merge_triton])
 DTYPES = pytest.mark.parametrize(
     ("dtype", "close"),
-    [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-11)],  # Triton's interpreter cuts off to bf16
+    [(torch.float32, 1e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-11)],  # Triton's interpreter truncates to bf16
 )
 ROWS = 40
 
 
 def case(width: int = 37, dtype: torch.dtype = torch.float32, pairs: int = 20, receivers: int = 6) -> list[Tensor]:
-    """[hidden, weight, source, target]; target 0 has the longest run, and the last rows take no part."""
+    """Returns [hidden, weight, source, target]. Target 0 has the longest run; the last rows are not used."""
     random = torch.Generator().manual_seed(width + pairs)
     hidden = torch.randn(ROWS, width, generator=random).to(dtype)
     weight = torch.rand(ROWS, generator=random) + 0.1
@@ -34,7 +34,7 @@ def after(form, hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) 
 
 
 def naive(hidden: Tensor, weight: Tensor, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """In fp64, receiver by receiver."""
+    """`merge` in fp64, one receiver at a time."""
     new_hidden, new_weight = hidden.double(), weight.double()
     for b in set(target.tolist()):
         members = [b, *source[target == b].tolist()]
@@ -148,7 +148,7 @@ def test_rows_that_lie_apart_in_memory_are_merged_in_place(form):
 
 @pytest.mark.parametrize("far", ["rows", "columns"])
 def test_the_kernel_merges_beyond_two_to_the_31_elements(far, tmp_path):
-    """In a file of which only the pages touched take space."""
+    """In a sparse file, of which only touched pages use disk space."""
     hidden, weight = torch.arange(81.0).view(9, 9).half(), torch.ones(9)
     source, target = torch.tensor([8, 0, 6]), torch.tensor([7, 7, 1])
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=9 << 29, dtype=torch.float16)
@@ -213,7 +213,7 @@ def test_the_operation_is_the_form_that_the_environment_asks_for(monkeypatch, ch
         ({"weight": torch.ones(2)}, r"weight must be fp32 \[3\]"),
         ({"source": torch.tensor([1], dtype=torch.int32)}, "source must be int64"),
         ({"target": torch.tensor([[0]])}, "target must be int64"),
-        ({"target": torch.tensor([0, 0])}, "must be of one length, got 1 and 2"),
+        ({"target": torch.tensor([0, 0])}, "must have the same length, got 1 and 2"),
     ],
 )
 def test_arguments_that_cannot_be_right_are_refused(wrong, words):

@@ -1,4 +1,5 @@
 import math
+from functools import wraps
 
 import pytest
 import torch
@@ -6,20 +7,34 @@ from torch import Tensor
 
 from lightkv.errors import ConfigError
 from lightkv.ops import nearest as operation
-from lightkv.ops.nearest import nearest, nearest_torch
-from lightkv.ops.nearest_kernel import blocks, nearest_triton
+from lightkv.ops import nearest_kernel
+from lightkv.ops.nearest_kernel import blocks
+from lightkv.ops.ragged import Groups
 from tests.lightkv.ops.offline import compile_kernel
 
+
+def flat(form):
+    """`form` with the fields of its groups as parameters, so that a case can change one of them."""
+
+    @wraps(form)
+    def call(hidden, scale, place, order, starts, middles, largest, distance):
+        return form(hidden, scale, place, Groups(order, starts, middles, largest), distance)
+
+    return call
+
+
+nearest, nearest_torch = flat(operation.nearest), flat(operation.nearest_torch)
+nearest_triton = flat(nearest_kernel.nearest_triton)
 FORMS = pytest.mark.parametrize("form", [nearest_torch, nearest_triton])
 WIDE = [(5, 7), (36, 37), (0, 3), (4, 0), (0, 0), (1, 1), (3, 33)]  # (A, B) of every group
 SMALL = [(1, 1), (3, 2), (0, 2), (5, 5), (2, 0), (1, 4)]
 
 
 def case(groups: list[tuple[int, int]], width: int, dtype: torch.dtype, seed: int = 0, whole: bool = False) -> dict:
-    """A call's arguments over more rows than the groups use; the others, row 0 too, are NaN.
+    """Returns arguments by name, with more rows than the groups use; unused rows, row 0 included, are NaN.
 
-    `whole`: integers, no distance and sums that are exact, so that all ways to compute them give the same bits. (Square
-    roots are not: PyTorch's differ in the last bit with the shape of the tensor.)
+    `whole`: integers without distance, so that all sums are exact and every form gives the same bits. (Square roots are
+    not exact: PyTorch's last bit depends on the shape of the tensor.)
     """
     random = torch.Generator().manual_seed(seed)
     counts = torch.tensor(groups)
@@ -40,13 +55,13 @@ def case(groups: list[tuple[int, int]], width: int, dtype: torch.dtype, seed: in
         "order": order,
         "starts": starts,
         "middles": starts[:-1] + counts[:, 0],
-        "most": max(a for a, _ in groups),
+        "largest": max(a for a, _ in groups),
         "distance": 0.0 if whole else 0.25,
     }
 
 
 def naive(call: dict) -> list[tuple[int, float]]:
-    """(closest, apart) by slot, in fp64, pair by pair."""
+    """(closest, apart) by slot, in fp64, one pair at a time."""
     found = [(-1, math.inf)] * len(call["order"])
     starts, middles = call["starts"].tolist(), call["middles"].tolist()
     for first, middle, last in zip(starts[:-1], middles, starts[1:], strict=True):
@@ -83,7 +98,7 @@ def test_the_nearest_b_is_the_one_that_a_loop_over_all_pairs_finds(form, groups,
 @FORMS
 def test_equal_differences_go_to_the_b_that_comes_first_in_order(form):
     call = case([(3, 150), (20, 40)], 9, torch.float32, whole=True)
-    call["hidden"][call["order"][3:]] = call["hidden"][call["order"][3]].clone()  # all b's of the first group are alike
+    call["hidden"][call["order"][3:]] = call["hidden"][call["order"][3]].clone()  # the first B is of equal tokens
     closest, _ = form(**call)
     assert closest[:3].tolist() == [int(call["order"][3])] * 3
     assert closest.tolist() == [token for token, _ in naive(call)]
@@ -129,7 +144,7 @@ def test_rows_that_lie_apart_in_memory_give_what_packed_rows_give(form):
 
 @pytest.mark.parametrize("far", ["rows", "columns"])
 def test_the_kernel_reads_beyond_two_to_the_31_elements(far, tmp_path):
-    """In a file of which only the pages touched take space."""
+    """In a sparse file, of which only touched pages use disk space."""
     call = case([(2, 2)], 9, torch.float16)
     expected = nearest_torch(**call)
     memory = torch.from_file(str(tmp_path / "sparse"), shared=True, size=9 << 29, dtype=torch.float16)
@@ -154,10 +169,10 @@ def test_a_batch_of_groups_is_so_many_batches_of_one(form):
 @FORMS
 def test_a_bound_above_the_largest_set_changes_nothing(form):
     call = case(SMALL, 20, torch.float16)
-    same(form(**call | {"most": 16}), form(**call))
+    same(form(**call | {"largest": 16}), form(**call))
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, on inf − inf
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy warns on inf − inf
 @FORMS
 def test_what_is_not_a_finite_difference_away_is_nobodys_nearest(form):
     call = case([(2, 3), (1, 1)], 6, torch.float32)
@@ -204,7 +219,8 @@ def test_the_operation_is_the_form_that_the_environment_asks_for(monkeypatch, ch
     monkeypatch.setattr(module, form, lambda *given: asked.append(given) or "found")
     monkeypatch.setenv("LIGHTKV_OPS", choice)
     assert nearest(**call) == "found"
-    assert asked == [tuple(call.values())]
+    [(hidden, scale, place, groups, distance)] = asked
+    assert (hidden, scale, place, *vars(groups).values(), distance) == tuple(call.values())
 
 
 @pytest.mark.parametrize(
@@ -219,12 +235,12 @@ def test_the_operation_is_the_form_that_the_environment_asks_for(monkeypatch, ch
         ({"distance": math.nan}, "distance must be finite"),
         ({"order": torch.arange(3, dtype=torch.int32)}, "order must be int64"),
         ({"starts": torch.tensor([0])}, "one more than the 1 middles"),
-        ({"most": -1}, "most must be at least 0"),
+        ({"largest": -1}, "largest must be at least 0"),
     ],
 )
 def test_arguments_that_cannot_be_right_are_refused(wrong, words):
     right = {"hidden": torch.ones(3, 4), "scale": torch.ones(3), "place": torch.ones(3, 3), "order": torch.arange(3)}
-    right |= {"starts": torch.tensor([0, 3]), "middles": torch.tensor([1]), "most": 1, "distance": 1.0}
+    right |= {"starts": torch.tensor([0, 3]), "middles": torch.tensor([1]), "largest": 1, "distance": 1.0}
     nearest(**right)
     with pytest.raises(ConfigError, match=words):
         nearest(**right | wrong)

@@ -1,5 +1,6 @@
-"""Quantised keys and values: what a round trip costs, the twin against dense attention, the kernel against the twin."""
+"""Quantised keys and values: round-trip error, the twin against dense attention, the kernel against the twin."""
 
+from functools import wraps
 from itertools import accumulate, pairwise
 
 import pytest
@@ -8,14 +9,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightkv.errors import ConfigError
+from lightkv.ops import quantised as operation
 from lightkv.ops import quantised_kernel
 from lightkv.ops.codes import Quantised, concatenated, dequantise, quantise
-from lightkv.ops.quantised import attend_quantised, attend_quantised_torch
-from lightkv.ops.quantised_kernel import attend_quantised_triton, quantised_tiles
+from lightkv.ops.quantised_kernel import quantised_tiles
+from lightkv.ops.ragged import Keys, Sequences
 from tests.lightkv.ops.offline import compile_kernel
 
+
+def flat(form):
+    """`form` with the fields of sequences and tail as parameters, so that a case can change one of them."""
+
+    @wraps(form)
+    def call(q, packed, starts, bias, tail_k, tail_v, tail_bias, scale, longest=None):
+        sequences = Sequences(starts, len(packed) if longest is None else longest)
+        return form(q, packed, sequences, bias, Keys(tail_k, tail_v, tail_bias), scale)
+
+    return call
+
+
+attend_quantised, attend_quantised_torch = flat(operation.attend_quantised), flat(operation.attend_quantised_torch)
+attend_quantised_triton = flat(quantised_kernel.attend_quantised_triton)
+
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-TOLERANCE = {FP32: 1e-5, FP16: 2e-3, BF16: 2e-2}  # Triton's interpreter cuts bf16 off where GPUs round
+TOLERANCE = {FP32: 1e-5, FP16: 2e-3, BF16: 2e-2}  # Triton's interpreter truncates to bf16, GPUs round
 FORMS = [attend_quantised_torch, attend_quantised_triton]
 
 
@@ -25,7 +42,7 @@ def states(heads, tokens, dims, dtype=FP32, seed=0):
 
 
 def case(sizes=(32, 0, 48), heads=(4, 2), dims=16, tail=5, bits=8, dtype=FP32, group=16, value_group=None, seed=0):
-    """Arguments of attend_quantised; every third place of the tail is not there."""
+    """Returns the arguments of attend_quantised; every third key of the tail is masked out."""
     draw = torch.Generator().manual_seed(seed)
     (query_heads, key_heads), batch, tokens = heads, len(sizes), sum(sizes)
     tail_k, tail_v = states(batch * key_heads, tail, dims, dtype, seed + 1)
@@ -42,7 +59,7 @@ def case(sizes=(32, 0, 48), heads=(4, 2), dims=16, tail=5, bits=8, dtype=FP32, g
 
 
 def dense(q, packed, starts, bias, tail_k, tail_v, tail_bias, scale):
-    """PyTorch's attention in fp64, sequence by sequence, over what is there."""
+    """PyTorch's attention in fp64, one sequence at a time, over the keys that are not masked out."""
     k, v = dequantise(packed, torch.float64)
     bias = torch.zeros(len(packed)) if bias is None else bias
     tail_bias = torch.zeros(len(q), tail_k.shape[2]) if tail_bias is None else tail_bias
@@ -68,7 +85,7 @@ def assert_near(out: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def steps(q: Quantised) -> tuple[Tensor, Tensor]:
-    """The scale of every element of k and v."""
+    """Returns the scale of every element of k and v."""
     scales = q.k_scale.repeat_interleave(q.group, 1), q.v_scale.repeat_interleave(q.value_group, 2)
     return scales[0].double(), scales[1].double()
 
@@ -107,7 +124,7 @@ def test_what_is_constant_comes_back_as_it_was(value, bits, dtype):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_code_has_a_place(bits):
-    """Whole numbers with a step of one come back, whichever channel they are in."""
+    """Integers with scale 1 are restored exactly in every channel."""
     levels, draw = 2**bits, torch.Generator().manual_seed(0)
     k, v = torch.randint(0, levels, (2, 2, 64, 32), generator=draw).float()
     k[:, ::32], k[:, 1::32], v[..., ::16], v[..., 1::16] = 0, levels - 1, 0, levels - 1
@@ -199,7 +216,7 @@ def test_eight_bits_are_near_attention_over_the_originals():
         (4, BF16, (4, 2), 32, (16, 8), (32, 0, 16), 17),
         (4, BF16, (7, 1), 128, (32, None), (0, 352), 1),  # two chunks
         (8, FP16, (7, 1), 128, (32, None), (64, 32), 0),
-        (4, FP16, (3, 1), 80, (64, None), (64, 0), 33),  # halves of 40; a value group of the middle
+        (4, FP16, (3, 1), 80, (64, None), (64, 0), 33),  # halves of 40; a value group spans the middle
         (4, FP32, (2, 1), 22, (16, 22), (16,), 2),
         (8, FP32, (2, 1), 5, (16, None), (16, 32), 4),
         (8, FP32, (1, 1), 1, (16, None), (32,), 1),
@@ -234,7 +251,7 @@ def test_kernel_takes_caches_of_any_length(limits, monkeypatch):
     assert_near(attend_quantised_triton(**arguments), attend_quantised_torch(**arguments), 1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered")  # float's minimum in units of log 2
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of the lowest float32, scaled to base 2
 @pytest.mark.parametrize("form", FORMS)
 def test_what_absent_places_of_the_tail_hold_does_not_matter(form):
     arguments = case(tail=20)
@@ -279,7 +296,7 @@ def test_kernel_takes_rows_apart_and_repeats_itself_bit_for_bit(monkeypatch):
         rows.append(attend_quantised_triton(**alone, starts=torch.tensor([0, end - begin]), scale=arguments["scale"]))
     assert torch.equal(whole, torch.cat(rows))
     assert torch.equal(whole, attend_quantised_triton(**arguments))
-    assert torch.equal(whole, attend_quantised_triton(**arguments, most=112))
+    assert torch.equal(whole, attend_quantised_triton(**arguments, longest=112))
 
 
 def test_kernel_takes_any_strides_and_writes_everything_it_returns(monkeypatch):
@@ -302,7 +319,7 @@ def test_kernel_takes_any_strides_and_writes_everything_it_returns(monkeypatch):
 
 
 def test_kernel_reads_beyond_two_to_the_31_elements(tmp_path):
-    """In files of which only the pages touched take space."""
+    """In sparse files, of which only touched pages use disk space."""
     arguments = case((32,), heads=(1, 1), tail=3)
     expected, near, tokens = attend_quantised_triton(**arguments), arguments["packed"], (1 << 27) + 32
     sparse = {}
@@ -324,7 +341,7 @@ def test_kernel_reads_beyond_two_to_the_31_elements(tmp_path):
     biases[-32:] = arguments["bias"]
     for file in tmp_path.iterdir():
         file.unlink()
-    assert torch.equal(attend_quantised_triton(**{**arguments, **far, "bias": biases}, most=32), expected)
+    assert torch.equal(attend_quantised_triton(**{**arguments, **far, "bias": biases}, longest=32), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -388,17 +405,17 @@ def test_parts_that_differ_or_are_cut_within_a_group_are_refused():
         (dict(tail_v=torch.zeros(3, 2, 5, 16).half()), "share a dtype"),
         (dict(q=torch.zeros(3, 4, 8)), r"expected q \[B, Hq, 16\]"),
         (dict(q=torch.zeros(3, 5, 16)), "multiple of the 2 key heads, got 5"),
-        (dict(q=torch.zeros(2, 4, 16)), r"expected tail_k, tail_v \[2, 2, T, 16\]"),
+        (dict(q=torch.zeros(2, 4, 16)), r"expected tail.k, tail.v \[2, 2, T, 16\]"),
         (dict(tail_v=torch.zeros(3, 2, 4, 16)), r"got \[3, 2, 5, 16\], \[3, 2, 4, 16\]"),
-        (dict(tail_k=torch.zeros(3, 5, 16)), r"expected tail_k, tail_v"),
+        (dict(tail_k=torch.zeros(3, 5, 16)), r"expected tail.k, tail.v"),
         (dict(starts=torch.zeros(4)), r"starts must be torch.int64 \[4\]"),
         (dict(starts=torch.tensor([0, 32, 80])), r"got torch.int64 \[3\]"),
         (dict(bias=torch.zeros(81)), r"bias must be torch.float32 \[80\]"),
-        (dict(tail_bias=torch.zeros(3, 5).half()), r"tail_bias must be torch.float32 \[3, 5\]"),
+        (dict(tail_bias=torch.zeros(3, 5).half()), r"tail.bias must be torch.float32 \[3, 5\]"),
         (dict(starts=torch.tensor([0, 32, 32, 64])), "from 0 to the 80 packed tokens"),
         (dict(starts=torch.tensor([0, 32, 16, 80])), "starts must ascend"),
         (dict(starts=torch.tensor([0, 8, 16, 80])), "multiples of 16 tokens, got 0 to 8"),
-        (dict(most=47), "at least the longest sequence, 48, got 47"),
+        (dict(longest=47), "at least the longest sequence, 48, got 47"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):

@@ -1,4 +1,7 @@
-"""Triton compiles a kernel anew for an integer that becomes 1 or a multiple of 16, unless it is told not to look."""
+"""Kernels are not recompiled for other token counts.
+
+Triton specialises a kernel on integer arguments that are 1 or multiples of 16, except those in do_not_specialize.
+"""
 
 import json
 import os

@@ -1,5 +1,6 @@
-"""softmax_votes: the twin against loops in fp64 and the scores it stands for, the kernels against the twin."""
+"""softmax_votes: the twin against loops in fp64 and against both scores of stages, the kernels against the twin."""
 
+from functools import wraps
 from itertools import accumulate
 
 import pytest
@@ -10,11 +11,30 @@ from hypothesis import strategies as st
 from lightkv.errors import ConfigError
 from lightkv.methods.guidance import QuestionGuidance
 from lightkv.ops import votes, votes_kernel
-from lightkv.ops.votes import softmax_votes, softmax_votes_torch
-from lightkv.ops.votes_kernel import softmax_votes_triton
+from lightkv.ops.ragged import Selection, Sequences
 from tests.lightkv import oracle
 from tests.lightkv.ops.offline import compile_kernel
 from tests.lightkv.strategies import generator, layouts
+
+
+def flat(form):
+    """`form` with the fields of both sides as parameters, so that a case can change one of them."""
+
+    @wraps(form)
+    def call(
+        long, short, long_index, long_starts, short_index, short_starts, scale, reduce, longest_long, longest_short
+    ):
+        sides = (
+            Selection(long, long_index, Sequences(long_starts, longest_long)),
+            Selection(short, short_index, Sequences(short_starts, longest_short)),
+        )
+        return form(*sides, scale, reduce)
+
+    return call
+
+
+softmax_votes, softmax_votes_torch = flat(votes.softmax_votes), flat(votes.softmax_votes_torch)
+softmax_votes_triton = flat(votes_kernel.softmax_votes_triton)
 
 TOLERANCE = {"atol": 2e-6, "rtol": 2e-5}  # for every dtype: arithmetic is fp32
 SIZES = [(17, 5), (0, 3), (40, 17), (4, 0), (1, 1)]  # (long, short) tokens per sequence
@@ -25,9 +45,9 @@ def starts(sizes):
 
 
 def case(heads=(4, 2), sizes=SIZES, d=5, dtype=torch.float32, reduce="sum", seed=0, batch=2):
-    """Arguments for sequences of these sizes whose tokens lie anywhere in a batch, in any order."""
-    random, (most_long, most_short) = generator(seed), map(max, zip(*sizes, strict=True))
-    arguments = {"scale": 0.7, "reduce": reduce, "most_long": most_long, "most_short": most_short}
+    """Returns arguments for sequences of these sizes; their tokens are at random places of a batch."""
+    random, (longest_long, longest_short) = generator(seed), map(max, zip(*sizes, strict=True))
+    arguments = {"scale": 0.7, "reduce": reduce, "longest_long": longest_long, "longest_short": longest_short}
     for side, number, counts in zip(("long", "short"), heads, zip(*sizes, strict=True), strict=True):
         tokens = sum(counts) // batch + 3
         arguments[side] = torch.randn(batch, number, tokens, d, generator=random).to(dtype)
@@ -37,11 +57,11 @@ def case(heads=(4, 2), sizes=SIZES, d=5, dtype=torch.float32, reduce="sum", seed
 
 
 def packed(x, index):
-    """[N, H, d] in fp64."""
+    """The tokens at `index`, [N, H, d] in fp64."""
     return x.double().transpose(1, 2).flatten(0, 1)[index]
 
 
-def loops(long, short, long_index, long_starts, short_index, short_starts, scale, reduce, most_long, most_short):
+def loops(long, short, long_index, long_starts, short_index, short_starts, scale, reduce, longest_long, longest_short):
     rows, columns = packed(long, long_index), packed(short, short_index)
     out, heads = torch.zeros(len(rows), dtype=torch.float64), max(rows.shape[1], columns.shape[1])
     for r in range(len(long_starts) - 1):
@@ -56,7 +76,7 @@ def loops(long, short, long_index, long_starts, short_index, short_starts, scale
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Several tiles and chunks for few tokens."""
+    """Several tiles and chunks even for few tokens."""
     monkeypatch.setattr(votes_kernel, "MOST_ROWS", {2: 16, 4: 16})
     monkeypatch.setattr(votes_kernel, "CHUNK", 32)
 
@@ -79,7 +99,7 @@ def test_twin_holds_a_bounded_block_of_scores(monkeypatch):
 
 
 def batch_of(rows, heads, seed):
-    """q and k of left-padded rows, and where in the flattened batch each row's tokens are."""
+    """Returns q and k of left-padded rows, and each row's token indices in the flattened batch."""
     length = max(len(row) for row in rows)
     q = torch.randn(len(rows), heads[0], length, 4, generator=generator(seed))
     k = torch.randn(len(rows), heads[1], length, 4, generator=generator(seed + 1))
@@ -94,7 +114,7 @@ def chosen(places, masks):
 
 
 def both_scores(operation, rows, heads, seed):
-    """The operation as prompt guidance and as the question's attention, each with what the loops over one row say."""
+    """Yields (result, expected) for prompt guidance and question attention; expected is from loops over each row."""
     q, k, places = batch_of(rows, heads, seed)
     pads = [q.shape[2] - len(row) for row in rows]
     pairs = [
@@ -146,7 +166,7 @@ def test_kernel_gives_prompt_guidance_and_the_questions_attention(rows, heads, s
     ],
 )
 def test_kernel_equals_twin(heads, d, dtype, reduce):
-    """Ragged sequences, empty on either side, in several tiles and chunks."""
+    """Ragged sequences, some empty on either side, in several tiles and chunks."""
     arguments = case(heads, d=d, dtype=dtype, reduce=reduce)
     torch.testing.assert_close(softmax_votes_triton(**arguments), softmax_votes_torch(**arguments), **TOLERANCE)
 
@@ -157,7 +177,7 @@ def test_kernel_equals_twin_in_tiles_of_full_size():
 
 
 def strided(layout, x):
-    """The values of x [B, H, S, d] in another order of memory."""
+    """The values of x [B, H, S, d] in another memory layout."""
     if layout == "tokens first":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "part of a projection":
@@ -186,7 +206,7 @@ def test_kernel_takes_a_repeated_batch():
 
 @pytest.mark.parametrize("far", ["heads", "tokens"])
 def test_kernel_reads_beyond_two_to_the_31_elements(far, tmp_path):
-    """In a file of which only the pages touched take space."""
+    """In a sparse file, of which only touched pages use disk space."""
     arguments = case((6, 1), [(3, 2)], d=4, dtype=torch.float16, batch=1)
     expected, apart, file = softmax_votes_torch(**arguments), 1 << 29, tmp_path / "sparse"
     memory = torch.from_file(str(file), shared=True, size=6 * apart, dtype=torch.float16)
@@ -217,7 +237,7 @@ def test_a_batch_is_what_its_sequences_are_alone(operation):
     arguments = case((2, 4), reduce="max")
     whole = operation(**arguments)
     for r, (long, short) in enumerate(SIZES):
-        alone = dict(arguments, most_long=long, most_short=short)
+        alone = dict(arguments, longest_long=long, longest_short=short)
         for side, size in (("long", long), ("short", short)):
             begin = arguments[f"{side}_starts"][r]
             alone[f"{side}_index"] = arguments[f"{side}_index"][begin : begin + size]
@@ -262,7 +282,7 @@ def test_votes_carry_no_gradient(operation, reduce):
 
 
 class Unlaunched:
-    """In place of a kernel: takes the launch and does nothing."""
+    """Replaces a kernel: records launches and does nothing."""
 
     def __init__(self):
         self.launches = []
@@ -272,7 +292,7 @@ class Unlaunched:
 
 
 def test_launcher_does_not_wait_for_the_device(monkeypatch):
-    """Tensors of the meta device have no values to ask for."""
+    """Tensors on the meta device have no values to wait for."""
     unlaunched = Unlaunched()
     monkeypatch.setattr(votes_kernel, "peaks_kernel", unlaunched)
     monkeypatch.setattr(votes_kernel, "votes_kernel", unlaunched)
@@ -296,14 +316,14 @@ def test_the_environment_chooses(choice, monkeypatch):
     ("change", "says"),
     [
         ({"reduce": "mean"}, "reduce must be one of"),
-        ({"short": torch.zeros(2, 2, 20, 6)}, r"same d, got \[2, 4, 34, 5\] and \[2, 2, 20, 6\]"),
+        ({"short": torch.zeros(2, 2, 20, 6)}, r"same d on both sides, got \[2, 4, 34, 5\] and \[2, 2, 20, 6\]"),
         ({"short": torch.zeros(2, 3, 20, 5)}, r"must divide the other, got \[3, 4\]"),
         ({"short": torch.zeros(2, 2, 20, 5, dtype=torch.float16)}, "both sides must have one of"),
-        ({"long_index": torch.zeros(62, dtype=torch.int32)}, "long_index must be int64"),
-        ({"short_starts": torch.zeros(1, 6, dtype=torch.int64)}, "short_starts must be int64"),
+        ({"long_index": torch.zeros(62, dtype=torch.int32)}, "long.index must be int64"),
+        ({"short_starts": torch.zeros(1, 6, dtype=torch.int64)}, "short.sequences.starts must be int64"),
         ({"long_starts": torch.tensor([0, 62])}, "got 2 and 6"),
-        ({"most_long": 39}, "most_long must be at least the largest sequence, 40, got 39"),
-        ({"most_short": 3}, "most_short must be at least the largest sequence, 17, got 3"),
+        ({"longest_long": 39}, "long.sequences.longest must be at least the longest sequence, 40, got 39"),
+        ({"longest_short": 3}, "short.sequences.longest must be at least the longest sequence, 17, got 3"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, says):

@@ -1,4 +1,4 @@
-"""Whole generations with a kernel wherever there is one: what their twins generate."""
+"""Generation with all kernels gives the same result as generation with all twins."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CONFIGS = {
 
 
 def generated(config):
-    """Two prompts of unlike length in one batch → logits of three new tokens, survivors of every stage."""
+    """Two prompts of different length in one batch → logits of three new tokens, survivors of every stage."""
     model = tiny_model("qwen2_5_vl")
     batch = tiny_batch("qwen2_5_vl", [tiny_sample("qwen2_5_vl", video=0), tiny_sample("qwen2_5_vl", 1)])
     options = dict(do_sample=False, max_new_tokens=3, return_dict_in_generate=True, output_logits=True)
@@ -38,14 +38,14 @@ def test_kernels_generate_what_their_twins_do(monkeypatch, method):
     for ours, theirs in zip(survivors, their_survivors, strict=True):
         assert torch.equal(ours.kept, theirs.kept)
         assert torch.equal(ours.target, theirs.target)
-    # One matching per stage is all that "published" needs here: its merges are the last ones.
+    # "published" needs one matching per stage here, so `compact` does all of its merges.
     others = {"lightkv": {"merge_triton", "softmax_votes_triton", "attend_triton"},
               "published": {"softmax_votes_triton"}, "tome": {"merge_triton", "attend_triton"}}  # fmt: skip
     assert set(kernels) == {"nearest_triton", "compact_triton"} | others[method]
 
 
 def watch(monkeypatch, path, calls):
-    """Note the name of the function at `path` whenever it is called."""
+    """Appends the name of the function at `path` to `calls` at every call."""
     module, name = path.rsplit(".", 1)
     function = getattr(pytest.importorskip(module), name)
     monkeypatch.setattr(path, lambda *args: calls.append(name) or function(*args))

@@ -23,6 +23,7 @@ from jobs.measure.benchmark.scale import Scale
 from lightkv.hooks.attention import HOOKS, AttentionHook, KeyWeights, hooked
 from lightkv.ops.attend import attend, attend_torch
 from lightkv.ops.attend_packed import attend_packed, attend_packed_torch
+from lightkv.ops.ragged import Keys, Sequences
 from lightkv.vision.packing import Packing
 
 Flex = Callable[..., Tensor]
@@ -76,8 +77,8 @@ def packed(scale: Scale, tokens: int) -> OpWork:
     lengths = tuple(end - begin for begin, end in pairwise(ends))
     make = partial(torch.randn, device=scale.device, dtype=scale.dtype)
     q, k, v = (make(tokens, heads, shape.head_dim) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
-    bias, starts = _bias(scale, tokens), torch.tensor(ends, device=scale.device)
-    arguments = (q, k, v, bias, starts, starts, factor, max(lengths), max(lengths))
+    bias, sequences = _bias(scale, tokens), Sequences.of(lengths, scale.device)
+    arguments = (q, Keys(k, v, bias), sequences, sequences, factor)
     rows = Packing(lengths, max(lengths), scale.device)
     batch_q, batch_k, batch_v = (rows.pad(states).transpose(1, 2) for states in (q, k, v))
     plain, without = [], []

@@ -24,6 +24,7 @@ from lightkv.ops.compact import compact, compact_torch
 from lightkv.ops.heads import Reduce
 from lightkv.ops.merge import merge, merge_torch
 from lightkv.ops.nearest import nearest, nearest_torch
+from lightkv.ops.ragged import Groups, Selection, Sequences
 from lightkv.ops.votes import softmax_votes, softmax_votes_torch
 
 DISTANCE = 0.02  # the default of LightKVConfig
@@ -36,28 +37,25 @@ def nearest_in_blocks(scale: Scale, tokens: int) -> OpWork:
     layout = layout_of(tokens, text=False).to(scale.device)
     everything = torch.ones(tokens, dtype=torch.bool, device=scale.device)
     order, starts, middles = Field.of(layout).sets(everything, everything, 0)
-    return _nearest(scale, places(layout), order, starts, middles, min(BLOCK_TOKENS, tokens), DISTANCE)
+    return _nearest(scale, places(layout), Groups(order, starts, middles, min(BLOCK_TOKENS, tokens)), DISTANCE)
 
 
 def nearest_in_windows(scale: Scale, tokens: int, stage: int) -> OpWork:
     """As the published method calls it in that stage: windows on every frame, tokens 0, 2, 4 … of each in A."""
     windows = Windows.cut(layout_of(tokens, text=False).to(scale.device), scale.op_schedule.stages[stage].windows)
-    order, starts, middles, most = windows.sets()
-    return _nearest(scale, None, order, starts, middles, most, 0.0)
+    return _nearest(scale, None, Groups(*windows.sets()), 0.0)
 
 
-def _nearest(
-    scale: Scale, place: Tensor | None, order: Tensor, starts: Tensor, middles: Tensor, most: int, distance: float
-) -> OpWork:
-    tokens, width = len(order), scale.shape.hidden
+def _nearest(scale: Scale, place: Tensor | None, groups: Groups, distance: float) -> OpWork:
+    tokens, width = len(groups.order), scale.shape.hidden
     hidden = states_of(layout_of(tokens, text=False), 1, width, scale.device, scale.dtype)[0]
     unit = torch.full((tokens,), width**-0.5, device=scale.device)
-    arguments = (hidden, unit, place, order, starts, middles, most, distance)
-    pairs = int(((middles - starts[:-1]) * (starts[1:] - middles)).sum())
+    arguments = (hidden, unit, place, groups, distance)
+    pairs = int(((groups.middles - groups.starts[:-1]) * (groups.starts[1:] - groups.middles)).sum())
     return OpWork(
         partial(nearest, *arguments),
         partial(nearest_torch, *arguments),
-        nearest_bytes(tokens, len(middles), width, scale.element, place is not None),
+        nearest_bytes(tokens, len(groups.middles), width, scale.element, place is not None),
         pair_flops(pairs, width),
     )
 
@@ -131,10 +129,9 @@ def votes(scale: Scale, tokens: int, reduce: Reduce) -> OpWork:
     place = torch.arange(length, device=scale.device)
     long, short, long_index = (q, k, place) if reduce == "sum" else (k, q, place[:tokens])
     many = len(long_index)
-    starts = [torch.tensor([0, size], device=scale.device) for size in (many, TEXT)]
-    arguments = (
-        long, short, long_index, starts[0], place[tokens:], starts[1], shape.head_dim**-0.5, reduce, many, TEXT
-    )  # fmt: skip
+    voted = Selection(long, long_index, Sequences.of([many], scale.device))
+    voting = Selection(short, place[tokens:], Sequences.of([TEXT], scale.device))
+    arguments = (voted, voting, shape.head_dim**-0.5, reduce)
     return OpWork(
         partial(softmax_votes, *arguments),
         partial(softmax_votes_torch, *arguments),

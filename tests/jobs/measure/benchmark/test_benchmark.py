@@ -324,11 +324,11 @@ def test_flex_attention_with_the_bias_is_the_same_attention():
 
 def test_packed_prefills_are_the_same_attention_in_every_form():
     form = packed(TINY, 100)
-    _, k, _, _, starts, starts_k, _, most, most_k = form.operation.args
-    lengths = starts.diff().tolist()
+    _, keys, sequences, k_sequences, _ = form.operation.args
+    lengths = sequences.starts.diff().tolist()
     assert lengths == [2, 6, 8, 11, 14, 17, 19, 23]
-    assert (most, most_k, len(k)) == (23, 23, 100)
-    assert torch.equal(starts, starts_k)
+    assert (sequences.longest, len(keys.k)) == (23, 100)
+    assert sequences is k_sequences
     twin = form.twin()
     torch.testing.assert_close(form.operation(), twin, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(torch.cat(form.beside["no kernel"](), 1)[0], twin, atol=1e-5, rtol=1e-5)
@@ -350,21 +350,21 @@ def test_switching_kernels_off_is_undone(monkeypatch):
 
 def test_nearest_is_set_up_with_half_of_every_group_in_a():
     form = nearest_in_blocks(TINY, 2048)
-    _, _, _, order, starts, middles, most, distance = form.operation.args
-    assert starts.tolist() == [0, 1024, 2048]
-    assert middles.tolist() == [512, 1536]
-    assert sorted(order.tolist()) == list(range(2048))
-    assert (most, distance) == (1024, 0.02)
+    _, _, _, groups, distance = form.operation.args
+    assert groups.starts.tolist() == [0, 1024, 2048]
+    assert groups.middles.tolist() == [512, 1536]
+    assert sorted(groups.order.tolist()) == list(range(2048))
+    assert (groups.largest, distance) == (1024, 0.02)
     assert form.flops == 2 * 2 * 512 * 512 * 64
 
 
 def test_windows_are_those_of_the_published_stage():
-    _, _, place, order, starts, middles, most, _ = nearest_in_windows(TINY, 64, 0).operation.args
+    _, _, place, groups, _ = nearest_in_windows(TINY, 64, 0).operation.args
     assert place is None
-    assert starts.diff().tolist() == [4] * 16  # 4 × 4 windows on 8 × 8 tokens
-    assert (middles - starts[:-1]).tolist() == [2] * 16
-    assert order[:4].tolist() == [0, 8, 1, 9]  # row by row 0, 1, 8, 9: every second one is in A
-    assert most == 2
+    assert groups.starts.diff().tolist() == [4] * 16  # 4 × 4 windows on 8 × 8 tokens
+    assert (groups.middles - groups.starts[:-1]).tolist() == [2] * 16
+    assert groups.order[:4].tolist() == [0, 8, 1, 9]  # row by row 0, 1, 8, 9: every second one is in A
+    assert groups.largest == 2
 
 
 def test_merging_takes_sources_that_stay_nobodys_target():
