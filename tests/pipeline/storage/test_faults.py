@@ -183,7 +183,7 @@ def test_an_answer_that_claims_to_be_whole_is_measured(faulty):
     broken.rules = rules(readers, "short")
     for error in ask_all(readers, storage).values():
         assert (error.stage, error.error_type) == ("fetch", "Unreachable")
-        assert "cut short" in str(error)
+        assert "truncated" in str(error)
 
 
 def test_a_lock_file_whose_answer_was_lost_is_ones_own(faulty, whole):
