@@ -141,8 +141,8 @@ class Frames(_Section):
         None,
         ge=0,
         le=255,
-        description="largest mean pixel difference (0 to 255) from the last encoded frames, in every patch, at which a "
-        "frame is a repeat: counted, not encoded (Qwen-VL only); null: encode all",
+        description="a frame is a repeat if no patch differs from the last encoded frame by more than this, in mean "
+        "pixel value (0 to 255); repeats are counted, not encoded (Qwen-VL only); null: encode all",
     )
 
     @model_validator(mode="after")
@@ -347,7 +347,7 @@ class Run(_Section):
         "unit is given up and becomes an error row",
     )
     max_given_up: int = Field(
-        20, ge=1, description="end the job after more than this many given-up units in a row without one success"
+        20, ge=1, description="end the job after more given-up units in a row than this, with none finished in between"
     )
     stall_s: float = Field(
         600.0,

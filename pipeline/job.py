@@ -48,7 +48,7 @@ def caption(job: JobConfig) -> Work:
 def retry(job: JobConfig) -> Work:
     """Repeat the units with error rows of the run under `job.sink.uri` and replace those rows.
 
-    Raises `StoppedError` on SIGTERM; the next retry then merges the rows finished so far.
+    Raises `StoppedError` on SIGTERM; the next call resumes this retry and keeps its finished rows.
     """
     check_model(job)
     run = RunDirectory(job)

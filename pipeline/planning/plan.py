@@ -47,7 +47,7 @@ def plan_units(config: JobConfig) -> pa.Table:
 
 
 def cut(start_s: float | None, end_s: float | None, duration_s: float | None, clips: Clips) -> list[tuple[Any, Any]]:
-    """`(start_s, end_s)` of the clips of one window; None is an open end. If the length is unknown: one clip."""
+    """`(start_s, end_s)` of the clips of one window; None is an open end. A window without a known end is one clip."""
     end = end_s if duration_s is None else min(end_s or math.inf, duration_s)
     start = start_s or 0.0
     if clips.length_s is None or end is None or end - start <= clips.length_s:

@@ -206,7 +206,7 @@ def _bottleneck(seconds: dict[str, float]) -> str:
     if name != "wait":
         return f"{told}{_ADVICE[name]}; {queue + wait:.0%} was waiting for frames"
     advice = "add CPUs, or lower decode.num_cpus" if queue > wait else "raise decode.prefetch_units, or add CPUs"
-    return f"{told}{queue:.0%} for a free CPU to decode on, {wait:.0%} for frames being decoded; {advice}"
+    return f"{told}{queue:.0%} for a free CPU to decode on, {wait:.0%} for the frames themselves; {advice}"
 
 
 def _total(rows: pa.Table, column: str) -> float:
