@@ -108,7 +108,8 @@ class Sample:
     ) -> None:
         """Record per prompt and stage, for the kept frames, the surviving token of every patch and its size.
 
-        merges   per prompt (target, size) of every stage as in `Answer.merges`; None: not compressed
+        merges   per prompt, (target, size) of every stage, int64 [V] each: the token that each vision token is part of
+                 (-1: dropped), and the number of tokens in it; None: not compressed
         """
         places = {
             frame.index: _first_patch(modality, grids, frame.index, self._step) for frame in self._frames.chosen()
@@ -232,7 +233,7 @@ def _first_patch(modality: str, grids: Sequence[tuple[int, int, int]], frame: in
 def _stage(target: np.ndarray, size: np.ndarray, places: dict[int, tuple[int, int, int]]) -> dict[str, int | list[str]]:
     """The record of one stage: tokens left in the unit, and target and size of the kept frames' patches.
 
-    target, size [V]: as in `Answer.merges`. Stored per frame, row by row, as base64 of little-endian
+    target, size [V]: as in `Sample.answered`. Stored per frame, row by row, as base64 of little-endian
     int32 (target) and uint16 (size; 65,535: that or more).
     """
     cuts = [slice(first, first + y * x) for first, y, x in places.values()]

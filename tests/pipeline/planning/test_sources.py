@@ -186,7 +186,7 @@ def test_files_that_are_no_manifests_are_refused(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"uri": "gr\xfc\xdfe.mp4"}\n')
     assert "expected UTF-8" in refusal(tmp_path / "latin.jsonl")
     (tmp_path / "text.parquet").write_text("no parquet")
-    assert "not a Parquet file" in refusal(tmp_path / "text.parquet")
+    assert "cannot be read as a Parquet file" in refusal(tmp_path / "text.parquet")
     wrong = manifest(tmp_path, [{"uri": "a.mp4", "file": "x"}], "wrong.parquet")
     assert "unknown column file" in refusal(wrong)
 

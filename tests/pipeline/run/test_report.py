@@ -179,7 +179,7 @@ def test_frames_beyond_the_pages_size_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "MAX_SAMPLE_BYTES", max(sizes))
     html, _, scripts = _parts(run)
     assert len(_listed(scripts)[1]["samples"]) == 1
-    assert "Frames of 1 more are left out" in html
+    assert "Frames of 1 more are omitted" in html
 
 
 def test_large_runs_list_frames_and_errors_first(tmp_path, monkeypatch):
