@@ -1,40 +1,40 @@
-"""Errors a job shows to its user. Every message says what was expected, what came, and what to do.
+"""Errors that a job shows to its user. A message names the expected and the actual value, and what to do.
 
 PipelineError
 ├── ConfigError      the configuration cannot be run (before anything starts)
 ├── SourceError      the source cannot be listed or its manifest cannot be read
-├── RunError         the run directory refuses: locked, or written by another configuration
-└── UnitError        one unit failed; becomes that unit's error row, never the job's end
+├── RunError         the run directory is locked, or written by another configuration
+└── UnitError        one unit failed: its row gets the error, the job continues
 
-StoppedError is no failure: the job was asked to end before all was done.
+StoppedError is not a failure: the job was asked to end before every unit had a row.
 """
 
 
 class PipelineError(Exception):
-    """Base of all errors of this package that are meant for the user."""
+    """Base class of the errors that are shown to the user."""
 
 
 class ConfigError(PipelineError):
-    """A configuration that cannot be run; names the key."""
+    """The configuration cannot be run; the message names the key."""
 
 
 class SourceError(PipelineError):
-    """A source that cannot be listed, or a manifest that cannot be read."""
+    """The source cannot be listed, or its manifest cannot be read."""
 
 
 class RunError(PipelineError):
-    """A run directory that is locked, or holds a run of another configuration."""
+    """The run directory is locked, or holds a run of another configuration."""
 
 
 class StoppedError(Exception):
-    """The job ended on request; the same command goes on."""
+    """The job ended on request; the same command resumes it."""
 
 
 class UnitError(PipelineError):
     """One unit failed: `stage` (plan | fetch | decode | prepare | generate) and `error_type` go into its row."""
 
     def __init__(self, stage: str, error_type: str, message: str) -> None:
-        super().__init__(stage, error_type, message)  # all three, so that the error pickles between processes
+        super().__init__(stage, error_type, message)  # all three: pickle rebuilds the error from them
         self.stage = stage
         self.error_type = error_type
         self.message = message
@@ -44,4 +44,4 @@ class UnitError(PipelineError):
 
 
 class SkippedError(UnitError):
-    """A unit that a configured limit leaves out; its row has status `skipped`."""
+    """A unit outside a configured limit; its row has status `skipped`."""

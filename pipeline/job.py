@@ -1,4 +1,4 @@
-"""A captioning job from configuration to summary: new, taken up again, or repeated over its error rows."""
+"""Runs a captioning job from configuration to summary: a new run, a resumed one, or a retry of error rows."""
 
 import json
 import logging
@@ -23,9 +23,9 @@ _LOG = logging.getLogger(__name__)
 
 
 def caption(job: JobConfig) -> Work:
-    """Start the run under `job.sink.uri`, or take it up again, and finish it; prints and keeps its summary.
+    """Start or resume the run under `job.sink.uri` and finish it; print its summary and write it to the run.
 
-    Raises `StoppedError` when SIGTERM asked for an end before every unit had its row.
+    Raises `StoppedError` if SIGTERM came before every unit had its row.
     """
     check_model(job)
     run = RunDirectory(job)
@@ -46,9 +46,9 @@ def caption(job: JobConfig) -> Work:
 
 
 def retry(job: JobConfig) -> Work:
-    """Do the error rows of the run under `job.sink.uri` again and put the new rows in their places.
+    """Repeat the units with error rows of the run under `job.sink.uri` and replace those rows.
 
-    Raises `StoppedError` when SIGTERM asked for an end; the rows that are there by then wait for the next retry.
+    Raises `StoppedError` on SIGTERM; the next call resumes this retry and keeps its finished rows.
     """
     check_model(job)
     run = RunDirectory(job)
@@ -64,7 +64,7 @@ def retry(job: JobConfig) -> Work:
 
 
 def check_model(job: JobConfig) -> None:
-    """Refuse a model that cannot be had, fed or compressed before anything starts."""
+    """Raise before anything starts if the model cannot be found, is not supported, or cannot be compressed."""
     card = describe(job.model)
     encoder_for(card.config, card.preprocessor).sizing(job.frames)
     lightkv_config(job, card.config)
@@ -73,7 +73,7 @@ def check_model(job: JobConfig) -> None:
 
 
 def _do_open_units(job: JobConfig, work: Work, termination: Termination) -> None:
-    """Run what is not done of `work`."""
+    """Run the units of `work` that have no row yet."""
     total, done_before = work.prepare()
     logs.event(_LOG, "run started", run=work.run_id, units=total, done_before=done_before, output=work.data)
     if total > done_before:
@@ -89,14 +89,14 @@ def _do_open_units(job: JobConfig, work: Work, termination: Termination) -> None
 def _check_complete(work: Work, main: Work, termination: Termination) -> None:
     total, done = work.counts()
     if done < total:
-        state = f"{done:,} of {total:,} units have their rows in {main.data}"
+        state = f"{done:,} of {total:,} units have a row in {main.data}"
         if termination.asked:
             raise StoppedError(f"the job was asked to end; {state}")
-        raise RunError(f"expected a row of every unit, but {state}; the same command does the others")
+        raise RunError(f"expected a row for every unit, got fewer: {state}; run the same command again for the others")
 
 
 def _summarise(run: RunDirectory, work: Work, done: Work, *, wall_s: float) -> None:
-    """Write and show the summary of `work`, whose units of `done` were this start's to do."""
+    """Write and print the summary of `work`; `done` is the work of this start."""
     units = read_table(work.manifest, run.job.storage, UNIT_COLUMNS)
     opened = read_table(done.open_units, run.job.storage, ["id"])
     summary = summarise(units, work.rows(columns()), run_id=work.run_id, wall_s=wall_s, this_start=opened["id"])

@@ -1,11 +1,11 @@
-"""Structured logs: one JSON object per line, through the standard logging module.
+"""Structured logs through the standard logging module: one JSON object per line.
 
     {"time": "2026-01-31T12:00:00.123456+00:00", "level": "INFO", "event": "unit finished", "run": "…", "actor": "…",
      "unit": "…", "uri": "s3://bucket/a.mp4", "status": "ok", "seconds": 1.24, …}
 
-Model actors write them into files of Ray's session folder, where `ray logs`, the dashboard and log collectors find
-them. The driver's terminal shows text, or the same lines with `run.log_format: json`. What a prompt says and what
-gives access (credentials, signatures of URLs) is left out.
+Model actors write to files in Ray's session folder, where `ray logs`, the dashboard and log collectors find them.
+The driver's terminal shows text, or the same JSON lines with `run.log_format: json`. Logs contain no prompt texts,
+credentials or URL signatures.
 """
 
 import datetime
@@ -24,18 +24,18 @@ _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
 _NAMES = r"secret|password|signature|access_?key|(?:session|security|auth|api)[_-]?token"
 _PATTERNS = (
     (re.compile(r"(\w://)[^\s/@]+@"), r"\1"),  # user:password@host
-    (re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+"), r"\1?…"),  # signatures and tokens travel in query strings
+    (re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+"), r"\1?…"),  # query strings hold signatures and tokens
     (re.compile(rf"(?i)\b(\w*(?:{_NAMES})\w*['\"]?\s*[=:]\s*['\"]?)[^\s'\",&]+"), r"\1…"),
 )
 
 
 def event(logger: logging.Logger, name: str, *, level: int = logging.INFO, **fields: Any) -> None:
-    """Log an event with its fields; fields that are None are left out."""
+    """Log an event with its fields, except those that are None."""
     logger.log(level, name, extra={"fields": {key: value for key, value in fields.items() if value is not None}})
 
 
 def unit_ended(logger: logging.Logger, unit: dict[str, Any], row: dict[str, Any]) -> None:
-    """Log what came of a unit: finished, or failed with stage, type and message."""
+    """Log the result of a unit: finished, or skipped, failed or given up with stage, type and message."""
     common = {
         "unit": row["id"],
         "uri": row["uri"],
@@ -62,7 +62,7 @@ def unit_ended(logger: logging.Logger, unit: dict[str, Any], row: dict[str, Any]
 
 
 class JsonLines(logging.Formatter):
-    """Records as JSON, one per line; `context` stands in every one. Works for records of other libraries, too."""
+    """Formats log records as JSON lines, each with the fields of `context`; records of other libraries too."""
 
     def __init__(self, **context: str) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class JsonLines(logging.Formatter):
 
 
 class _Files(logging.handlers.RotatingFileHandler):
-    """A new file once one has `maxBytes`. The library's own would format every line twice, to know it beforehand."""
+    """Rotates once a file has reached `maxBytes`. The base class checks before writing, formatting every line twice."""
 
     def shouldRollover(self, record: logging.LogRecord) -> bool:  # noqa: N802
         return self.stream is not None and self.stream.tell() >= self.maxBytes
@@ -91,7 +91,7 @@ class _Files(logging.handlers.RotatingFileHandler):
 
 @contextmanager
 def to_terminal(log_format: Literal["text", "json"]) -> Iterator[None]:
-    """The driver's logs on stderr for the block: warnings as text, or every event as JSON, Ray's warnings too."""
+    """Log to stderr within the block: warnings as text, or every event and Ray's warnings as JSON."""
     handler = logging.StreamHandler()
     if log_format == "text":
         handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
@@ -107,7 +107,7 @@ def to_terminal(log_format: Literal["text", "json"]) -> Iterator[None]:
 
 @contextmanager
 def to_folder(folder: str | Path, name: str, **context: str) -> Iterator[None]:
-    """Events into `folder/lightkv-NAME.jsonl` for the block, a new file every 64 MiB; errors on stderr, too."""
+    """Log to `folder/lightkv-NAME.jsonl` within the block, rotated every 64 MiB; errors also go to stderr."""
     path = Path(folder) / f"lightkv-{name}.jsonl"
     lines = _Files(path, maxBytes=_FILE_BYTES, backupCount=_FILES, encoding="utf-8")
     lines.setFormatter(JsonLines(**context))
@@ -119,11 +119,11 @@ def to_folder(folder: str | Path, name: str, **context: str) -> Iterator[None]:
 
 
 def redacted(text: str) -> str:
-    """`text` without what gives access: credentials of this process, user parts and query strings of URLs."""
+    """`text` without this process's credentials and without the user parts and query strings of URLs."""
     for name in _SECRETS:
         if secret := os.environ.get(name):
             text = text.replace(secret, "…")
-    if "=" in text or ":" in text:  # as every pattern needs
+    if "=" in text or ":" in text:  # every pattern needs one of them
         for pattern, replacement in _PATTERNS:
             text = pattern.sub(replacement, text)
     return text

@@ -1,4 +1,4 @@
-"""Which code made a row: the package version and a digest of the sources that decide what a row says."""
+"""Identifies the code that wrote a row: the package version and a digest of the sources."""
 
 import functools
 import hashlib
@@ -14,7 +14,7 @@ def code_version() -> str:
     """`VERSION+src.DIGEST`; the digest is over the Python sources of `lightkv` and `pipeline`."""
     try:
         version = metadata.version("lightkv")
-    except metadata.PackageNotFoundError:  # run from a source folder, as a submitted job is
+    except metadata.PackageNotFoundError:  # run from a source folder, like a submitted job
         version = "0"
     digest = hashlib.sha256()
     for package in (lightkv, pipeline):

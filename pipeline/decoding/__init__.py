@@ -1,1 +1,1 @@
-"""From a video or image file to the frames that a model gets."""
+"""Decodes video and image files into the frames that the model gets."""

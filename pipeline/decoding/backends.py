@@ -1,10 +1,10 @@
-"""Decoders behind one small interface: decord from a local file, PyAV from a container read by range.
+"""Video decoders with one interface: decord for local files, PyAV for containers read by range.
 
-A further one is named by `decode.backend: package.module:function`. The function is called as
+`decode.backend: package.module:function` names another one. The function is called as
 
     function(path: str, index: VideoIndex, size: Size) -> FrameSource
 
-with the path of a local file that holds the whole video, and may raise any exception for a video it cannot read.
+with the path of a local file of the whole video. It may raise any exception for a video that it cannot decode.
 """
 
 import importlib
@@ -19,39 +19,39 @@ from pipeline.decoding.video import packets, packets_from, rewind, video_stream
 from pipeline.decoding.video_index import VideoIndex
 from pipeline.errors import ConfigError, UnitError
 
-_TIME_TOLERANCE_S = 2e-3  # decord keeps times as float32
+_TIME_TOLERANCE_S = 2e-3  # decord stores times as float32
 
 
 class FrameSource(Protocol):
-    """Decodes chosen frames of one video, resized and turned upright."""
+    """Decodes chosen frames of one video, resized and rotated upright."""
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Frames uint8 `[T, resize_h, resize_w, 3]` at positions `indices` `[T]` of the index, ascending over calls."""
+        """Frames uint8 `[T, resize_h, resize_w, 3]` at `indices` `[T]` of the VideoIndex, ascending over all calls."""
 
     def close(self) -> None:
-        """Free what is held."""
+        """Free all resources."""
 
 
 OpenSource = Callable[[str, VideoIndex, Size], FrameSource]
 
 
 class UnsuitableError(Exception):
-    """This decoder cannot be trusted with this video; another may."""
+    """This decoder may return wrong frames for this video; another one may decode it."""
 
 
 class DecordSource:
-    """decord, one thread, scaling while it decodes.
+    """Decodes with decord, in one thread, resizing while it decodes.
 
-    decord counts frames from the key frame it jumped to and fills gaps with neighbours in silence. So it is given
-    only videos in which counting is right, and what it says about times is compared.
+    decord counts frames from the key frame it seeks to, and fills gaps with neighbouring frames without an error. It is
+    therefore used only for videos where the count is right, and its timestamps are checked.
     """
 
     def __init__(self, path: str, index: VideoIndex, size: Size) -> None:
         if not index.plain:
             raise UnsuitableError(
-                "it loses count in open groups of pictures, after edits, and without an index of times"
+                "decord miscounts frames in open GOPs, with edit lists, and without an index of times"
             )
-        import decord  # loads its own FFmpeg; not on every platform
+        import decord  # loads its own FFmpeg; not available on every platform
 
         decord.logging.set_level(decord.logging.QUIET)
         self._reader = decord.VideoReader(
@@ -59,7 +59,7 @@ class DecordSource:
         )
         self._index = index
         if len(self._reader) != len(index.pts):
-            raise UnsuitableError(f"decord counts {len(self._reader)} frames, the container {len(index.pts)}")
+            raise UnsuitableError(f"decord counts {len(self._reader)} frames, the container has {len(index.pts)}")
         self._zero = float(self._reader.get_frame_timestamp([0])[0, 0])
 
     def read(self, indices: np.ndarray) -> np.ndarray:
@@ -69,7 +69,7 @@ class DecordSource:
         if np.any(np.abs(times - wanted) > tolerance):
             raise UnsuitableError(f"decord has frames at {times.tolist()} s where {wanted.tolist()} s were expected")
         frames: np.ndarray = self._reader.get_batch(indices.tolist()).asnumpy()
-        self._reader.seek(0)  # otherwise it decodes on, without bound, while the frames are used
+        self._reader.seek(0)  # otherwise it keeps decoding ahead without a limit
         return frames
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ class DecordSource:
 
 
 class PyAVSource:
-    """PyAV on an open container; holds one decoded frame at a time."""
+    """Decodes with PyAV from an open container; one decoded frame is in memory at a time."""
 
     def __init__(self, container: Any, index: VideoIndex, size: Size, uri: str) -> None:
         self._container = container
@@ -85,7 +85,7 @@ class PyAVSource:
         self._codec = self._stream.codec_context
         self._index, self._size, self._uri = index, size, uri
         self._decoded: Iterator[tuple[int, Any]] | None = None
-        self._at = -(1 << 62)  # pts of the frame decoded last
+        self._at = -(1 << 62)  # pts of the last decoded frame
         self._damaged = False
 
     def read(self, indices: np.ndarray) -> np.ndarray:
@@ -109,14 +109,16 @@ class PyAVSource:
                 raise UnitError("decode", "Corrupt", f"the data around this frame is damaged{self._where(pts)}")
             if self._at > pts:
                 break
-        raise UnitError("decode", "MissingFrame", f"a frame the container lists cannot be decoded{self._where(pts)}")
+        raise UnitError(
+            "decode", "MissingFrame", f"a frame that the container lists cannot be decoded{self._where(pts)}"
+        )
 
     def _where(self, pts: int) -> str:
         at = self._index.times_s[np.searchsorted(self._index.pts, pts)]
         return f" (at {at:.3f} s): {self._uri}"
 
     def _start(self, key: int) -> None:
-        """Decode from the frame with pts `key` on."""
+        """Start decoding at the key frame with pts `key`."""
         self._damaged = False
         self._decoded = self._numbered(self._packets(key))
 
@@ -153,13 +155,13 @@ class PyAVSource:
         height, width = self._size.resize_h, self._size.resize_w
         if quarters % 2:
             height, width = width, height
-        # The colour space and range are the frame's own; BILINEAR is what decord scales with.
+        # Colour space and range come from the frame. BILINEAR, because decord resizes with it.
         rgb = frame.reformat(width=width, height=height, format="rgb24", interpolation="BILINEAR", threads=1)
         return np.rot90(rgb.to_ndarray(), quarters)
 
 
 def named_source(backend: str) -> OpenSource:
-    """The decoder behind `decord` or `package.module:function`. Raises `ConfigError` for a name that leads nowhere."""
+    """The decoder named `decord` or `package.module:function`. Raises `ConfigError` if it cannot be imported."""
     if backend == "decord":
         return DecordSource
     module, _, name = backend.partition(":")

@@ -1,6 +1,6 @@
-"""A unit's frames, decoded in batches: chosen by time, resized while decoding, never all in memory.
+"""Decodes a unit's frames in batches: chosen by time, resized while decoding, never all in memory.
 
-Plain functions without Ray; a decoder that dies takes its process with it, so callers run them in one that may.
+The functions do not use Ray. A decoder crash kills its process, so callers run them in a process that can be replaced.
 """
 
 import time
@@ -20,17 +20,20 @@ from pipeline.decoding.video import missing_bytes, open_video
 from pipeline.decoding.video_index import VideoIndex, index_whole, index_window
 from pipeline.errors import PipelineError, UnitError
 
-_COPY_ALWAYS_BYTES = 64 << 20  # smaller objects are copied even when only a short part is needed
-_COPY_SHARE = 0.5  # of a video's length that a unit must need before a larger object is copied whole
-_RESTART_SHARE = 0.1  # of the frames, decoded again because decord begins every batch at a key frame; beyond it PyAV
+_COPY_ALWAYS_BYTES = 64 << 20  # smaller objects are copied even if the unit needs a short part only
+_COPY_SHARE = 0.5  # a larger object is copied if the unit needs at least this share of its length
+_RESTART_SHARE = 0.1  # most frames decoded twice, as decord starts every batch at a key frame; else PyAV
 
 
 @dataclass(frozen=True)
 class FrameBatch:
-    """Frames of one size. `item`: the image's index in an image set, 0 for a video; `times_s` 0 for images.
+    """Decoded frames of one size.
 
-    `frames` uint8 `[T, H, W, 3]`, `times_s` float64 `[T]` since the video's first frame, `decode_s` the time it took;
-    `interval_s` between the unit's frames, all batches together, None where it has one frame or is no video.
+    item        index of the image in an image set; 0 for a video
+    frames      uint8 `[T, H, W, 3]`
+    times_s     float64 `[T]` since the video's first frame; 0 for images
+    decode_s    time to decode this batch
+    interval_s  mean time between the unit's frames over all its batches; None for images and for one frame
     """
 
     unit_id: str
@@ -44,11 +47,11 @@ class FrameBatch:
 def decode_unit(
     unit: dict[str, Any], *, frames: Frames, decode: Decode, storage: Storage, sizing: Sizing
 ) -> Iterator[FrameBatch]:
-    """The frames of `unit`, a row of UNIT_SCHEMA, at most `frames.batch_frames` at a time.
+    """Decode `unit`, a row of UNIT_SCHEMA, in batches of at most `frames.batch_frames` frames.
 
     Raises `UnitError` of stage fetch (NotFound, NotAFile, AccessDenied, Credentials, Unreachable, Changed, Empty,
     TooLarge, InvalidUri, Storage) or decode (NotAVideo, NoVideoStream, Unsupported, Truncated, Corrupt, MissingFrame,
-    EmptyWindow, NotAnImage, TooLarge, OutOfMemory), possibly after some batches.
+    EmptyWindow, NotAnImage, TooLarge, OutOfMemory), also after the first batches.
     """
     if unit["kind"] == "images":
         return _image_batches(unit, storage, sizing)
@@ -78,7 +81,7 @@ def _video_batches(
         interval_s = float(np.mean(np.diff(times_s))) if len(times_s) > 1 else None
         for first in range(0, len(reading.picks), frames.batch_frames):
             picks = reading.picks[first : first + frames.batch_frames]
-            # Built in place: the generator must not hold a batch while the next one is decoded.
+            # No variable holds the batch: it must be freed before the next one is decoded.
             yield FrameBatch(
                 unit["id"],
                 0,
@@ -91,7 +94,7 @@ def _video_batches(
 
 
 class _Reading:
-    """One video on its way: which frames, from which decoder, and which one next if that fails."""
+    """One open video: its chosen frames, and the decoders to try, in order."""
 
     def __init__(self, media: Media, unit: dict[str, Any], frames: Frames, decode: Decode, sizing: Sizing) -> None:
         self._media, self._decode = media, decode
@@ -124,7 +127,7 @@ class _Reading:
         self._backends = self._order(frames.batch_frames)
 
     def read(self, picks: np.ndarray) -> np.ndarray:
-        """uint8 `[T, crop_h, crop_w, 3]`; a decoder that fails is replaced by the next, on the same frames."""
+        """Decode uint8 `[T, crop_h, crop_w, 3]`; if a decoder fails, the next one decodes the same frames."""
         size = self._size
         while True:
             try:
@@ -137,10 +140,10 @@ class _Reading:
                         f"expected {len(picks)} frames of {size.resize_w} × {size.resize_h}, got {pixels.shape}"
                     )
                 return _cropped(pixels, size)
-            except PipelineError:  # PyAV's, which says what is wrong
+            except PipelineError:  # PyAV's error, final
                 self._media.check()
                 raise
-            except Exception as error:  # decord and foreign decoders raise what they like
+            except Exception as error:  # decord and other decoders raise any type
                 self._source = None
                 failed = self._backends.pop(0)
                 if not self._backends:
@@ -153,7 +156,7 @@ class _Reading:
             self._container.close()
 
     def _whole_file(self, start_s: float | None, end_s: float | None) -> str | None:
-        """Where the whole video lies as a local file; None: it is read by range."""
+        """The path of a local file of the whole video; None: read by range."""
         media, limit = self._media, self._decode.max_object_bytes
         if not media.remote:
             return media.local_path(limit)
@@ -198,24 +201,24 @@ class _Reading:
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         kind = "Unsupported" if isinstance(error, UnsuitableError) else "Corrupt"
         return UnitError(
-            "decode", kind, f"{backend} cannot decode it ({detail}): {self._media.uri}; try decode.backend auto"
+            "decode", kind, f"{backend} cannot decode the video ({detail}): {self._media.uri}; try decode.backend: auto"
         )
 
     def _cut_off(self, missing: int) -> None:
         raise UnitError(
             "decode",
             "Truncated",
-            f"the file is cut off: {missing} bytes that its header announces are missing: {self._media.uri}",
+            f"the file is cut off: {missing} bytes declared by its header are missing: {self._media.uri}",
         )
 
     def _no_frames(self, start_s: float | None, end_s: float | None) -> str:
         times, end = self.index.times_s, "the end" if end_s is None else f"{end_s} s"
-        seen = f"frames were seen from {times[0]:.3f} to {times[-1]:.3f} s" if len(times) else "none was found"
+        seen = f"frames were seen from {times[0]:.3f} to {times[-1]:.3f} s" if len(times) else "the video has none"
         return f"no frame from {start_s or 0} s to {end}; {seen}: {self._media.uri}"
 
 
 def _restarts_dearly(index: VideoIndex, picks: np.ndarray, batch_frames: int) -> bool:
-    """Whether going back to a key frame for every batch would add more than `_RESTART_SHARE` to decoding through."""
+    """Whether seeking to a key frame for every batch decodes more than `_RESTART_SHARE` of the frames twice."""
     firsts = index.pts[picks[::batch_frames]]
     keys = index.keys[np.maximum(np.searchsorted(index.keys, firsts, side="right") - 1, 0)]
     repeated = np.searchsorted(index.pts, firsts) - np.searchsorted(index.pts, keys)

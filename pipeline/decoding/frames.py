@@ -1,7 +1,7 @@
-"""Which frames of a unit are looked at, and at what size. Pure arithmetic on timestamps and sizes: no I/O.
+"""Chooses which frames of a unit to decode, and at what size, from timestamps and sizes alone: no I/O.
 
-A frame is *on display* from its own timestamp until the next frame's. Frames are chosen by the time at which one
-wants to look, never by counting, so videos with a varying frame rate are sampled evenly in time.
+A frame is *on display* from its own timestamp until the next frame's. Frames are chosen by target times, not by frame
+number, so videos with a variable frame rate are sampled evenly in time.
 """
 
 import math
@@ -17,12 +17,12 @@ _ROUNDING_S = 1e-3  # containers such as Matroska round timestamps to millisecon
 
 
 def choose_frames(times_s: np.ndarray, start_s: float | None, end_s: float | None, frames: Frames) -> np.ndarray:
-    """Indices of the frames to look at, ascending, int64 `[T]`; empty when no frame lies in the window.
+    """Indices of the frames to decode, ascending, int64 `[T]`; empty if no frame is in the window.
 
-    `times_s` `[N]`: timestamps of all frames in presentation order. The window is `start_s <= time < end_s`; None
-    means from the first, to the last. The frames taken are those on display at `target_times`. Where frames are
-    sparse, several targets fall on one: at a plain frame rate it is taken once, as long as `min_frames` remain; a
-    fixed count (`uniform`, the cap, the floor) is filled up with neighbours, as far as the window has frames.
+    `times_s` `[N]`: timestamps of all frames in presentation order. The window is `start_s <= time < end_s`; None is
+    an open end. The chosen frames are those on display at `target_times`. Several targets may hit one frame: with a
+    frame rate it is chosen once, as long as `min_frames` remain. A fixed count (`uniform`, `max_frames`,
+    `min_frames`) is filled up with neighbouring frames, if the window has enough.
     """
     times = np.asarray(times_s, dtype=np.float64)
     if times.ndim != 1 or np.any(np.diff(times) <= 0):
@@ -42,11 +42,11 @@ def choose_frames(times_s: np.ndarray, start_s: float | None, end_s: float | Non
 
 
 def target_times(first_s: float, last_s: float, frames: Frames) -> np.ndarray:
-    """The times to look at, given those of the window's first and last frame; ascending float64 `[T]`.
+    """Target times, ascending float64 `[T]`, from the times of the window's first and last frame.
 
-    Strategy `fps`: every `1 / fps` seconds from the first frame; where that gives fewer than `min_frames` or more
-    than `max_frames`, that many. Strategy `uniform`: `count`. Counts are spread evenly from the first frame to the
-    last, both included; a single one is in the middle.
+    Strategy `fps`: every `1 / fps` seconds from the first frame, but at least `min_frames` and at most `max_frames`
+    times. Strategy `uniform`: `count` times. A bounded or fixed number is spread evenly from the first to the last
+    frame, both included; a single time is in the middle.
     """
     span = last_s - first_s
     if _by_rate(span, frames):
@@ -76,7 +76,7 @@ def _on_display(times_s: np.ndarray, targets_s: np.ndarray) -> np.ndarray:
 
 
 def _distinct(shown: np.ndarray, available: int) -> np.ndarray:
-    """Ascending `shown` moved as little as needed to hold distinct indices below `available`; all when too many."""
+    """`shown` (ascending) with repeated indices moved to the nearest free ones below `available`; all if too many."""
     if len(shown) >= available:
         return np.arange(available)
     steps = np.arange(len(shown))
@@ -95,10 +95,10 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizing:
-    """How frames are resized: both sides multiples of `multiple`, area in `min_px`..`max_px`, shape kept as it allows.
+    """How frames are resized: sides are multiples of `multiple`, area in `min_px`..`max_px`, aspect ratio roughly kept.
 
-    The rule of Qwen's `smart_resize`, except that extreme shapes are cut down to `max_px` instead of refused. With
-    `square(side)`: the short side becomes `side` and the centre square is kept, as CLIP and LLaVA do.
+    The rule of Qwen's `smart_resize`, except that extreme shapes are reduced to `max_px` instead of rejected. With
+    `square(side)` the short side becomes `side` and the centre square is kept, as in CLIP and LLaVA.
     """
 
     multiple: int
@@ -109,7 +109,7 @@ class Sizing:
     def __post_init__(self) -> None:
         if self.multiple < 1 or not self.multiple**2 <= self.max_px or self.min_px > self.max_px:
             raise ValueError(
-                f"expected min_px <= max_px and room for one {self.multiple} × {self.multiple} patch, "
+                f"expected min_px <= max_px and max_px of at least one {self.multiple} × {self.multiple} patch, "
                 f"got min_px {self.min_px}, max_px {self.max_px}; raise frames.max_px"
             )
 
@@ -118,7 +118,7 @@ class Sizing:
         return cls(multiple=1, min_px=side * side, max_px=side * side, side=side)
 
     def of(self, height: int, width: int) -> Size:
-        """The sizes for a frame of `height` × `width` pixels as displayed."""
+        """The `Size` for a frame displayed at `height` × `width` pixels."""
         if height < 1 or width < 1:
             raise ValueError(f"expected a frame with pixels, got {width} × {height}")
         if self.side is not None:
@@ -133,7 +133,7 @@ class Sizing:
         if h * w > self.max_px:
             scale = math.sqrt(self.max_px / (height * width))
             h, w = self._whole(math.floor, height * scale), self._whole(math.floor, width * scale)
-            # A side cannot go below one multiple, so the other may still be too long.
+            # A side is at least one multiple, so the other one may still be too long.
             h = min(h, self._whole(math.floor, self.max_px / w))
             w = min(w, self._whole(math.floor, self.max_px / h))
         return Size(h, w, h, w)

@@ -1,4 +1,4 @@
-"""One image of a set: decoded, turned upright, on white, resized."""
+"""Loads one image of a set: decoded, rotated upright, transparency on white, resized."""
 
 import io
 import warnings
@@ -15,7 +15,7 @@ _MAX_PX = 128 << 20  # 384 MB once decoded
 
 
 def load_image(media: Media, sizing: Sizing) -> np.ndarray:
-    """uint8 `[crop_h, crop_w, 3]`. Raises `UnitError`: fetch; decode: TooLarge, NotAnImage, Corrupt."""
+    """An image as uint8 `[crop_h, crop_w, 3]`. Raises `UnitError`: fetch; decode: TooLarge, NotAnImage, Corrupt."""
     if media.entry.size_bytes > _MAX_BYTES:
         raise UnitError(
             "decode",
@@ -25,12 +25,14 @@ def load_image(media: Media, sizing: Sizing) -> np.ndarray:
     data = media.read()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is checked here
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
             image: Image.Image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError:
-        raise UnitError("decode", "TooLarge", f"expected at most {_MAX_PX} pixels, got more: {media.uri}") from None
+        raise UnitError(
+            "decode", "TooLarge", f"expected an image of at most {_MAX_PX} pixels, got more: {media.uri}"
+        ) from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise UnitError("decode", "NotAnImage", f"not an image that can be read: {media.uri}") from error
+        raise UnitError("decode", "NotAnImage", f"cannot be read as an image: {media.uri}") from error
     width, height = image.size
     if width * height > _MAX_PX:
         raise UnitError("decode", "TooLarge", f"expected at most {_MAX_PX} pixels, got {width} × {height}: {media.uri}")
@@ -46,7 +48,7 @@ def load_image(media: Media, sizing: Sizing) -> np.ndarray:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey, which a conversion to RGB would clip
+    if image.mode.startswith("I"):  # 16-bit grey, which a conversion to RGB would clip
         return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")

@@ -1,4 +1,4 @@
-"""One video or image of a unit, reachable by range or as a local file."""
+"""Opens one video or image of a unit, by range or as a local file."""
 
 import errno
 import os
@@ -18,10 +18,10 @@ _RANGE_BLOCK_BYTES = 1 << 20
 
 
 class Media:
-    """An object that was looked up and found to be what the plan saw; close it to free its local copy."""
+    """A file whose etag matches the plan; `close` frees its local copy."""
 
     def __init__(self, uri: str, storage: Storage, *, etag: str | None = None) -> None:
-        """Raises `UnitError` (fetch): the storage's own kinds, Empty, or Changed where `etag` is not the object's."""
+        """Look up `uri`. Raises `UnitError` (fetch): kinds of StorageError, Empty, or Changed (etag not as planned)."""
         with fetching():
             self.entry: Entry = stat(uri, storage)
         self.uri = uri
@@ -37,26 +37,26 @@ class Media:
             raise UnitError("fetch", "Empty", f"the file has no bytes: {uri}")
 
     def ranged(self) -> "Ranged":
-        """A seekable binary file that fetches what is read; `check` tells whether all of it came."""
+        """A seekable binary file, fetched as it is read. Call `check` after reading: errors look like end of file."""
         file = Ranged(self._opened(block_size=_RANGE_BLOCK_BYTES, cache_type="readahead"))
         self._open.append(file)
         return file
 
     def check(self) -> None:
-        """Raises `UnitError` (fetch) if a read by range has failed, which FFmpeg takes for the end of the file."""
+        """Raise `UnitError` (fetch) if a read by range failed; FFmpeg sees such a failure as end of file."""
         for file in self._open:
             if isinstance(file, Ranged) and file.error is not None:
                 with fetching(), faults(self.uri):
                     raise file.error
 
     def head(self, count: int = 4096) -> bytes:
-        """The first bytes."""
+        """The first `count` bytes."""
         data = self.ranged().read(count)
         self.check()
         return data
 
     def local_path(self, max_bytes: int) -> str:
-        """A path to the whole content: the file's own, or that of a local copy which no name points to."""
+        """The path of the local file, or of an unlinked local copy of the object."""
         if not self.remote:
             return os.path.abspath(local_path(self.uri))
         if self._copy is None:
@@ -64,14 +64,14 @@ class Media:
                 raise UnitError(
                     "fetch",
                     "TooLarge",
-                    f"{self.uri} has {self.entry.size_bytes} bytes, and at most {max_bytes} are copied to local disk; "
-                    "raise decode.max_object_bytes or choose decode.backend auto or pyav",
+                    f"{self.uri} has {self.entry.size_bytes} bytes, more than the {max_bytes} copied to local disk; "
+                    "raise decode.max_object_bytes, or set decode.backend to auto or pyav",
                 )
             self._copy = self._copied()
         return self._copy
 
     def _copied(self) -> str:
-        copy = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close); unlinked, so a crash leaves nothing
+        copy = tempfile.TemporaryFile()  # noqa: SIM115 (closed in close); unlinked, so a crash leaves no file
         self._open.append(copy)
         with fetching(), faults(self.uri), self._opened(cache_type="none") as source:
             while block := source.read(_COPY_BLOCK_BYTES):
@@ -98,7 +98,7 @@ class Media:
 
 
 class Ranged:
-    """A file for FFmpeg that ends where reading fails, and remembers why."""
+    """A file for FFmpeg that reports end of file where reading fails, and stores the error."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -109,7 +109,7 @@ class Ranged:
             return b""
         try:
             return bytes(self._file.read(count))
-        except Exception as error:  # FFmpeg would print it and go on
+        except Exception as error:  # FFmpeg would print it and continue
             self.error = error
             return b""
 
@@ -125,7 +125,7 @@ class Ranged:
 
 @contextmanager
 def fetching() -> Iterator[None]:
-    """Errors of the storage become the unit's errors of stage fetch."""
+    """Turn `StorageError` within the block into `UnitError` of stage fetch."""
     try:
         yield
     except StorageError as error:
@@ -134,14 +134,14 @@ def fetching() -> Iterator[None]:
 
 @contextmanager
 def decoding(uri: str) -> Iterator[None]:
-    """FFmpeg's errors become the unit's errors of stage decode, those of the file it reads errors of stage fetch."""
+    """Turn FFmpeg errors within the block into `UnitError` of stage decode, and storage errors into stage fetch."""
     try:
         with fetching(), faults(uri):
             try:
                 yield
             except av.error.FFmpegError as error:
                 if isinstance(error, FileNotFoundError | PermissionError):
-                    raise  # the file's, not its content's
+                    raise  # an error of the file, not of its content
                 detail = " ".join(str(error.strerror).split())
                 raise UnitError("decode", "Corrupt", f"cannot be decoded ({detail}): {uri}") from error
     except MemoryError as error:

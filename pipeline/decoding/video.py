@@ -1,4 +1,4 @@
-"""Opening videos with PyAV, jumping in them, and telling whether they are whole."""
+"""Opens videos with PyAV, seeks in them, and detects truncated files."""
 
 import itertools
 from collections.abc import Iterator
@@ -12,17 +12,22 @@ from av.stream import Disposition
 
 from pipeline.errors import UnitError
 
-# Playlists and other formats that make FFmpeg open further files or addresses are left out.
+# Without playlists and other formats that make FFmpeg open further files or addresses.
 _FORMATS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,live_flv,asf,ogg,mxf,nut,ivf,gif,apng,"
     "dv,rm,wtv,h264,hevc,obu,m4v,mjpeg,y4m,yuv4mpegpipe,swf,nsv,vob,gxf"
 )
-_STEPS_BACK_S = (0.0, 2.0, 10.0, None)  # before the wanted time, until a key frame is found in time; None: the start
+_STEPS_BACK_S = (
+    0.0,
+    2.0,
+    10.0,
+    None,
+)  # how far to seek before the target until a key frame precedes it; None: the start
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A frame as displayed: with square pixels, after `quarters` turns of 90° counter-clockwise."""
+    """Size of a frame as displayed: square pixels, after `quarters` rotations of 90° counter-clockwise."""
 
     height: int
     width: int
@@ -30,7 +35,7 @@ class Shape:
 
 
 def open_video(source: Any, uri: str) -> Any:
-    """A PyAV container with a video stream. Raises `UnitError` (decode): NotAVideo, NoVideoStream."""
+    """Open a PyAV container with a video stream. Raises `UnitError` (decode): NotAVideo, NoVideoStream, Unsupported."""
     try:
         container = av.open(source, options={"format_whitelist": _FORMATS}, metadata_errors="replace")
     except (av.error.InvalidDataError, av.error.ArgumentError, av.error.EOFError) as error:
@@ -38,7 +43,7 @@ def open_video(source: Any, uri: str) -> Any:
             "decode", "NotAVideo", f"not a video, or cut off before its index ({error.strerror}): {uri}"
         ) from error
     if (stream := _pictures(container)) is None:
-        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
+        kinds = sorted({s.type for s in container.streams}) or ["no stream"]
         container.close()
         raise UnitError("decode", "NoVideoStream", f"expected a video stream, found {', '.join(kinds)}: {uri}")
     if stream.codec_context is None:
@@ -49,7 +54,7 @@ def open_video(source: Any, uri: str) -> Any:
 
 
 def video_stream(container: Any) -> Any:
-    """The stream that is decoded, of a container from `open_video`."""
+    """The video stream to decode, of a container from `open_video`."""
     return _pictures(container)
 
 
@@ -59,16 +64,16 @@ def _pictures(container: Any) -> Any:
 
 
 def misstamped(stream: Any) -> bool:
-    """AVI stores no presentation times; what is read instead is wrong as soon as frames are reordered."""
+    """Whether the stream's pts are wrong: AVI stores none, and FFmpeg's guess fails with reordered frames."""
     return bool(stream.container.format.name == "avi" and stream.codec_context.has_b_frames)
 
 
 class CannotSeekError(Exception):
-    """Jumping into the middle of this video does not find what is needed."""
+    """Seeking in this video does not find the needed key frame or timestamps."""
 
 
 def rewind(container: Any) -> None:
-    """Back to the first packet; some formats skip the first key frame when asked for its own time."""
+    """Seek to the first packet. The target is before its time, as some formats skip a key frame at the exact time."""
     try:
         container.seek(min(container.start_time or 0, 0) - 10 * av.time_base)
     except av.error.FFmpegError:
@@ -76,7 +81,7 @@ def rewind(container: Any) -> None:
 
 
 def packets_from(container: Any, stream: Any, pts: int) -> Iterator[Any]:
-    """Packets from a key frame at or before `pts` to the end, wherever the format lands when asked to jump there."""
+    """Packets from a key frame at or before `pts` to the end. Seeks further back if the format lands after `pts`."""
     for back_s in _STEPS_BACK_S:
         if back_s is None:
             rewind(container)
@@ -97,7 +102,7 @@ def packets(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def decoded_shape(packet: Any, stream: Any) -> Shape | None:
-    """How the first frame that comes out is displayed; None while none does."""
+    """The shape of the first frame that the decoder returns; None if it returns none yet."""
     try:
         decoded = stream.codec_context.decode(packet)
     except (av.error.InvalidDataError, av.error.EOFError):
@@ -113,7 +118,7 @@ def decoded_shape(packet: Any, stream: Any) -> Shape | None:
 
 
 def missing_bytes(container: Any, head: bytes, size_bytes: int) -> int:
-    """How many bytes longer the file must have been, going by its own header; 0 when whole or when it does not say."""
+    """How many bytes declared by the header the file lacks; 0 if it is complete or declares no length."""
     if container.format.name.startswith("mov"):
         entries = video_stream(container).index_entries
         return max(0, max((entry.pos + entry.size for entry in entries), default=0) - size_bytes)
@@ -121,7 +126,7 @@ def missing_bytes(container: Any, head: bytes, size_bytes: int) -> int:
 
 
 def declared_bytes(head: bytes) -> int | None:
-    """The length a Matroska or AVI file states in its first bytes; None for other formats and live recordings."""
+    """The file length that a Matroska or AVI header declares; None for other formats and live recordings."""
     if head[:4] == b"RIFF":
         return 8 + int.from_bytes(head[4:8], "little")
     at = head.find(b"\x18\x53\x80\x67") if head[:4] == b"\x1aE\xdf\xa3" else -1

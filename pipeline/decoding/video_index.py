@@ -1,4 +1,4 @@
-"""Which frames a video has and when, read from its packets: cheap, and the same for every decoder."""
+"""Lists a video's frames and their times from its packets, without decoding; all decoders use this index."""
 
 import itertools
 from collections.abc import Iterator
@@ -23,22 +23,24 @@ from pipeline.decoding.video import (
 )
 from pipeline.errors import UnitError
 
-_SPARSE_S = 10.0  # further apart, frames are looked up one by one instead of reading everything between them
-_KEEP_BYTES = 128 << 20  # packets of a window that are kept, so that they are fetched once
-_ORIGIN_PACKETS = 32  # read to find the first frame; more than any codec reorders
+_SPARSE_S = 10.0  # frames further apart are found by one seek each, instead of reading all packets between them
+_KEEP_BYTES = 128 << 20  # packets of a window kept in memory, so that they are fetched once
+_ORIGIN_PACKETS = 32  # read to find the first frame's pts; more than any codec reorders
 _REORDERED_PACKETS = 16
-_INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv")  # decord loses its way in others
+_INDEXED = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "flv")  # decord seeks wrongly in other formats
 
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """The frames of a video, or of the part of it that a unit needs.
+    """The frames of a video, or of the part that a unit needs.
 
-    `pts` int64 `[N]` ascending in the stream's time base, `times_s` float64 `[N]` seconds since the video's first
-    frame, `keys` int64 `[K]` pts of the frames that decoding can start at. `complete`: nothing is left out, so a
-    frame's position is its number in the file. `counted`: the file has no presentation times, pts are frame numbers.
-    `plain`: key frames are clean cuts and frames lie in the file as counted, which decord relies on without checking.
-    `segments`: the packets in decoding order, in one piece or several; None when they are too large to keep.
+    pts       int64 `[N]`, ascending, in the stream's time base
+    times_s   float64 `[N]`, seconds since the video's first frame
+    keys      int64 `[K]`, pts of the key frames, where decoding can start
+    complete  all frames of the video are listed, so an index is the frame number in the file
+    counted   the file has no presentation times; pts are frame numbers
+    plain     all GOPs are closed and the container lists every frame once; decord assumes both without a check
+    segments  packets in decoding order, in one or more runs; None if they are too large to keep
     """
 
     pts: np.ndarray
@@ -53,7 +55,7 @@ class VideoIndex:
 
 
 def index_whole(container: Any, uri: str) -> VideoIndex:
-    """All frames; reads the container, which must be at its beginning, to the end."""
+    """The index of all frames. Reads the container, which must be at its start, to the end."""
     stream = video_stream(container)
     found, shape = _Found(stream, keep_bytes=0), None
     for packet in packets(container, stream):
@@ -66,7 +68,7 @@ def index_whole(container: Any, uri: str) -> VideoIndex:
 
 
 def index_window(container: Any, uri: str, start_s: float | None, end_s: float | None, frames: Frames) -> VideoIndex:
-    """The frames that `choose_frames` needs to see for this window, reading as little as that takes."""
+    """The index of the frames that `choose_frames` needs for this window; reads as few packets as possible."""
     stream = video_stream(container)
     head, shape = [], None
     for packet in itertools.islice(packets(container, stream), _ORIGIN_PACKETS):
@@ -93,14 +95,14 @@ class _Window:
         self.high = 1 << 60 if end_s is None else self._pts(end_s)
 
     def dense(self, frames: Frames) -> "_Found":
-        """All packets from the key frame before the window to its end."""
+        """Collect all packets from the key frame before the window to its end."""
         found = _Found(self.stream, keep_bytes=_KEEP_BYTES)
         for packet in self._around(self.low, self.high):
             found.add(packet)
         return found
 
     def sparse(self, frames: Frames) -> "_Found":
-        """Packets around every target only; raises where targets are close or the choice would be in doubt."""
+        """Collect packets around every target. Raises CannotSeekError if targets are close or the choice is unsure."""
         first, last = self._ends()
         targets = target_times(self._seconds(first), self._seconds(last), frames)
         if len(targets) < 2 or targets[1] - targets[0] < _SPARSE_S:
@@ -111,7 +113,7 @@ class _Window:
             found.begin()
             for packet in self._around(pts, pts):
                 found.add(packet)
-            if len(set(found.starts)) < len(found.starts):  # one key frame for several targets: read on instead
+            if len(set(found.starts)) < len(found.starts):  # several targets share a key frame: `dense` is cheaper
                 raise CannotSeekError
         times = self._seconds(np.unique(np.array(found.pts, dtype=np.int64)))
         if len(choose_frames(times, self.start_s, self.end_s, frames)) < len(targets):
@@ -127,7 +129,7 @@ class _Window:
         return min(inside), max(inside)
 
     def _around(self, low: int, high: int) -> Iterator[Any]:
-        """Packets from the key frame at or before `low` until all up to `high`, and what they wait for, have come."""
+        """Packets from the key frame at or before `low` until every frame up to `high` is in, reordered ones too."""
         beyond = 0
         for packet in packets_from(self.container, self.stream, max(low, self.origin)):
             if packet.pts is None:
@@ -145,7 +147,7 @@ class _Window:
 
 
 class _Found:
-    """What an index needs of the packets seen; the packets themselves while they are few."""
+    """Collects the index data of packets, and the packets themselves up to `keep_bytes`."""
 
     def __init__(self, stream: Any, keep_bytes: int) -> None:
         self._format = stream.container.format.name
@@ -162,7 +164,7 @@ class _Found:
         self.begin()
 
     def begin(self) -> None:
-        """What follows is not the continuation of what came."""
+        """Start a new segment: the next packet does not follow the last one."""
         self._fresh = True
 
     def add(self, packet: Any) -> None:
@@ -170,7 +172,7 @@ class _Found:
             self.starts.append(packet.pts)
             self._segments.append([])
         self._fresh = False
-        # VP8 stores reference frames that are never shown in packets of their own.
+        # VP8 has packets with reference frames that are never shown.
         shown = not packet.is_discard and (not self._vp8 or bool(bytes(packet)[0] >> 4 & 1))
         if shown:
             self.pts.append(packet.pts)
@@ -178,7 +180,7 @@ class _Found:
         if packet.is_keyframe and packet.pts is not None:
             self.keys.append(packet.pts)
             self._last_key = packet.pts
-        # A frame shown before its key frame but stored after it needs the group before: an open group.
+        # A frame shown before its key frame but stored after it depends on the previous GOP: an open GOP.
         clean = self._last_key is not None and packet.pts is not None and packet.pts >= self._last_key
         self._plain = self._plain and shown and clean and not packet.is_corrupt
         self._room -= packet.size
@@ -193,7 +195,7 @@ class _Found:
         if counted:
             pts = np.arange(len(self.pts), dtype=np.int64)
             times: np.ndarray = pts / float(self._stream.average_rate or 25)
-            if None not in self._dts:  # decoding times are as far apart as those of presentation
+            if None not in self._dts:  # decoding times have the same intervals as presentation times
                 times = np.sort(np.array(self._dts, dtype=np.int64)) * base
                 times -= times[:1]
         else:

@@ -1,1 +1,1 @@
-"""Which units a run has: find files, probe them, cut clips, leave out known units, estimate the cost."""
+"""Plans the units of a run: finds files, probes them, cuts clips, skips known units, estimates the cost."""

@@ -1,6 +1,7 @@
-"""What a plan will cost: frames, vision tokens, KV bytes and FLOPs of prefill, from probes and a model's configuration.
+"""Estimates the frames, vision tokens, KV bytes and prefill FLOPs of a plan, from probes and the model's configuration.
 
-Nothing is decoded or loaded. Text tokens are guessed from the prompts' length; the vision tower is not counted.
+No video is decoded and no weights are loaded. Text tokens are estimated from the prompts' length. The vision tower is
+not counted.
 """
 
 import functools
@@ -19,15 +20,15 @@ from pipeline.decoding.frames import Sizing, target_times
 if TYPE_CHECKING:
     from pipeline.errors import UnitError
 
-_TEMPLATE_TOKENS = 24  # of a chat template around the prompt
+_TEMPLATE_TOKENS = 24  # of the chat template around a prompt
 _CHARACTERS_PER_TOKEN = 4.0
 
 
 class FrameSizes(Protocol):
-    """What a model family makes of frames, as far as sizes go; every `FrameEncoder` is one."""
+    """The frame sizes and token counts of a model family; every `FrameEncoder` implements it."""
 
     def sizing(self, frames: Frames) -> Sizing:
-        """The sizes frames may have."""
+        """How frames are resized."""
 
     def grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Tokens (t, y, x) of `frames` frames of `height` × `width` pixels."""
@@ -35,16 +36,16 @@ class FrameSizes(Protocol):
 
 @dataclass
 class Totals:
-    """Sums over units. Token, KV and FLOP figures are zero without a model; KV is that of a unit's first prompt.
+    """Sums over units. Tokens, KV bytes and FLOPs are 0 without a model; KV bytes are of each unit's first prompt.
 
-    `too_long` and everything after it cover the probed units only; `unprobed` counts the others.
+    `too_long` and the fields after it cover probed units only; `unprobed` counts the others.
     """
 
     units: int = 0
     unprobed: int = 0
     videos: int = 0  # distinct files, or images
     bytes: int = 0
-    too_long: int = 0  # for the model's context: refused without decoding
+    too_long: int = 0  # longer than the model's context: an error row without decoding
     hours: float = 0.0
     frames: int = 0
     vision_tokens: int = 0
@@ -64,15 +65,15 @@ class Totals:
 
 @dataclass
 class PlanSummary:
-    """The whole plan and its parts by kind of unit, with what planning left out."""
+    """Totals of the plan and per kind of unit, and counts of what the plan leaves out."""
 
     total: Totals = field(default_factory=Totals)
     by_kind: dict[str, Totals] = field(default_factory=dict)
     ignored_files: int = 0
     repeated_rows: int = 0
-    known_units: int = 0  # that earlier runs answered
-    probe_errors: dict[str, str] = field(default_factory=dict)  # uri → why
-    refusals: dict[str, str] = field(default_factory=dict)  # id of a unit that the model's context cannot hold → why
+    known_units: int = 0  # not planned: they have a row in an earlier run
+    probe_errors: dict[str, str] = field(default_factory=dict)  # uri → error
+    refusals: dict[str, str] = field(default_factory=dict)  # id of a unit longer than the model's context → error
 
 
 def estimate_plan(
@@ -84,9 +85,9 @@ def estimate_plan(
     compression: LightKVConfig | None = None,
     refusal: "Callable[[dict[str, Any], Frames], UnitError | None] | None" = None,
 ) -> PlanSummary:
-    """Add up `table` of UNIT_SCHEMA; tokens and costs need `model_config` (transformers') and its `encoder`.
+    """Sum up `table` (UNIT_SCHEMA); tokens and costs need transformers' `model_config` and its `encoder`.
 
-    `refusal` (`ContextLimit.refusal`) says which units the model's context cannot hold.
+    `refusal` (`ContextLimit.refusal`) returns an error for a unit longer than the model's context.
     """
     tokens = _token_counter(encoder, config.frames) if encoder is not None else None
     cost = _cost_counter(model_config, compression, config)
@@ -112,7 +113,7 @@ def estimate_plan(
 
 
 def expected_frames(window_s: float, fps: float, frames: Frames) -> int:
-    """How many frames `choose_frames` takes of `window_s` seconds at a steady `fps`."""
+    """How many frames `choose_frames` chooses from `window_s` seconds of video at a constant `fps`."""
     available = max(1, math.floor(window_s * fps + 1e-6))
     return min(available, len(target_times(0.0, (available - 1) / fps, frames)))
 
@@ -156,7 +157,7 @@ def _token_counter(encoder: FrameSizes, frames: Frames) -> Callable[[str, int, i
     @functools.lru_cache(maxsize=4096)
     def count(kind: str, number: int, height: int, width: int) -> int:
         size = sizing.of(height, width)
-        # Images are items of their own; the first one's size stands for all.
+        # Every image is one item; all are assumed to have the first one's size.
         items, frames_each = (number, 1) if kind == "images" else (1, number)
         return items * math.prod(encoder.grid(frames_each, size.crop_h, size.crop_w))
 
@@ -179,9 +180,9 @@ def _cost_counter(
 
 
 def _held_bytes(cost: Cost, text: int, model_config: Any, config: JobConfig) -> int:
-    """Of the engine's cache, as the job folds it, silences layers, packs it in few bits and bounds it.
+    """KV bytes in the engine's cache under the job's `fold`, `silent_layers`, `kv_bits` and `budget`.
 
-    Text counts in the model's own type; in 32 bits, scales are taken to be of the same share as in 16.
+    Text counts in the model's dtype. Quantisation scales are assumed to take the same share in fp32 as in 16 bits.
     """
     engine, budget = config.engine, config.budget.kv_bytes
     bits = Bits(engine.kv_bits, engine.kv_group).per_number(Shape.of(model_config).head_dim) / 16

@@ -1,9 +1,8 @@
-"""What earlier runs hold: units that have their row, and videos that were probed, so that a plan can leave them out.
+"""Reads from earlier runs which units have a row and which videos were probed, so that a plan skips both.
 
-A unit is what is asked of which content: uris, etag, size, window and prompts, as one digest of 128 bits. Names
-given by a manifest do not count, nor do model and frames: answers by another model go to a folder of their own.
-One pass over every run's manifest and over three columns of its rows; 20 bytes of memory per known unit, and where
-`source.probe` is on one row per known video.
+A unit is identified by a 128-bit digest of its uris, etag, size, window and prompts. A manifest's ids do not count, nor
+do model and frames: write the answers of another model to another folder. Reads every run's manifest and three columns
+of its rows once. Takes 20 bytes of memory per known unit and, with `source.probe`, one row per known video.
 """
 
 import hashlib
@@ -29,23 +28,23 @@ _PENDING = ".pending.parquet"
 _ASKED = ["id", "uris", "etag", "size_bytes", "start_s", "end_s", "prompts"]
 _PROBED = ["uri", "etag", "size_bytes", "duration_s", "width", "height", "fps", "codec"]
 _PROBES = pa.schema([("uri", pa.string()), *(UNIT_SCHEMA.field(name) for name in _PROBED[1:])])
-_ANSWERED = np.iinfo(np.int32).max  # in place of attempts
+_ANSWERED = np.iinfo(np.int32).max  # stored as attempts of a row without an error
 _BATCH_ROWS = 65_536
 _RUNS_AT_ONCE = 8
-_UNIT, _FIELD = "\x1e", "\x1f"  # separators that no name or question holds
+_UNIT, _FIELD = "\x1e", "\x1f"  # separators that occur in no uri or prompt
 
 
 @dataclass(frozen=True)
 class _Run:
     uri: str
-    data: list[str]  # files of committed rows
+    data: list[str]  # data files with committed rows only
 
 
 class Known:
-    """What lies under one folder; empty where there is nothing yet."""
+    """The known units and probes of all runs under one folder; empty if the folder has none."""
 
     def __init__(self, config: JobConfig, folder: str) -> None:
-        """Raises `SourceError` where the folder or a run in it cannot be read."""
+        """Read all runs under `folder`. Raises `SourceError` if the folder or a run in it cannot be read."""
         self._storage, self._workers = config.storage, config.source.probe_workers
         self._enough = config.source.known_attempts
         runs = _runs(folder, config.storage)
@@ -62,7 +61,7 @@ class Known:
         self._probes = probes.take(latest)
 
     def open(self, units: pa.Table) -> pa.Table:
-        """The rows of `units` (UNIT_SCHEMA) without an answer, with the attempts that earlier runs made."""
+        """The rows of `units` (UNIT_SCHEMA) that still have to run, with the attempts of earlier runs."""
         place = _find(self._units, _digests(_asked(units)))
         tries = np.where(place >= 0, self._tries[place], 0) if len(self._units) else np.zeros(len(units), np.int32)
         fresh = tries < self._enough
@@ -71,7 +70,7 @@ class Known:
         return units.filter(pa.array(fresh)).set_column(position, UNIT_SCHEMA.field("attempts"), column)
 
     def probes(self, items: Sequence[Item]) -> dict[str, Probe]:
-        """The probes, by URI, of videos that are still what an earlier run opened, by their etag."""
+        """URI → probe of the videos whose etag has not changed since an earlier run probed them."""
         videos = [item for item in items if item.kind == "video"]
         place = _find(self._uris, _digests(pa.array([item.uris[0] for item in videos], pa.string())))
         seen = self._probes.take(pa.array(place[place >= 0])).to_pylist()
@@ -89,12 +88,12 @@ class Known:
             return item.entry.etag
         try:
             return st.stat(item.uris[0], self._storage).etag
-        except st.StorageError:  # the probe will say it
+        except st.StorageError:  # the probe reports it
             return None
 
 
 def _runs(folder: str, storage: Storage) -> list[_Run]:
-    """Every run in `folder` and below, by name; files of half committed rows are left out."""
+    """Every run in `folder` and below, sorted by name, without data files whose commit is pending."""
     manifests: list[str] = []
     data: dict[str, list[str]] = {}
     pending: dict[str, list[str]] = {}
@@ -113,7 +112,7 @@ def _runs(folder: str, storage: Storage) -> list[_Run]:
 
 
 def _read(run: _Run, storage: Storage, *, probes: bool) -> tuple[np.ndarray, np.ndarray, pa.Table]:
-    """Digests of the run's units that have a row, the attempts of each, and its probed videos."""
+    """Digests of the run's units with a row, their attempts, and the run's probed videos."""
     digests, tries, probed = [_no_digests()], [np.zeros(0, np.int32)], [_PROBES.empty_table()]
     try:
         rows = _rows(run, storage)
@@ -126,14 +125,12 @@ def _read(run: _Run, storage: Storage, *, probes: bool) -> tuple[np.ndarray, np.
             if probes:
                 probed.append(_probed(units))
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(
-            f"source.known: run {run.uri} cannot be read ({' '.join(str(error).split())[:200]})"
-        ) from error
+        raise SourceError(f"source.known: cannot read run {run.uri} ({' '.join(str(error).split())[:200]})") from error
     return np.concatenate(digests), np.concatenate(tries), pa.concat_tables(probed)
 
 
 def _rows(run: _Run, storage: Storage) -> pa.Table:
-    """`id` and `attempts` of the run's rows; rows without an error count as tried often enough."""
+    """`id` and `attempts` of the run's rows; the attempts of rows without an error are `_ANSWERED`."""
     if not run.data:
         return ROW_SCHEMA.empty_table().select(["id", "attempts"])
     filesystem, _ = st.arrow_filesystem(run.uri, storage)
@@ -152,7 +149,7 @@ def _manifest(run: _Run, storage: Storage, columns: list[str]) -> Iterator[pa.Ta
 
 
 def _probed(units: pa.Table) -> pa.Table:
-    """The videos of `units` that were opened without fault, each once."""
+    """The videos of `units` that were probed without an error, each once."""
     good = pc.and_(
         pc.equal(units["kind"], "video"), pc.and_(pc.is_null(units["probe_error"]), pc.is_valid(units["etag"]))
     )
@@ -162,7 +159,7 @@ def _probed(units: pa.Table) -> pa.Table:
 
 
 def _latest(probes: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Per URI the place of its last row, and the digest of the URI, sorted."""
+    """Per URI the index of its last row, and the URI's digest, sorted by digest."""
     digests = _digests(probes["uri"])
     order, starts = _groups(digests)
     ends = np.append(starts[1:], len(order)) - 1 if len(starts) else starts
@@ -170,7 +167,7 @@ def _latest(probes: pa.Table) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _asked(units: pa.Table) -> pa.ChunkedArray:
-    """What a unit is, as one text per row."""
+    """The identity of each unit as one string: uris, etag, size, window and prompts."""
     prompts = units["prompts"].combine_chunks()
     pairs = prompts.values
     questions = pc.binary_join_element_wise(pairs.field("prompt_id"), pairs.field("prompt"), _FIELD)
@@ -183,7 +180,7 @@ def _asked(units: pa.Table) -> pa.ChunkedArray:
 
 
 def _digests(texts: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """128 bits of every text, as uint64 [N, 2]."""
+    """A 128-bit hash of every string, as uint64 [N, 2]."""
     whole = b"".join(hashlib.blake2b(text.encode(), digest_size=16).digest() for text in texts.to_pylist())
     return np.frombuffer(whole, np.uint64).reshape(-1, 2)
 
@@ -193,7 +190,7 @@ def _no_digests() -> np.ndarray:
 
 
 def _groups(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """An order that sorts digests and keeps equal ones as they come, and where in it each different one starts."""
+    """A stable sort order of the digests, and the index in it where each distinct digest starts."""
     order = np.lexsort((digests[:, 1], digests[:, 0]))
     ordered = digests[order]
     new = np.ones(len(order), bool)
@@ -202,10 +199,10 @@ def _groups(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _find(known: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where in `known` (sorted, different) each digest stands; −1: nowhere.
+    """The index of each digest in `known` (sorted, distinct); −1 if it is not known.
 
-    Of two known ones with the same first half, one in 10⁷ runs over a million units, only the first is found: the
-    other counts as new.
+    Of known digests with an equal first half only the first is found; the other counts as new. With a million units
+    this happens once in 10⁷ runs.
     """
     if not len(known):
         return np.full(len(wanted), -1)

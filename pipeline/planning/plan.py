@@ -1,4 +1,4 @@
-"""The plan of a run: every video and image set of the source as units of work, probed and cut into clips."""
+"""Plans a run: turns every video and image set of the source into units, probed and cut into clips."""
 
 import itertools
 import math
@@ -18,18 +18,18 @@ from pipeline.schema import UNIT_SCHEMA, unit_id, units_table
 _BATCH_ITEMS = 4096
 _KNOWN_ITEMS = 256
 _SHOWN_ERRORS = 5
-_ROUND_DIGITS = 6  # of clip bounds, in seconds
+_ROUND_DIGITS = 6  # decimal places of clip bounds in seconds
 
 
 def plan_units(config: JobConfig) -> pa.Table:
     """All units of `config.source` as a table of UNIT_SCHEMA; the same source gives the same ids in the same order.
 
-    Rows of a manifest that ask the same of the same are planned once, and units that the runs under `source.known`
-    answered not at all. The schema's metadata counts what was left out: `ignored_files`, `repeated_rows`,
-    `known_units`. Raises `SourceError`, or `ConfigError` where clips need a probe.
+    Repeated rows of a manifest are planned once; units with a row under `source.known` are not planned. The schema's
+    metadata counts what is left out: `ignored_files`, `repeated_rows`, `known_units`. Raises `SourceError`, or
+    `ConfigError` if clips need a probe.
     """
     if config.clips.length_s is not None and not config.source.probe:
-        raise ConfigError("clips.length_s needs the length of every video: set source.probe to true")
+        raise ConfigError("clips.length_s needs the length of every video; set source.probe to true")
     found, wanted = find(config), config.source.max_units or sys.maxsize
     known = Known(config, config.source.known) if config.source.known else None
     tables, ids = [UNIT_SCHEMA.empty_table()], _Ids()
@@ -47,7 +47,7 @@ def plan_units(config: JobConfig) -> pa.Table:
 
 
 def cut(start_s: float | None, end_s: float | None, duration_s: float | None, clips: Clips) -> list[tuple[Any, Any]]:
-    """`(start_s, end_s)` of the clips of one window; None is an open end. Unknown length: the window as it is."""
+    """`(start_s, end_s)` of the clips of one window; None is an open end. A window without a known end is one clip."""
     end = end_s if duration_s is None else min(end_s or math.inf, duration_s)
     start = start_s or 0.0
     if clips.length_s is None or end is None or end - start <= clips.length_s:
@@ -66,12 +66,12 @@ def cut(start_s: float | None, end_s: float | None, duration_s: float | None, cl
         low, _ = bounds.pop()
         if bounds and end - low < clips.min_length_s:
             low, _ = bounds.pop()
-        bounds.append((low, end_s))  # open where the window is: a header's length is not exact
+        bounds.append((low, end_s))  # the window's own end, open if it is open: a header's length is not exact
     return bounds
 
 
 def _items_at_once(wanted: int, known: Known | None) -> int:
-    """How many items to look at next for `wanted` units: each gives one at least, unless it is known."""
+    """How many items to probe next for `wanted` units: each gives at least one, unless it is known."""
     return min(_BATCH_ITEMS, max(wanted, _KNOWN_ITEMS if known else 1))
 
 
@@ -114,7 +114,7 @@ def _prompts(item: Item, config: JobConfig) -> list[dict[str, str]]:
 
 
 class _Ids:
-    """Ids taken so far: names that come twice are errors, rows that come twice are counted."""
+    """The ids planned so far. A repeated id of the manifest is an error, a repeated unit is counted."""
 
     def __init__(self) -> None:
         self.repeated = 0
@@ -122,13 +122,13 @@ class _Ids:
         self._errors: list[str] = []
 
     def take(self, unit: dict[str, Any]) -> bool:
-        """Whether the unit is new; removes what is not of the schema."""
+        """Whether the unit is new. Removes its keys that are not in the schema."""
         row, named = unit.pop("row"), unit.pop("named")
         if unit["id"] not in self._rows:
             self._rows[unit["id"]] = row
             return True
         if named:
-            self._errors.append(f"row {row}: id {unit['id']!r} is already that of row {self._rows[unit['id']]}")
+            self._errors.append(f"row {row}: id {unit['id']!r} is already used by row {self._rows[unit['id']]}")
         self.repeated += 1
         return False
 
@@ -136,4 +136,4 @@ class _Ids:
         if self._errors:
             more = len(self._errors) - _SHOWN_ERRORS
             shown = self._errors[:_SHOWN_ERRORS] + ([f"and {more} more"] if more > 0 else [])
-            raise SourceError(f"source.uri {uri}: " + "\n  ".join(["every id must be there once:", *shown]))
+            raise SourceError(f"source.uri {uri}: " + "\n  ".join(["every id must be unique:", *shown]))

@@ -1,7 +1,7 @@
-"""What a video or image is, without decoding it: length, size, codec. Broken files give an error text, never an error.
+"""Probes videos and images for length, frame size and codec. A broken file gives a probe with an error text.
 
-Probes run in processes of their own (`python -m pipeline.planning.probe`, one JSON line in, one out), because a file
-may crash or hang the library that opens it. A worker that dies or takes too long costs its own file only.
+Probes run in worker processes (`python -m pipeline.planning.probe`, one JSON line in, one out), because a file may
+crash or hang the library that opens it. If a worker dies or times out, only its current file fails.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from pipeline.decoding.video import decoded_shape, missing_bytes, open_video, vi
 from pipeline.errors import SourceError, UnitError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-_PER_WORKER = 4  # files that are worth starting a further process for
-_MAX_DURATION_S = 1e6  # 11 days; more is a damaged header
+_PER_WORKER = 4  # files per worker process, at least
+_MAX_DURATION_S = 1e6  # 11 days; a longer video has a damaged header
 _SHAPE_PACKETS = 64
-_FAILED_STARTS = 3  # of processes, in a row
+_FAILED_STARTS = 3  # in a row, of worker processes, before probing fails
 
 
 @dataclass(frozen=True)
 class Probe:
-    """`width` and `height` as displayed; `error` says why the rest is None, or what else is wrong."""
+    """Result for one file. `width` and `height` are as displayed; `error` explains missing values or a fault."""
 
     uri: str
     duration_s: float | None = None
@@ -50,7 +50,7 @@ def is_image(uri: str) -> bool:
 
 
 def probe(uri: str, storage: Storage) -> Probe:
-    """Look at one file, an image if its name says so, else a video."""
+    """Probe one file: an image if its extension is one of IMAGE_EXTENSIONS, else a video."""
     found: dict[str, Any] = {"uri": uri}
     try:
         with contextlib.closing(Media(uri, storage)) as media, decoding(uri):
@@ -58,7 +58,7 @@ def probe(uri: str, storage: Storage) -> Probe:
             found.update(_image(media) if is_image(uri) else _video(media))
     except UnitError as error:
         found["error"] = str(error)
-    except Exception as error:  # whatever a library does with a broken file
+    except Exception as error:  # libraries raise any type for a broken file
         found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return Probe(**found)
 
@@ -66,7 +66,7 @@ def probe(uri: str, storage: Storage) -> Probe:
 def probe_all(
     uris: Sequence[str], storage: Storage, *, workers: int, timeout_s: float | None = None
 ) -> dict[str, Probe]:
-    """Every distinct URI's probe, `workers` at a time; one may take `timeout_s` (None: all tries of a request)."""
+    """Probe every distinct URI, `workers` at a time, each within `timeout_s` (None: all attempts of one request)."""
     with _Pool(storage, timeout_s or (storage.max_attempts + 1) * storage.timeout_s) as pool:
         return pool.run(list(dict.fromkeys(uris)), workers)
 
@@ -75,12 +75,12 @@ def _image(media: Media) -> dict[str, Any]:
     try:
         with Image.open(cast(IO[bytes], media.ranged())) as image:
             width, height = image.size
-            if image.getexif().get(0x0112, 1) >= 5:  # stored on its side
+            if image.getexif().get(0x0112, 1) >= 5:  # EXIF orientation: rotated by 90°
                 width, height = height, width
             return {"width": width, "height": height, "codec": (image.format or "").lower()}
     except (OSError, ValueError, SyntaxError) as error:
         media.check()
-        raise UnitError("decode", "NotAnImage", f"not an image that can be read: {media.uri}") from error
+        raise UnitError("decode", "NotAnImage", f"cannot be read as an image: {media.uri}") from error
 
 
 def _video(media: Media) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _video(media: Media) -> dict[str, Any]:
                 break
         media.check()
         if missing := missing_bytes(container, media.head(), media.entry.size_bytes):
-            found["error"] = f"decode: Truncated: {missing} bytes that its header announces are missing: {media.uri}"
+            found["error"] = f"decode: Truncated: {missing} bytes declared by its header are missing: {media.uri}"
         elif "width" not in found:
             found["error"] = f"decode: Corrupt: no frame could be decoded: {media.uri}"
         return found
@@ -114,14 +114,14 @@ def _video(media: Media) -> dict[str, Any]:
 @dataclass
 class _Worker:
     process: subprocess.Popen[bytes]
-    ready: bool = False  # its first line says so
+    ready: bool = False  # it has written its first line
     uri: str | None = None
     deadline: float = 0.0
     answer: bytes = b""
 
 
 class _Pool:
-    """Worker processes, each with at most one file; replaced when they die, killed when they are late."""
+    """Worker processes with at most one file each; killed at the timeout, replaced when they die."""
 
     def __init__(self, storage: Storage, timeout_s: float) -> None:
         self._storage, self._timeout_s = storage, timeout_s
@@ -158,7 +158,7 @@ class _Pool:
             [sys.executable, "-m", "pipeline.planning.probe"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # FFmpeg's remarks on broken files
+            stderr=subprocess.DEVNULL,  # FFmpeg's messages about broken files
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert process.stdout is not None
@@ -171,7 +171,7 @@ class _Pool:
         worker.uri, worker.answer, worker.deadline = uri, b"", time.monotonic() + self._timeout_s
         assert worker.process.stdin is not None
         line = json.dumps({"uri": uri, "storage": self._storage.model_dump(mode="json")})
-        with contextlib.suppress(OSError):  # a worker that is dead is found out below
+        with contextlib.suppress(OSError):  # a dead worker is detected in `_wait`
             worker.process.stdin.write(line.encode() + b"\n")
             worker.process.stdin.flush()
 
@@ -194,12 +194,12 @@ class _Pool:
             self._failed_starts += not worker.ready
         if self._failed_starts == _FAILED_STARTS:
             raise SourceError(
-                f"cannot probe: `{sys.executable} -m pipeline.planning.probe` ends at once; run it to see why, "
+                f"cannot probe: `{sys.executable} -m pipeline.planning.probe` exits at once; run it to see the error, "
                 "or set source.probe to false"
             )
 
     def _outcome(self, worker: _Worker) -> Probe | None:
-        """The result of the worker's file; None while it works or rests."""
+        """The result of the worker's file; None while it runs or if it has no file."""
         uri = worker.uri
         if uri is None:
             return None
@@ -208,7 +208,7 @@ class _Pool:
             return Probe(**json.loads(worker.answer))
         if worker.process.poll() is not None:
             self._end(worker)
-            return Probe(uri, error=f"decode: DecoderCrashed: the process that opened it died: {uri}")
+            return Probe(uri, error=f"decode: DecoderCrashed: the process that opened the file died: {uri}")
         if time.monotonic() > worker.deadline:
             self._end(worker)
             return Probe(uri, error=f"decode: Timeout: not opened within {self._timeout_s:g} s: {uri}")
@@ -228,7 +228,7 @@ class _Pool:
 
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not mix with the answers
+    os.dup2(2, 1)  # library output must not mix with the results
     print(file=answers, flush=True)
     for line in sys.stdin:
         task = json.loads(line)

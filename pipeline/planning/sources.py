@@ -1,15 +1,15 @@
-"""What is to be captioned: the videos of a folder, one file, or the rows of a manifest.
+"""Lists what to caption: the videos of a folder, one file, or the rows of a manifest.
 
 A manifest is a `.parquet` or `.jsonl` file with the columns
 
-    uri | uris     one video, or the images of a set; relative ones count from the manifest's folder
-    id             optional name of the unit, unique
-    kind           optional: video | images; else `uris` or an image's file name means images
+    uri | uris     one video, or the images of a set; relative to the manifest's folder
+    id             optional id of the unit, unique
+    kind           optional: video | images; default: images with `uris` or an image's extension, else video
     start_s end_s  optional window of a video, in seconds
-    prompt         optional question that replaces the configured prompts
-    prompts        optional list of questions: strings, or {prompt_id, prompt}
+    prompt         optional prompt that replaces the configured prompts
+    prompts        optional list of prompts: strings, or {prompt_id, prompt}
 
-Image sets come from manifests only: a folder does not say which of its images belong together.
+Image sets come from manifests only, as a folder does not define which images form a set.
 """
 
 import difflib
@@ -44,21 +44,21 @@ class Item:
     id: str | None = None
     start_s: float | None = None
     end_s: float | None = None
-    prompts: tuple[tuple[str, str], ...] | None = None  # (prompt_id, prompt); None: the configured ones
-    entry: st.Entry | None = None  # what the listing said
-    row: int | None = None  # of the manifest, counted from 1
+    prompts: tuple[tuple[str, str], ...] | None = None  # (prompt_id, prompt); None: the configured prompts
+    entry: st.Entry | None = None  # from the listing
+    row: int | None = None  # row number in the manifest, from 1
 
 
 @dataclass
 class Found:
-    """The items of a source as they are read, and how many files were left out."""
+    """The items of a source, read lazily, and how many files are ignored."""
 
     items: Iterator[Item]
     ignored: int = 0
 
 
 def find(config: JobConfig) -> Found:
-    """The items of `config.source`, in a fixed order. Raises `SourceError` when it cannot be read or holds none."""
+    """The items of `config.source`, in a fixed order. Raises `SourceError` if it cannot be read or is empty."""
     source, storage = config.source, config.storage
     uri = source.uri
     suffix = os.path.splitext(uri.rstrip("/"))[1].lower()
@@ -86,7 +86,7 @@ def find(config: JobConfig) -> Found:
 
 
 def _absolute(uri: str) -> str:
-    """The URI as units carry it: local ones as absolute paths."""
+    """The URI as stored in units: local paths are made absolute."""
     return uri if st.is_s3(uri) else os.path.abspath(st.local_path(uri))
 
 
@@ -105,7 +105,7 @@ def _checked(rows: Iterable[Item], uri: str) -> Iterator[Item]:
 
 
 def _manifest_rows(uri: str, config: JobConfig) -> Iterator[Item]:
-    """All rows, in order; the first few errors are raised together, each with its row number."""
+    """All rows, in order. The first few errors are raised together, each with its row number."""
     data = st.read_bytes(uri, config.storage)
     rows = _parquet_rows(data, uri) if uri.lower().endswith(".parquet") else _jsonl_rows(data, uri)
     base = _absolute(uri).rpartition("/")[0]
@@ -135,7 +135,7 @@ def _parquet_rows(data: bytes, uri: str) -> Iterator[tuple[int, dict[str, Any]]]
                 number += 1
                 yield number, row
     except (pa.ArrowException, OSError) as error:
-        raise SourceError(f"source.uri {uri}: not a Parquet file that can be read ({_line(error)})") from error
+        raise SourceError(f"source.uri {uri}: cannot be read as a Parquet file ({_line(error)})") from error
 
 
 def _jsonl_rows(data: bytes, uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -155,7 +155,7 @@ def _jsonl_rows(data: bytes, uri: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _item(row: dict[str, Any], base: str, number: int) -> Item:
-    """One manifest row, checked. Raises ValueError."""
+    """Check one manifest row and turn it into an item. Raises ValueError."""
     row = {key: value for key, value in row.items() if value is not None}
     if unknown := sorted(set(row) - set(COLUMNS)):
         raise ValueError(_unknown(unknown))
@@ -172,16 +172,18 @@ def _item(row: dict[str, Any], base: str, number: int) -> Item:
         raise ValueError(f"end_s: expected more than start_s ({start or 0.0}), got {end}")
     name = row.get("id")
     if name is not None and not (isinstance(name, str) and name.strip()):
-        raise ValueError(f"id: expected a text that is not empty, got {name!r}")
+        raise ValueError(f"id: expected a non-empty string, got {name!r}")
     return Item(kind, uris, name, start, end, _prompts(row), row=number)
 
 
 def _uris(row: dict[str, Any]) -> list[str]:
     if ("uri" in row) == ("uris" in row):
-        raise ValueError("expected one of uri and uris" + (", got both" if "uri" in row else ""))
+        raise ValueError("expected either uri or uris" + (", got both" if "uri" in row else ""))
     uris = [row["uri"]] if "uri" in row else row["uris"]
     if not isinstance(uris, list) or not uris or not all(isinstance(uri, str) and uri.strip() for uri in uris):
-        raise ValueError(f"expected uri as a text or uris as a list of texts, got {row.get('uri', row.get('uris'))!r}")
+        raise ValueError(
+            f"expected uri as a string or uris as a list of strings, got {row.get('uri', row.get('uris'))!r}"
+        )
     return uris
 
 
@@ -196,30 +198,30 @@ def _seconds(row: dict[str, Any], name: str) -> float | None:
 
 def _prompts(row: dict[str, Any]) -> tuple[tuple[str, str], ...] | None:
     if "prompt" in row and "prompts" in row:
-        raise ValueError("expected one of prompt and prompts, got both")
+        raise ValueError("expected either prompt or prompts, got both")
     if "prompt" not in row and "prompts" not in row:
         return None
     given = row.get("prompts", [row.get("prompt")])
     if not isinstance(given, list) or not given:
-        raise ValueError(f"prompts: expected a list of questions, got {given!r}")
+        raise ValueError(f"prompts: expected a list of prompts, got {given!r}")
     numbered = "prompt" if "prompt" in row else None
     pairs = []
     for number, one in enumerate(given, start=1):
         if isinstance(one, str):
             one = {"prompt_id": numbered or f"prompt_{number}", "prompt": one}
         if not isinstance(one, dict) or set(one) != {"prompt_id", "prompt"}:
-            raise ValueError(f"prompts: expected texts or {{prompt_id, prompt}}, got {one!r}")
+            raise ValueError(f"prompts: expected strings or {{prompt_id, prompt}}, got {one!r}")
         if not all(isinstance(text, str) and text.strip() for text in one.values()):
-            raise ValueError(f"prompts: expected texts that are not empty, got {one!r}")
+            raise ValueError(f"prompts: expected non-empty strings, got {one!r}")
         pairs.append((one["prompt_id"], one["prompt"]))
     if len({name for name, _ in pairs}) < len(pairs):
-        raise ValueError(f"prompts: every prompt_id must be there once, got {[name for name, _ in pairs]}")
+        raise ValueError(f"prompts: every prompt_id must be unique, got {[name for name, _ in pairs]}")
     return tuple(pairs)
 
 
 def _unknown(names: list[str]) -> str:
     close = difflib.get_close_matches(names[0], COLUMNS, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(COLUMNS)}"
+    hint = f"did you mean {close[0]}?" if close else f"the columns are {', '.join(COLUMNS)}"
     return f"unknown column{'s' * (len(names) > 1)} {', '.join(names)}; {hint}"
 
 

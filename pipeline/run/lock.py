@@ -1,8 +1,8 @@
-"""A lock in the run directory, so that two jobs never write one output; on local disk and on object storage.
+"""Locks a run directory, on local disk or object storage, so that two jobs never write one output.
 
-The holder owns the highest numbered file in `lock/` and rewrites it as a sign of life. A lock without a sign for
-`timeout_s`, or whose process is known to be dead on this host, is taken over by creating the next number, which
-exactly one of several takers can do. A holder that was only asleep notices, and its job ends.
+The owner's file has the highest number in `lock/`, and the owner rewrites it as a heartbeat. If there is no heartbeat
+for `timeout_s`, or the owner's process is dead on this host, another job takes over: it creates the next number, which
+only one job can do. An owner that was suspended detects this, and its job ends.
 """
 
 import json
@@ -21,7 +21,7 @@ from pipeline.storage import files as storage
 
 
 class RunLock:
-    """Context manager; raises `RunError` on entry when another live job holds the lock, or on leaving when lost."""
+    """Context manager. Raises `RunError` on entry if another live job owns the lock, on exit if it was taken over."""
 
     def __init__(self, uri: str, config: Storage, timeout_s: float) -> None:
         self._uri = uri.rstrip("/")
@@ -31,7 +31,7 @@ class RunLock:
         self._owner = uuid.uuid4().hex
         self._stop = threading.Event()
         self._heart: threading.Thread | None = None
-        self.lost = threading.Event()  # set when another job has taken over
+        self.lost = threading.Event()  # set once another job has taken over
 
     def __enter__(self) -> Self:
         numbers = storage.numbered(self._uri, self._config)
@@ -39,7 +39,7 @@ class RunLock:
             self._refuse_if_alive(number)
         self._number = numbers[-1] + 1 if numbers else 1
         if not storage.create_exclusive(self._path(self._number), self._content(), self._config):
-            raise RunError(f"{self._uri}: another job took the lock this moment; run one job per sink.uri")
+            raise RunError(f"{self._uri}: another job took the lock at the same time; run one job per sink.uri")
         for number in numbers:
             storage.delete(self._path(number), self._config)
         self._heart = threading.Thread(target=self._beat, name="run-lock", daemon=True)
@@ -53,7 +53,9 @@ class RunLock:
         if self._heart is not None:
             self._heart.join()
         if self.lost.is_set():
-            raise RunError(f"{self._uri}: another job took over, because this one gave no sign of life for too long")
+            raise RunError(
+                f"{self._uri}: another job took over the lock, because this one had no heartbeat for too long"
+            )
         storage.delete(self._path(self._number), self._config)
 
     def _beat(self) -> None:
@@ -63,23 +65,23 @@ class RunLock:
                     self.lost.set()
                     signal.pthread_kill(
                         threading.main_thread().ident or 0, signal.SIGINT
-                    )  # wakes it from native waits, too
+                    )  # interrupts native waits too
                     return
                 storage.write_bytes_atomic(self._path(self._number), self._content(), self._config)
-            except Exception:  # a storage that is away for a while must not end the job; a late sign is a sign
+            except Exception:  # an unreachable storage must not end the job; a late heartbeat still counts
                 continue
 
     def _refuse_if_alive(self, number: int) -> None:
         try:
             holder = json.loads(storage.read_bytes(self._path(number), self._config))
-        except (storage.StorageError, ValueError):  # released this moment, or never written whole
+        except (storage.StorageError, ValueError):  # just released, or written incompletely
             return
         age_s = time.time() - holder["sign_of_life"]
         if age_s > self._timeout_s or _died_here(holder):
             return
         raise RunError(
-            f"{self._uri}: locked by process {holder['pid']} on {holder['host']}, last sign of life {age_s:.0f} s ago; "
-            f"wait for it, or, if it is dead, for {max(self._timeout_s - age_s, 0):.0f} s more (run.lock_timeout_s)"
+            f"{self._uri}: locked by process {holder['pid']} on {holder['host']}, last heartbeat {age_s:.0f} s ago; "
+            f"wait until it ends, or, if it is dead, {max(self._timeout_s - age_s, 0):.0f} s more (run.lock_timeout_s)"
         )
 
     def _path(self, number: int) -> str:
@@ -98,14 +100,14 @@ class RunLock:
 
 
 def _died_here(holder: dict[str, Any]) -> bool:
-    """True when the holder ran on this very host and boot, and its process is no more."""
+    """Whether the owner ran on this host since its last boot, and its process no longer exists."""
     if holder["host"] != socket.gethostname() or holder["boot"] != _boot_id() or not holder["boot"]:
         return False
     return _process_started(holder["pid"]) != holder["process_started"]
 
 
 def _boot_id() -> str:
-    """Boot and PID namespace: process numbers mean the same only where both are equal."""
+    """Boot id and PID namespace: process ids are comparable only if both are equal."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return file.read().strip() + os.readlink("/proc/self/ns/pid")
@@ -114,7 +116,7 @@ def _boot_id() -> str:
 
 
 def _process_started(pid: int) -> str | None:
-    """When the process started, in clock ticks since boot; None: there is no such process."""
+    """Start time of the process in clock ticks since boot; None if it does not exist."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rsplit(")", 1)[1].split()

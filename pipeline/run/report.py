@@ -1,8 +1,8 @@
-"""The inspection page: one HTML file that opens from disk and asks no network, from a run's rows and samples.
+"""Writes the report page: one HTML file from a run's rows and samples, which works offline.
 
-What videos, prompts, models and configurations say is text on it and never markup: the template escapes, the data is
-JSON without `<`, `>` and `&`, the script sets text only, and a content security policy allows the page's own script
-and style by their hashes and nothing else.
+Strings from videos, prompts, models and configurations never become markup. The template escapes them, the data is JSON
+without `<`, `>` and `&`, and the script sets text only. A content security policy allows only the page's own script
+and style, by their hashes.
 """
 
 import base64
@@ -29,11 +29,11 @@ from pipeline.run.samples import read_samples
 from pipeline.run.summary import STATUSES, UNIT_COLUMNS, clock, columns, format_bytes, summarise
 from pipeline.storage import files as storage
 
-MAX_ROWS = 20_000  # of larger runs: rows with frames, then errors, then others, evenly spread
+MAX_ROWS = 20_000  # of a larger run: rows with frames first, then errors, then a random choice
 MAX_SAMPLE_BYTES = 96 << 20
 _TEMPLATES = Path(__file__).with_name("page")
-_SCRIPTS = ("data", "list", "survivors", "unit", "page")  # one script, in this order
-# One list per row and name in the page's data, in this order.
+_SCRIPTS = ("data", "list", "survivors", "unit", "page")  # joined into one script, in this order
+# The columns of the page's data, in this order.
 _PLAIN = (
     "id uri etag size_bytes start_s end_s status error_stage error_type error_message attempts vision_tokens "
     "kept_tokens retention kv_bytes kv_bytes_uncompressed decode_s queue_s wait_s encode_s prefill_s generate_s "
@@ -45,22 +45,22 @@ _LOG = logging.getLogger(__name__)
 
 
 def write_report(run: RunDirectory) -> str | None:
-    """Write `_run/report.html` and return its URI; None when the job wants none or it cannot be written.
+    """Write `_run/report.html` and return its URI; None if `report.enabled` is false or writing fails.
 
-    Never raises: a run is not worth less without its page, which `python -m jobs.report` makes at any time.
+    Never raises: the run is complete without its page, and `python -m jobs.report` can write it later.
     """
     if not run.job.report.enabled:
         return None
     try:
         run.write("report.html", build_report(run.uri, run.job.storage))
     except Exception as error:
-        _LOG.warning("%s/report.html was not written: %s: %s", run.meta, type(error).__name__, error)
+        _LOG.warning("cannot write %s/report.html: %s: %s", run.meta, type(error).__name__, error)
         return None
     return f"{run.meta}/report.html"
 
 
 def build_report(run_uri: str, config: Storage) -> bytes:
-    """The page of the run under `run_uri`, finished or not; raises `RunError` if there is none."""
+    """The page of the run under `run_uri`, finished or not. Raises `RunError` if there is no run."""
     run_uri = run_uri.rstrip("/")
     meta = f"{run_uri}/_run"
     if not storage.exists(f"{meta}/run.json", config):
@@ -82,7 +82,7 @@ def build_report(run_uri: str, config: Storage) -> bytes:
 
 @dataclass(frozen=True)
 class _About:
-    """What the page says of the run as a whole, beside its summary."""
+    """Facts about the run that its summary does not have."""
 
     uri: str
     run_id: str
@@ -92,7 +92,7 @@ class _About:
 
 
 def page(about: _About, summary: dict[str, Any], rows: pa.Table, samples: dict[str, dict[str, Any]]) -> str:
-    """The HTML of `rows`, all of a run's or a choice, and of the samples among them by unit id."""
+    """The HTML page of `rows`, all or some of a run's, with `samples` by unit id."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -121,7 +121,7 @@ def page(about: _About, summary: dict[str, Any], rows: pa.Table, samples: dict[s
 
 
 def _choice(brief: pa.Table, samples: Iterable[str]) -> pa.Array | None:
-    """The ids of the rows that are listed; None: all of them."""
+    """The ids of the rows that the page lists; None: all."""
     if brief.num_rows <= MAX_ROWS:
         return None
     sampled = pc.is_in(brief["id"], value_set=pa.array(list(samples), pa.string()))
@@ -131,7 +131,7 @@ def _choice(brief: pa.Table, samples: Iterable[str]) -> pa.Array | None:
         pa.scalar(1),
         pa.scalar(2),
     )
-    # Ids are hashes: their order has nothing to do with anything else.
+    # Ids are hashes, so their order is a random choice.
     order = pa.table({"rank": rank, "id": brief["id"]}).sort_by([("rank", "ascending"), ("id", "ascending")])
     return order["id"].slice(0, MAX_ROWS).combine_chunks()
 
@@ -142,7 +142,7 @@ def _rows(work: Work, ids: pa.Array | None) -> pa.Table:
 
 
 def _summary(meta: str, config: Storage, work: Work, finished: int) -> dict[str, Any]:
-    """The summary the run wrote; one of all rows, without a wall time, where more came since."""
+    """The run's written summary, or a new one without wall time if rows were added since."""
     if storage.exists(f"{meta}/summary.json", config):
         summary: dict[str, Any] = json.loads(storage.read_bytes(f"{meta}/summary.json", config))
         if summary["units"]["finished"] == finished:
@@ -152,7 +152,7 @@ def _summary(meta: str, config: Storage, work: Work, finished: int) -> dict[str,
 
 
 def _data(rows: pa.Table) -> dict[str, Any]:
-    """The rows as the page's script reads them: lists without names, and what repeats told once."""
+    """The rows as the page's script reads them: lists without names; prompts and versions are stored once."""
     prompts: dict[tuple[str, str], int] = {}
     versions: dict[tuple[str | None, ...], int] = {}
     listed = []
@@ -185,7 +185,7 @@ def _data(rows: pa.Table) -> dict[str, Any]:
 
 
 def _shares(seconds: dict[str, float]) -> list[tuple[str, float, float, float]]:
-    """(name, seconds, percent of all, percent of those before it); empty when nothing ran."""
+    """(name, seconds, percent of the total, percent of all entries before it); empty if nothing ran."""
     total, before, found = sum(seconds.values()), 0.0, []
     for name, value in seconds.items():
         share = 100 * value / total if total else 0.0
@@ -195,7 +195,7 @@ def _shares(seconds: dict[str, float]) -> list[tuple[str, float, float, float]]:
 
 
 def _island(value: Any) -> Markup:
-    """JSON that nothing in it can end or open: within a script element, whatever the strings hold."""
+    """`value` as JSON that is safe inside a script element, whatever its strings contain."""
     text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -203,7 +203,7 @@ def _island(value: Any) -> Markup:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for what JSON has no number for."""
+    """`value` with None instead of NaN and infinities, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

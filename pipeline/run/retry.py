@@ -1,7 +1,7 @@
-"""Repeating a run's error rows, and putting the new rows in the old ones' places.
+"""Retries the units with error rows of a run, and replaces those rows with the new ones.
 
-Every data file that holds a repeated unit is rewritten whole under its own name, which replaces it atomically: at
-any moment, and after a kill at any moment, the output holds exactly one row per unit.
+Every data file with a retried unit is rewritten and replaced atomically under its own name. The output has exactly one
+row per unit at any time, also after a kill.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ _FILES_AT_ONCE = 8
 
 
 def open_retry(run: RunDirectory, main: Work) -> tuple[int, Work]:
-    """The repetition to work on: an unfinished one first, else a new one over the present error rows."""
+    """The retry to run, and its number: an unfinished one, else a new one of the current error rows."""
     number = 1
     while run.has(f"retry-{number}/merged"):
         number += 1
@@ -29,7 +29,7 @@ def open_retry(run: RunDirectory, main: Work) -> tuple[int, Work]:
 
 
 def merge_rows(run: RunDirectory, main: Work, number: int) -> int:
-    """Replace repeated rows in the run's data files; returns how many. Doing it twice changes nothing."""
+    """Replace retried rows in the run's data files; return how many. Idempotent."""
     job, work = run.job, run.retry(main, number)
     repeated = work.rows()
 

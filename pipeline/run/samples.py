@@ -1,7 +1,7 @@
-"""Units that a run shows with their frames and with what compression left of them: recorded by the model actors.
+"""Records sample units for the report page: some of their frames, and the tokens that compression left.
 
-Whether a unit is taken follows from a hash of its id, so actors agree without asking each other and a repeated unit
-replaces its own record. Recording never raises: what cannot be recorded is logged and left out.
+A hash of the id decides whether a unit is sampled, so all actors agree without communication and a retried unit
+overwrites its own record. Recording never raises: a failure is logged and the sample is dropped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.config import JobConfig, Storage
 from pipeline.run.directory import Work
 from pipeline.storage import files as storage
 
-if TYPE_CHECKING:  # torch takes seconds to import, and the page is made without it
+if TYPE_CHECKING:  # torch takes seconds to import, and the page does not need it
     from lightkv import LightKVConfig
     from pipeline.decoding.decode import FrameBatch
 
@@ -37,7 +37,7 @@ _P = ParamSpec("_P")
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which units are recorded (`share` of them all), how many `frames` of each, and the `folder` of the records."""
+    """Which units are sampled (a `share` of all), the most `frames` per unit, and the `folder` of the records."""
 
     folder: str
     share: float
@@ -46,7 +46,7 @@ class Sampling:
 
     @classmethod
     def of(cls, job: JobConfig, work: Work) -> Sampling | None:
-        """About `report.samples` units of this pass, the same ones at every start; None when the job wants none."""
+        """Sampling of about `report.samples` units, the same at every start; None if the job samples none."""
         if not job.report.enabled or job.report.samples == 0:
             return None
         filesystem, path = work.arrow_path(work.manifest)
@@ -56,13 +56,13 @@ class Sampling:
         return cls(folder_of(job.sink.uri), share, job.report.frames, job.storage)
 
     def sample(self, unit_id: str, step: int = 1) -> Sample | None:
-        """The record to fill for a unit, or None for most; `step` frames share their patches."""
+        """The record of a unit, None if it is not sampled; `step`: frames per time step, which share their patches."""
         place = int.from_bytes(hashlib.sha256(unit_id.encode()).digest()[:8]) / 2**64
         return Sample(self, unit_id, step) if place < self.share else None
 
 
 def _harmless(method: Callable[Concatenate[Sample, _P], None]) -> Callable[Concatenate[Sample, _P], None]:
-    """A method of `Sample` that logs instead of raising."""
+    """Wrap a method of `Sample` so that it logs errors instead of raising them."""
 
     @functools.wraps(method)
     def guarded(sample: Sample, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
@@ -79,9 +79,9 @@ def _harmless(method: Callable[Concatenate[Sample, _P], None]) -> Callable[Conca
 
 
 class Sample:
-    """One unit's record: fed with its frames, then with its answers, and written at the end, whatever came of it.
+    """One unit's record: gets its frames, then its answers, and is written at the end, also if the unit failed.
 
-    After a first failure nothing more is recorded: half a record would say wrong things of the other half.
+    After the first error nothing more is recorded, because an incomplete record would be wrong.
     """
 
     def __init__(self, sampling: Sampling, unit_id: str, step: int) -> None:
@@ -94,7 +94,7 @@ class Sample:
 
     @_harmless
     def see(self, batch: FrameBatch) -> None:
-        """Keep some of a batch's frames, small."""
+        """Keep some of the batch's frames, as small JPEGs."""
         self._frames.add(batch)
 
     @_harmless
@@ -106,16 +106,17 @@ class Sample:
         merges: Sequence[Sequence[tuple[np.ndarray, np.ndarray]] | None],
         config: LightKVConfig | None,
     ) -> None:
-        """Read off, for the frames kept, into which survivor of which size every patch went, per prompt and stage.
+        """Record per prompt and stage, for the kept frames, the surviving token of every patch and its size.
 
-        merges   of each prompt, (target, size) per stage as in `Answer.merges`; None: it was not compressed
+        merges   per prompt, (target, size) of every stage, int64 [V] each: the token that each vision token is part of
+                 (-1: dropped), and the number of tokens in it; None: not compressed
         """
         places = {
             frame.index: _first_patch(modality, grids, frame.index, self._step) for frame in self._frames.chosen()
         }
         self._answered = {
             "step": self._step,
-            "grids": grids,  # items as (steps in time, rows, columns)
+            "grids": grids,  # per item: time steps, rows, columns
             "places": places,
             "stages": [{"layer": stage.layer} for stage in config.stages] if config is not None else [],
             "prompts": [
@@ -127,7 +128,7 @@ class Sample:
 
     @_harmless
     def write(self, status: str) -> None:
-        """Put the record beside the run's other files."""
+        """Write the record into the run's samples folder."""
         places = self._answered.pop("places", {})
         document = {
             "version": VERSION,
@@ -143,7 +144,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Frame:
-    """A frame kept: the `index`-th of the unit (of an image set: the image), as a JPEG."""
+    """A kept frame as a JPEG; `index`: its number in the unit, or the image's in an image set."""
 
     index: int
     time_s: float
@@ -161,7 +162,7 @@ class _Frame:
         return cls(index, time_s, image.width, image.height, buffer.getvalue())
 
     def document(self, place: tuple[int, int, int] | None) -> dict[str, Any]:
-        """For the record; `place` as `_first_patch` gives it, None where the unit got no answer."""
+        """The frame's part of the record; `place`: from `_first_patch`, None if the unit has no answer."""
         return {
             "index": self.index,
             "time_s": self.time_s,
@@ -173,7 +174,7 @@ class _Frame:
 
 
 class _Spread:
-    """At most `limit` frames, evenly spread over a stream of unknown length: of `step` frames in a row the first."""
+    """At most `limit` frames, evenly spread over a stream of unknown length, each the first of its time step."""
 
     def __init__(self, limit: int, step: int) -> None:
         self._limit, self._stride = limit, step
@@ -194,12 +195,12 @@ class _Spread:
 
 
 def folder_of(run_uri: str) -> str:
-    """Where a run's samples lie."""
+    """The folder of a run's samples."""
     return f"{run_uri.rstrip('/')}/_run/samples"
 
 
 def read_samples(run_uri: str, config: Storage, max_bytes: int) -> tuple[dict[str, dict[str, Any]], int]:
-    """The records by unit id, at most `max_bytes` together, and how many files were left out."""
+    """The records by unit id, at most `max_bytes` in total, and how many files were skipped."""
     found: dict[str, dict[str, Any]] = {}
     left_out = 0
     for entry in storage.list_files(folder_of(run_uri), config, missing_ok=True):
@@ -213,7 +214,7 @@ def read_samples(run_uri: str, config: Storage, max_bytes: int) -> tuple[dict[st
 
 
 def _document(content: bytes) -> dict[str, Any] | None:
-    """A record; None if it is none, or of another version."""
+    """Parse a record; None if it is invalid or of another version."""
     try:
         document = json.loads(content)
     except ValueError:
@@ -222,7 +223,7 @@ def _document(content: bytes) -> dict[str, Any] | None:
 
 
 def _first_patch(modality: str, grids: Sequence[tuple[int, int, int]], frame: int, step: int) -> tuple[int, int, int]:
-    """A frame's patches among all of the unit's: the number of its first one, then rows and columns."""
+    """(index of the frame's first patch among the unit's patches, rows, columns)."""
     item, t = (0, frame // step) if modality == "video" else (frame, 0)
     before = sum(t * y * x for t, y, x in grids[:item])
     _, y, x = grids[item]
@@ -230,9 +231,10 @@ def _first_patch(modality: str, grids: Sequence[tuple[int, int, int]], frame: in
 
 
 def _stage(target: np.ndarray, size: np.ndarray, places: dict[int, tuple[int, int, int]]) -> dict[str, int | list[str]]:
-    """What a stage left, of the unit and in the frames shown; see `Answer.merges` for target and size [V].
+    """The record of one stage: tokens left in the unit, and target and size of the kept frames' patches.
 
-    Per frame, patches row by row: `target` as base64 of little-endian int32, `size` of uint16 (65,535: that or more).
+    target, size [V]: as in `Sample.answered`. Stored per frame, row by row, as base64 of little-endian
+    int32 (target) and uint16 (size; 65,535: that or more).
     """
     cuts = [slice(first, first + y * x) for first, y, x in places.values()]
     return {

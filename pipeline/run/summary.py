@@ -1,13 +1,13 @@
-"""What a run did, from its rows: one JSON object, and a table for people.
+"""Summarises a run from its rows: as a JSON object, and as a table for the terminal.
 
-Where the time went and how fast it was is told of the rows of this start alone, actor by actor. An actor's time runs
-from its first unit's start to its last row's end, by its own clock; loading the model comes before it. Within it the
-actor waits for a CPU to decode on (queue), waits for frames (wait), works (encode, prefill, generate), or does
-something else (other: hand-over of units and rows, tokenising, units that failed in the model, restarts).
+Times and speed cover the rows of this start only, per actor. An actor's time runs from its first unit's start to its
+last row's end, by its own clock; loading the model is not included. It consists of waiting for a CPU to decode on
+(queue), waiting for frames (wait), work (encode, prefill, generate), and the rest (other: transfer of units and rows,
+tokenising, units that failed in the model, restarts).
 
-    speed of light = work ÷ actors' time: the rate of finished units as a share of what the same models would do if
-    they never waited, at the speed they had here. Decoders that slow the models down while both work (cores or memory
-    bandwidth that they share) lower the rate and this bound alike; `jobs/measure/pipeline.py` measures that, too.
+    speed of light = work ÷ actors' time: the rate of finished units divided by the rate of the same models at the same
+    speed if they never waited. Decoders that slow down the models (shared cores or memory bandwidth) lower both rates;
+    `jobs/measure/pipeline.py` measures that as well.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 WORK = ("encode", "prefill", "generate")
 STATUSES = ("ok", "truncated", "skipped", "error")
-UNIT_COLUMNS = ["id", "start_s", "end_s", "duration_s"]  # of the manifest; rows: `columns()`
+UNIT_COLUMNS = ["id", "start_s", "end_s", "duration_s"]  # of the manifest; for rows see `columns()`
 _COLUMNS = [
     "id",
     "status",
@@ -42,15 +42,20 @@ _COLUMNS = [
 
 
 def columns() -> dict[str, pc.Expression]:
-    """What a summary needs of every row: columns, and how many frames were seen instead of the times of all."""
+    """The columns of rows that a summary needs, with the number of frames instead of their times."""
     return {name: pc.field(name) for name in _COLUMNS} | {"frames": pc.list_value_length(pc.field("frame_times_s"))}
 
 
 def summarise(
     units: pa.Table, rows: pa.Table, *, run_id: str, wall_s: float, this_start: pa.ChunkedArray
 ) -> dict[str, Any]:
-    """The summary of a run (JSON-able): `units` of the manifest, `rows` so far; of this start, its wall time and the
-    ids it had to do."""
+    """The summary of a run as a JSON-serialisable dictionary.
+
+    units       the manifest's
+    rows        all rows so far
+    wall_s      wall time of this start
+    this_start  ids of the units that were open at this start
+    """
     counts = {status: pc.sum(pc.equal(rows["status"], status)).as_py() or 0 for status in STATUSES}
     answered = rows.filter(pc.is_in(rows["status"], value_set=pa.array(["ok", "truncated"])))
     seconds = {
@@ -83,7 +88,7 @@ def summarise(
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary for a terminal."""
+    """The summary as text for the terminal."""
     units, start, seconds = summary["units"], summary["this_start"], summary["seconds"]
     lines = [
         ("run", summary["run_id"]),
@@ -118,7 +123,7 @@ def clock(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes in binary units, four digits."""
+    """Bytes in binary units, with four significant digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.4g} {unit}" if unit != "B" else f"{count:.0f} B"
@@ -150,7 +155,7 @@ def _hours(units: pa.Table, answered: pa.Table) -> float:
 
 
 def _speed(rows: pa.Table) -> dict[str, Any]:
-    """Where the actors' time went, in seconds by stage, and how far that is from models that never wait."""
+    """The actors' seconds per activity, their rate, and the rate of models that never wait."""
     timed = rows.filter(pc.and_(pc.is_valid(rows["started_at"]), pc.is_valid(rows["finished_at"])))
     spans = timed.group_by("actor").aggregate([("started_at", "min"), ("finished_at", "max")]).to_pylist()
     actors_s = sum((span["finished_at_max"] - span["started_at_min"]).total_seconds() for span in spans)
@@ -175,7 +180,7 @@ def _light(start: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         (
             "speed of light",
-            f"{start['speed_of_light']:.0%}: {start['steady_units_per_hour']:,.0f} units per hour once the models were "
+            f"{start['speed_of_light']:.0%}: {start['steady_units_per_hour']:,.0f} units per hour with the models "
             f"loaded, of {start['models_alone_units_per_hour']:,.0f} if they never waited",
         )
     ]
@@ -185,12 +190,12 @@ _ADVICE = {
     "encode": "fewer or smaller frames (frames.fps, frames.max_px), or more actors",
     "prefill": "lower lightkv.retention, fewer frames, or more actors",
     "generate": "lower model.max_new_tokens, or more actors",
-    "other": "between units, or on units that failed in the model: raise ray.actors.batch_units, see the errors",
+    "other": "between units, or in units that failed in the model: raise ray.actors.batch_units, see the errors",
 }
 
 
 def _bottleneck(seconds: dict[str, float]) -> str:
-    """What took most of the actors' time, what to do about it, and how long they waited for frames in all."""
+    """The activity with the largest share of the actors' time, a remedy, and the share of waiting for frames."""
     total = sum(seconds.values())
     if total == 0:
         return "nothing ran"
@@ -199,7 +204,7 @@ def _bottleneck(seconds: dict[str, float]) -> str:
     name = max(shares, key=lambda key: shares[key])
     told = f"{name} ({shares[name]:.0%} of the actors' time): "
     if name != "wait":
-        return f"{told}{_ADVICE[name]}; they waited {queue + wait:.0%} of it for frames"
+        return f"{told}{_ADVICE[name]}; {queue + wait:.0%} was waiting for frames"
     advice = "add CPUs, or lower decode.num_cpus" if queue > wait else "raise decode.prefetch_units, or add CPUs"
     return f"{told}{queue:.0%} for a free CPU to decode on, {wait:.0%} for the frames themselves; {advice}"
 

@@ -1,4 +1,4 @@
-"""SIGTERM as a request to end: units in the model are finished, the rest is left to the same command."""
+"""Handles SIGTERM: units in the model are finished, and the same command resumes the rest."""
 
 import signal
 import threading
@@ -11,9 +11,9 @@ from pipeline.errors import StoppedError
 
 
 class Termination:
-    """Context manager of the main thread: inside it SIGTERM raises `StoppedError`, in `draining` only after a grace.
+    """Context manager of the main thread. Within it SIGTERM raises `StoppedError`; in `draining` after `grace_s` only.
 
-    asked   whether the job was asked to end
+    asked   whether SIGTERM came while draining was possible
     """
 
     def __init__(self, grace_s: float) -> None:
@@ -32,10 +32,10 @@ class Termination:
 
     @contextmanager
     def draining(self, drain: Callable[[], None]) -> Iterator[None]:
-        """A block that ends by itself soon after `drain()`; if not within the grace, `StoppedError` is raised in it."""
+        """A block in which SIGTERM calls `drain()`, and raises `StoppedError` if it has not ended `grace_s` later."""
         self._drain = drain
         self._drained.clear()
-        signal.signal(signal.SIGTERM, self._on_signal)  # libraries set their own when they start
+        signal.signal(signal.SIGTERM, self._on_signal)  # libraries install their own handlers when they start
         try:
             yield
         finally:
@@ -43,7 +43,7 @@ class Termination:
             self._drain = None
 
     def request(self) -> None:
-        """Ask as SIGTERM does; from any thread."""
+        """Send SIGTERM to the main thread, from any thread."""
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -1,1 +1,1 @@
-"""Files on a disk or in S3: list, read, write, and the errors of both."""
+"""Lists, reads and writes files on local disk and S3, with one error type for both."""

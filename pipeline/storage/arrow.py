@@ -1,4 +1,4 @@
-"""pyarrow's S3, which Ray Data reads and writes Parquet with, set up like `pipeline.storage.s3`."""
+"""Builds pyarrow's S3 file system, used by Ray Data for Parquet, with the settings of `pipeline.storage.s3`."""
 
 import os
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from pipeline.config import Storage
 
 
 class _ArrowS3(pyarrow.fs.S3FileSystem):
-    """pyarrow's S3 that is built anew, environment included, in the process it is unpickled in."""
+    """An S3 file system that unpickling rebuilds with the environment of the new process."""
 
     _made: tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -21,13 +21,13 @@ class _ArrowS3(pyarrow.fs.S3FileSystem):
 
 
 def arrow_s3(storage: Storage, bucket: str) -> pyarrow.fs.S3FileSystem:
-    """The file system of a configuration; credentials and the CA bundle are those of the process it is in."""
+    """The file system for `storage`; credentials and CA bundle come from the current process's environment."""
     options: dict[str, Any] = {}
     region = storage.region
     if bundle := os.environ.get("AWS_CA_BUNDLE"):
-        options["tls_ca_file_path"] = bundle  # the C++ SDK does not look for it by itself
+        options["tls_ca_file_path"] = bundle  # the C++ SDK does not read this variable
     if storage.endpoint_url:
-        # The C++ SDK takes this from the environment only; see pipeline.storage.s3.connect for the reason.
+        # The C++ SDK reads this from the environment only; pipeline.storage.s3.connect gives the reason.
         os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
         os.environ.setdefault("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
         parts = urlsplit(storage.endpoint_url)
@@ -40,7 +40,7 @@ def arrow_s3(storage: Storage, bucket: str) -> pyarrow.fs.S3FileSystem:
         region=region,
         connect_timeout=storage.timeout_s,
         request_timeout=storage.timeout_s,
-        # Small files in one request: begun ones in parts cannot be finished twice, should the answer be lost.
+        # Writes small files in one request: if the response is lost, completing a multipart upload cannot be retried.
         allow_delayed_open=True,
         retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=storage.max_attempts),
         **options,

@@ -1,4 +1,4 @@
-"""What storage can refuse, in one line each, whichever library said it: s3fs and botocore, pyarrow, the system."""
+"""Turns the errors of s3fs, botocore, pyarrow and the operating system into one-line `StorageError`s."""
 
 import re
 from collections.abc import Iterator
@@ -26,8 +26,11 @@ _ARROW_KINDS = {
 
 
 class StorageError(SourceError):
-    """Storage refused. `kind`: NotFound | NotAFile | AccessDenied | Credentials | Unreachable (no answer, or none that
-    is whole) | Unavailable (5xx, throttling) | Changed | InvalidUri | Storage."""
+    """A storage operation failed.
+
+    `kind`: NotFound | NotAFile | AccessDenied | Credentials | Unreachable (no response, or a truncated one) |
+    Unavailable (5xx, throttling) | Changed | InvalidUri | Storage (anything else)
+    """
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(kind, message)
@@ -40,7 +43,7 @@ class StorageError(SourceError):
 
 @contextmanager
 def faults(uri: str) -> Iterator[None]:
-    """Whatever storage libraries raise inside becomes a `StorageError` that names `uri`."""
+    """Turn errors of the storage libraries within the block into a `StorageError` that names `uri`."""
     try:
         yield
     except SourceError:
@@ -70,9 +73,9 @@ def _fault(uri: str, error: Exception) -> StorageError:
             hint = "check the credentials and the policy" if uri.startswith("s3://") else "check the permissions"
             return StorageError("AccessDenied", f"access denied: {uri} ({detail}); {hint}")
         case OSError() if status >= 500 or status == 429:
-            hint = "the storage is overloaded or has a fault; try again later, or raise storage.max_attempts"
+            hint = "the storage is overloaded or failing; try again later, or raise storage.max_attempts"
             said = f"HTTP {status}" if code.isdigit() else f"HTTP {status} {code}"
-            return StorageError("Unavailable", f"refused for now: {uri} ({said}); {hint}")
+            return StorageError("Unavailable", f"temporarily refused: {uri} ({said}); {hint}")
         case (
             boto.NoCredentialsError()
             | boto.PartialCredentialsError()
@@ -82,22 +85,22 @@ def _fault(uri: str, error: Exception) -> StorageError:
             hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role, or storage.anonymous"
             return StorageError("Credentials", f"no usable credentials for {uri} ({detail}); {hint}")
         case boto.SSLError():
-            hint = "name its authority's certificate in AWS_CA_BUNDLE, or check storage.endpoint_url"
-            return StorageError("Unreachable", f"the server of {uri} could not prove who it is ({detail}); {hint}")
+            hint = "set AWS_CA_BUNDLE to the certificate of its authority, or check storage.endpoint_url"
+            return StorageError("Unreachable", f"TLS failed for the server of {uri} ({detail}); {hint}")
         case boto.ConnectionError() | boto.HTTPClientError() | TimeoutError() | ConnectionError():
             hint = "check storage.endpoint_url, storage.region and the network"
             return StorageError("Unreachable", f"cannot reach the storage of {uri} ({detail}); {hint}")
         case boto.ParamValidationError() | boto.InvalidRegionError():
-            return StorageError("InvalidUri", f"cannot be asked for: {uri} ({detail})")
+            return StorageError("InvalidUri", f"not a valid S3 URI: {uri} ({detail})")
     return StorageError("Storage", f"{uri}: {detail}")
 
 
 def client_error(error: BaseException) -> boto.ClientError | None:
-    """S3's refusal behind `error`; s3fs keeps the original as its cause."""
+    """The botocore ClientError in `error` or in its cause, where s3fs keeps it; None if there is none."""
     return next((one for one in (error, error.__cause__) if isinstance(one, boto.ClientError)), None)
 
 
 def error_code(error: BaseException) -> str:
-    """The S3 error code behind `error`, or nothing."""
+    """The S3 error code of `error`; empty if it has none."""
     refused = client_error(error)
     return str(refused.response.get("Error", {}).get("Code", "")) if refused else ""

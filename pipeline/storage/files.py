@@ -1,8 +1,8 @@
-"""Files behind one kind of name: a local path, `file://…`, or `s3://bucket/key` on AWS or a compatible server.
+"""Reads, writes and lists files by URI: a local path, `file://…`, or `s3://bucket/key` on AWS or a compatible server.
 
-Every function takes the URI and the `Storage` section of the configuration. Credentials come from the usual AWS
-chain (environment, profile, role) and appear in no message. What goes wrong is raised as `StorageError` in one line,
-on S3 after `storage.max_attempts` tries where trying again may help.
+Every function takes the URI and the `Storage` section of the configuration. Credentials come from the AWS chain
+(environment, profile, role) and appear in no message. Errors are one-line `StorageError`s. On S3, transient errors are
+raised only after `storage.max_attempts` attempts.
 """
 
 import os
@@ -23,7 +23,7 @@ from pipeline.storage.errors import StorageError, error_code, faults
 
 @dataclass(frozen=True)
 class Entry:
-    """One file: `etag` changes when its content does (S3: the object's; local: modification time and size)."""
+    """One file. `etag` identifies its content: the object's on S3, modification time and size on disk."""
 
     uri: str
     size_bytes: int
@@ -35,7 +35,7 @@ def is_s3(uri: str) -> bool:
 
 
 def local_path(uri: str) -> str:
-    """The path that a local URI names; `file://` URIs are percent-decoded."""
+    """The local path of a URI; `file://` URIs are percent-decoded."""
     if uri.startswith("file://"):
         return unquote(uri.removeprefix("file://").removeprefix("localhost"))
     if "://" in uri or "\0" in uri:
@@ -44,7 +44,7 @@ def local_path(uri: str) -> str:
 
 
 def join(base: str, *names: str) -> str:
-    """`base` with `names` appended; a name that is absolute or has a scheme of its own replaces it."""
+    """`base` with `names` appended; an absolute name or a full URI replaces what comes before it."""
     for name in names:
         whole = "://" in name or name.startswith("/")
         base = name if whole else f"{base.rstrip('/')}/{name}"
@@ -52,9 +52,9 @@ def join(base: str, *names: str) -> str:
 
 
 def arrow_filesystem(uri: str, storage: Storage) -> tuple[pyarrow.fs.FileSystem, str]:
-    """The pyarrow file system behind `uri`, which Ray reads and writes Parquet with, and the path in it.
+    """The pyarrow file system for `uri`, and the path in it.
 
-    It pickles to other machines. What it raises becomes a `StorageError` within `faults`.
+    It can be pickled to other machines. Use it within `faults`, which turns its errors into `StorageError`.
     """
     if not is_s3(uri):
         return pyarrow.fs.LocalFileSystem(), _path(uri)
@@ -66,7 +66,7 @@ def arrow_filesystem(uri: str, storage: Storage) -> tuple[pyarrow.fs.FileSystem,
 
 
 def stat(uri: str, storage: Storage) -> Entry:
-    """One file's size and etag, now."""
+    """One file's current size and etag."""
     with faults(uri):
         if not is_s3(uri):
             return _entry_of_path(uri, _path(uri))
@@ -77,7 +77,7 @@ def stat(uri: str, storage: Storage) -> Entry:
 
 
 def exists(uri: str, storage: Storage) -> bool:
-    """Whether there is a file or a folder; an unreachable server or a missing bucket is an error, not a no."""
+    """Whether `uri` is a file or a folder. Raises if the server is unreachable or the bucket is missing."""
     with faults(uri):
         try:
             if is_s3(uri):
@@ -92,7 +92,7 @@ def exists(uri: str, storage: Storage) -> bool:
 
 
 def is_folder(uri: str, storage: Storage) -> bool:
-    """Whether `uri` is a folder; a URI that names nothing is an error."""
+    """Whether `uri` is a folder. Raises if nothing exists there."""
     with faults(uri):
         if is_s3(uri):
             return bool(_s3().info(_key(uri), storage)["type"] == "directory")
@@ -100,7 +100,7 @@ def is_folder(uri: str, storage: Storage) -> bool:
 
 
 def read_bytes(uri: str, storage: Storage) -> bytes:
-    """The whole content of a file, of one version of it."""
+    """The whole content of one version of a file."""
     with faults(uri):
         if is_s3(uri):
             return bytes(_s3().get(_key(uri), storage))
@@ -108,9 +108,9 @@ def read_bytes(uri: str, storage: Storage) -> bytes:
 
 
 def open_entry(entry: Entry, storage: Storage, **caching: Any) -> IO[bytes]:
-    """A file as it was seen, to be read by range; `caching` is fsspec's, for S3.
+    """Open the version of a file that `entry` describes, for reading by range; `caching`: fsspec's options, for S3.
 
-    Reading raises what the libraries raise, within `faults` a `StorageError`: Changed when the object is another now.
+    Read it within `faults`: `StorageError` Changed if the object has changed on S3 since.
     """
     with faults(entry.uri):
         if not is_s3(entry.uri):
@@ -120,7 +120,7 @@ def open_entry(entry: Entry, storage: Storage, **caching: Any) -> IO[bytes]:
 
 
 def write_bytes_atomic(uri: str, data: bytes, storage: Storage) -> None:
-    """Readers see the old content or the new, never a part; folders are made as needed."""
+    """Write a file atomically: readers see the old content or the new. Missing folders are created."""
     with faults(uri):
         if is_s3(uri):
             _s3().put(_key(uri), data, storage)
@@ -131,10 +131,10 @@ def write_bytes_atomic(uri: str, data: bytes, storage: Storage) -> None:
 
 
 def create_exclusive(uri: str, data: bytes, storage: Storage) -> bool:
-    """Write a file that must not exist yet; False if it does. Of many callers exactly one gets True.
+    """Write a file if none exists; False if one does. Of concurrent callers exactly one gets True.
 
-    `data` must be unique to the caller: a put that is repeated after a lost answer finds its own object, and only
-    the content tells it from another's.
+    `data` must be unique to the caller. A put that is retried after a lost response finds its own object, and only
+    the content shows whose it is.
     """
     with faults(uri):
         if is_s3(uri):
@@ -149,7 +149,7 @@ def create_exclusive(uri: str, data: bytes, storage: Storage) -> bool:
 
 
 def delete(uri: str, storage: Storage) -> None:
-    """Remove one file; one that is not there is fine."""
+    """Delete one file, if it exists."""
     with faults(uri):
         if is_s3(uri):
             _s3().delete(_key(uri), storage)
@@ -159,9 +159,9 @@ def delete(uri: str, storage: Storage) -> None:
 
 
 def list_files(uri: str, storage: Storage, *, recursive: bool = True, missing_ok: bool = False) -> list[Entry]:
-    """All files under a folder, by name; an empty list when there are none. Folder markers are left out.
+    """All files under a folder, sorted by name, without S3's folder markers.
 
-    A local folder that does not exist is an error unless `missing_ok`; S3 knows no folders, only names.
+    Raises if a local folder does not exist, unless `missing_ok`. S3 has no folders: a missing one is empty.
     """
     with faults(uri):
         if is_s3(uri):
@@ -177,26 +177,26 @@ def list_files(uri: str, storage: Storage, *, recursive: bool = True, missing_ok
 
 
 def numbered(uri: str, storage: Storage) -> list[int]:
-    """The numbers of the files `uri/N.json`, in order; none where there is no such folder."""
+    """The numbers N of the files `uri/N.json`, ascending; empty if the folder does not exist."""
     names = (entry.uri.rsplit("/", 1)[-1] for entry in list_files(uri, storage, missing_ok=True))
     return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
 
 
 def _s3() -> Any:
-    """`pipeline.storage.s3`, imported late: its libraries load slowly, and local files do not need them."""
+    """`pipeline.storage.s3`, imported on first use: its libraries load slowly, and local files do not need them."""
     from pipeline.storage import s3
 
     return s3
 
 
 def _key(uri: str) -> str:
-    """`bucket/key`."""
+    """`bucket/key` of an S3 URI. Raises `StorageError` InvalidUri."""
     path = uri.removeprefix("s3://")
     bucket = path.partition("/")[0]
-    if "@" in bucket:  # what stands before it may be a secret: it is not repeated
+    if "@" in bucket:  # not repeated: the part before it may be a secret
         raise StorageError(
             "InvalidUri",
-            "expected s3://bucket/key, got a name with credentials in it; take them out and set "
+            "expected s3://bucket/key, got a URI with credentials; remove them and set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role",
         )
     if not bucket:
@@ -225,13 +225,13 @@ def _walk(root: str, recursive: bool) -> Iterator[Entry]:
             folders.clear()
         for name in names:
             path = os.path.join(folder, name)
-            if os.path.isfile(path):  # no sockets, no dangling links
+            if os.path.isfile(path):  # not a socket, not a dangling link
                 yield _entry_of_path(path, path)
 
 
 @contextmanager
 def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
-    """A complete, synced temporary file in the folder of `path`, removed at the end unless it was renamed."""
+    """A complete, synced temporary file in the folder of `path`, deleted at the end unless it was renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

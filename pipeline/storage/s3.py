@@ -1,8 +1,8 @@
-"""S3 for `files.py`: every request is tried up to `storage.max_attempts` times, with the body of its answer.
+"""S3 requests for `files.py`: each is attempted up to `storage.max_attempts` times, its response body included.
 
-The libraries' own retries are off. They leave out bodies that are cut short, multiply with each other, and give an
-attempt that waits for a timeout a second and third round; here `max_attempts` × `timeout_s` is what silence costs.
-Paths are `bucket/key`. Errors are those of s3fs, botocore and the operating system: `storage_errors.faults` names them.
+The libraries' own retries are off: they do not cover truncated bodies, and they multiply with each other and with
+timeouts. Here an unresponsive server costs at most `max_attempts` × `timeout_s`, plus pauses. Paths are `bucket/key`.
+Errors are those of s3fs, botocore and the operating system; `storage.errors.faults` translates them.
 """
 
 import functools
@@ -21,10 +21,10 @@ from fsspec.spec import AbstractBufferedFile
 from pipeline.config import Storage
 from pipeline.storage.errors import StorageError, client_error, error_code
 
-_PAUSE_S = 0.5  # before the second attempt; doubles, and a random half of it is left out
+_PAUSE_S = 0.5  # before the second attempt; doubles with each one, times a random factor of 0.5 to 1
 _LONGEST_PAUSE_S = 20.0
 _PASSING_CODES = {"SlowDown", "RequestTimeout", "RequestTimeoutException", "Throttling", "ThrottlingException"}
-_CONFLICT_CODES = {"ConditionalRequestConflict", "OperationAborted", "409"}  # another write of this key is under way
+_CONFLICT_CODES = {"ConditionalRequestConflict", "OperationAborted", "409"}  # another write of this key is in progress
 _CUT = (aiohttp.ClientError, botocore.parsers.ResponseParserError, boto.IncompleteReadError)
 
 T = TypeVar("T")
@@ -32,14 +32,16 @@ T = TypeVar("T")
 
 @functools.cache
 def connect(storage: Storage) -> Any:
-    """The s3fs file system of a configuration; one per process."""
+    """The s3fs file system for `storage`; one per process."""
     checksums = "when_required" if storage.endpoint_url else "when_supported"
     fs = s3fs.S3FileSystem(
         anon=storage.anonymous,
         endpoint_url=storage.endpoint_url,
         client_kwargs={"region_name": storage.region} if storage.region else {},
         config_kwargs={
-            "s3": {"addressing_style": "path" if storage.path_style else "auto"},  # auto with an endpoint: path
+            "s3": {
+                "addressing_style": "path" if storage.path_style else "auto"
+            },  # auto means path for a custom endpoint
             "retries": {"total_max_attempts": 1},
             "connect_timeout": storage.timeout_s,
             "read_timeout": storage.timeout_s,
@@ -47,7 +49,7 @@ def connect(storage: Storage) -> Any:
             "request_checksum_calculation": checksums,
             "response_checksum_validation": checksums,
         },
-        use_listings_cache=False,  # another worker may just have written
+        use_listings_cache=False,  # another worker may have written since
         skip_instance_cache=True,
     )
     fs.retries = 1
@@ -55,7 +57,7 @@ def connect(storage: Storage) -> Any:
 
 
 def patiently(storage: Storage, ask: Callable[[], T]) -> T:
-    """What `ask` returns, asked again while it fails in a way that passes: 5xx, throttling, silence, a cut answer."""
+    """Call `ask` and return its result; retry on transient errors: 5xx, throttling, timeouts, truncated responses."""
     attempt = 1
     while True:
         try:
@@ -63,21 +65,21 @@ def patiently(storage: Storage, ask: Callable[[], T]) -> T:
         except Exception as error:
             if attempt == storage.max_attempts or not _passes(error):
                 if isinstance(error, _CUT):
-                    raise ConnectionError(f"the answer was cut short: {error or type(error).__name__}") from error
+                    raise ConnectionError(f"the response was truncated: {error or type(error).__name__}") from error
                 raise
         time.sleep(random.uniform(0.5, 1.0) * min(_PAUSE_S * 2 ** (attempt - 1), _LONGEST_PAUSE_S))
         attempt += 1
 
 
 def info(path: str, storage: Storage) -> dict[str, Any]:
-    """s3fs's description of an object or folder."""
+    """The s3fs info dictionary of an object or folder."""
     fs = connect(storage)
     found: dict[str, Any] = patiently(storage, lambda: fs.info(path))
     return found
 
 
 def get(path: str, storage: Storage, *, etag: str | None = None, span: tuple[int, int] | None = None) -> bytes:
-    """An object, or its bytes `span[0]` to before `span[1]`: all of them, of the version `etag`, or an error."""
+    """An object's bytes, or those from `span[0]` to before `span[1]`. Raises if its etag is not `etag`."""
     fs, request = connect(storage), _object(path)
     if etag is not None:
         request["IfMatch"] = f'"{etag}"'
@@ -92,17 +94,17 @@ async def _get(fs: Any, request: dict[str, Any], etag: str | None, wanted: int |
     answer = await fs._call_s3("get_object", **request)
     async with answer["Body"] as body:
         data = bytes(await body.read())
-    if etag is not None and answer["ETag"].strip('"') != etag:  # a server that knows no If-Match
+    if etag is not None and answer["ETag"].strip('"') != etag:  # the server ignores If-Match
         raise StorageError(
             "Changed", f"the object changed while it was read: s3://{request['Bucket']}/{request['Key']}"
         )
     if wanted is not None and len(data) != wanted:
-        raise ConnectionError(f"the answer was cut short: expected {wanted} bytes, got {len(data)}")
+        raise ConnectionError(f"the response was truncated: expected {wanted} bytes, got {len(data)}")
     return data
 
 
 class ObjectFile(AbstractBufferedFile):
-    """One version of an object, read by range; `size` and `etag` are what it was looked up with."""
+    """One version of an object, read by range; `size` and `etag` come from its listing or lookup."""
 
     def __init__(self, path: str, storage: Storage, *, size: int, etag: str, **caching: Any) -> None:
         self._storage, self._etag = storage, etag
@@ -114,18 +116,18 @@ class ObjectFile(AbstractBufferedFile):
 
 
 def put(path: str, data: bytes, storage: Storage) -> None:
-    """Write an object; nobody sees a part of it."""
+    """Write an object atomically."""
     fs = connect(storage)
     patiently(storage, lambda: fs.pipe_file(path, data))
 
 
 def put_new(path: str, data: bytes, storage: Storage) -> bool:
-    """Write an object that must not exist yet; False if it does, unless it holds `data`: then an answer was lost."""
+    """Write an object if none exists; False if one does, unless it equals `data`: then an earlier attempt wrote it."""
     fs, request = connect(storage), _object(path)
     try:
         patiently(storage, lambda: fs.call_s3("put_object", Body=data, IfNoneMatch="*", **request))
     except OSError as error:
-        # s3fs makes FileExistsError of PreconditionFailed, or a plain OSError: servers differ in what else they say.
+        # s3fs raises FileExistsError or a plain OSError for PreconditionFailed, depending on the server's message.
         if isinstance(error, FileExistsError) or error_code(error) in ("PreconditionFailed", "412"):
             return get(path, storage) == data
         raise
@@ -133,13 +135,13 @@ def put_new(path: str, data: bytes, storage: Storage) -> bool:
 
 
 def delete(path: str, storage: Storage) -> None:
-    """Remove an object; one that is not there is fine."""
+    """Delete an object, if it exists."""
     fs, request = connect(storage), _object(path)
     patiently(storage, lambda: fs.call_s3("delete_object", **request))
 
 
 def list_objects(path: str, storage: Storage, *, recursive: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`(path, description)` of the objects in a folder, as the server orders them."""
+    """`(path, description)` of the objects in a folder, in the server's order."""
     fs = connect(storage)
     bucket, _, key = path.partition("/")
     request = {"Bucket": bucket, "Prefix": key and f"{key.rstrip('/')}/", "Delimiter": "" if recursive else "/"}

@@ -1,4 +1,4 @@
-"""Units and rows for tests of what happens around them."""
+"""Makes units and rows for tests."""
 
 from pipeline.schema import ROW_SCHEMA, rows_table, units_table
 

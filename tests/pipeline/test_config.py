@@ -1,4 +1,4 @@
-"""Configuration: what is wrong is named with its key, what was expected and what came."""
+"""Tests of the configuration: an error names the key, the expected and the actual value."""
 
 import re
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_two_keys_are_enough():
         ("frames.fsp=2", "frames.fsp: unknown key; did you mean fps?"),
         ("frame.fps=2", "frame: unknown key; did you mean frames?"),
         ("ray.actors.gpus=1", "ray.actors.gpus: unknown key"),
-        ("storage.secret_key=x", "storage.secret_key: unknown key; known here: endpoint_url, region"),
+        ("storage.secret_key=x", "storage.secret_key: unknown key; the keys here are endpoint_url, region"),
     ],
 )
 def test_unknown_keys_are_named_with_the_likely_one(override, message):
@@ -71,11 +71,11 @@ def test_wrong_types_are_not_guessed_at(override, message):
         (["ray.actors.min=3"], r"ray\.actors: min \(3\) must be at most max \(1\)"),
         (
             ["lightkv.guidance=question"],
-            r"lightkv: guidance \(question\) belongs to method: published, leave it out of l",
+            r"lightkv: guidance \(question\) needs method: published; remove it, or change method \(l",
         ),
         (
             ["lightkv={method: spacetime, windows: spatiotemporal}"],
-            r"windows \(spatiotemporal\) belongs to method: pub",
+            r"windows \(spatiotemporal\) needs method: pub",
         ),
         (["lightkv={method: published, window_frames: 2}"], "lightkv: window_frames needs windows: spatiotemporal"),
         (["lightkv.method=fastv"], r"lightkv\.method: .*'lightkv', 'published' or 'spacetime', got 'fastv'"),
@@ -84,7 +84,7 @@ def test_wrong_types_are_not_guessed_at(override, message):
         (["decode.backend=opencv"], r"decode\.backend: .*, got 'opencv'"),
         (["model.device=tpu"], r"model\.device: .*, got 'tpu'"),
         (["prompts=[]"], "prompts: expected at least one, got none"),
-        (["prompts=[{id: a, text: x}, {id: a, text: y}]"], r"every id must be there once, got \['a', 'a'\]"),
+        (["prompts=[{id: a, text: x}, {id: a, text: y}]"], r"every id must be unique, got \['a', 'a'\]"),
         (["source.uri=''"], r"source\.uri: .*at least 1 character"),
     ],
 )
@@ -112,7 +112,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     wrong = {
         "a: [": "not valid YAML",
         "- a\n- b\n": "expected keys and values",
-        "model: {name: 2024-01-01}": "a value that YAML knows and JSON does not",
+        "model: {name: 2024-01-01}": "strings, numbers, lists and keys only",
     }
     for text, message in wrong.items():
         (tmp_path / "bad.yaml").write_text(text)
@@ -187,7 +187,7 @@ def test_the_hash_ignores_where_and_how_fast(change):
 
 
 def test_every_key_has_a_unit_or_needs_none():
-    """A fractional number is seconds and says so, or a ratio, or a level of brightness."""
+    """A float key is in seconds and ends in `_s`, except ratios, rates and brightness levels."""
     bare = {"fps", "retention", "temperature", "num_cpus", "num_gpus", "repeat_tolerance"}
 
     def keys(section, prefix=""):

@@ -1,4 +1,4 @@
-"""Logs: one JSON object per line, with what tells a unit, and nothing that gives access."""
+"""Tests of logs: one JSON object per line, which names the unit and contains no credentials."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ def _ended(status="ok", **values):
 
 @pytest.fixture
 def lines(tmp_path):
-    """Attaches a file for the test; gives what was written there, parsed."""
+    """Log to a file within the test; returns a function that parses its lines."""
     with logs.to_folder(tmp_path, "actor-1", run="r", actor="x"):
         yield lambda: [json.loads(line) for line in (tmp_path / "lightkv-actor-1.jsonl").read_text().splitlines()]
 

@@ -1,6 +1,6 @@
 "use strict";
 
-/* The page's data: rows as objects made on demand, prompts, versions, and the samples' survivors. */
+/* Reads the page's data: columns of rows, prompts, versions, and the patches of samples. Formats numbers. */
 
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const COLUMN = Object.fromEntries(DATA.columns.map((name, place) => [name, place]));
@@ -18,7 +18,7 @@ function answersOf(row) {
   });
 }
 
-/* The folder that all of the run's files are in, with its slash; names are shown from there on. */
+/* The common folder of all files of the run, with its slash; names are shown relative to it. */
 function commonFolder() {
   if (COUNT === 0) return "";
   let common = value(0, "uri");
@@ -43,7 +43,7 @@ function windowOf(row) {
 
 const samples = new Map();
 
-/* The record of a row's frames, or null: parsed when it is first asked for. */
+/* The row's sample record, or null; parsed on first use. */
 function sampleOf(row) {
   const number = DATA.samples[value(row, "id")];
   if (number === undefined) return null;
@@ -53,7 +53,7 @@ function sampleOf(row) {
   return samples.get(number);
 }
 
-/* Of a sample's prompt, stage (from 1) and frame: the token every patch is part of, and how many are. */
+/* For a sample's prompt, stage (from 1) and frame: the token that each patch belongs to, and its number of patches. */
 function patchesOf(sample, prompt, stage, frame) {
   const found = sample.prompts[prompt].stages[stage - 1];
   const key = `patches${frame}`;
@@ -65,7 +65,7 @@ function numbers(base64, Kind) {
   return new Kind(Uint8Array.from(atob(base64), (character) => character.charCodeAt(0)).buffer);
 }
 
-/* Text for people. */
+/* Formatting. */
 
 function seconds(count) {
   if (count < 60) return `${Number(count.toFixed(2))} s`;
@@ -84,7 +84,7 @@ function whole(count) {
   return count.toLocaleString("en");
 }
 
-/* An element; what is not an attribute's value or an element becomes text, never markup. */
+/* Creates an element; strings among the children become text, never markup. */
 function element(tag, attributes, ...children) {
   const node = document.createElement(tag);
   for (const [name, content] of Object.entries(attributes ?? {})) {

@@ -1,4 +1,4 @@
-/* The list of units: searched, filtered, sorted; of thousands only those in sight are in the document. */
+/* The list of units: search, filters, order. Only the visible rows are in the document. */
 
 const ROW_PX = 58, BEYOND = 8;
 const STATUSES = ["ok", "truncated", "skipped", "error"];
@@ -15,7 +15,7 @@ const searchField = document.getElementById("search");
 const filters = { statuses: new Set(), framed: false };
 const drawn = new Map();
 let shown = Array.from({ length: COUNT }, (_, row) => row);
-let chosen = -1; // a place in `shown`
+let chosen = -1; // an index into `shown`
 let haystacks = null;
 
 function haystackOf(row) {
@@ -28,7 +28,7 @@ function haystackOf(row) {
   return haystacks[row];
 }
 
-/* Show the rows that fit, and keep the unit that is looked at in place if it is among them. */
+/* List the rows that match the filters; the chosen unit stays chosen if it matches. */
 function applyFilters() {
   const terms = searchField.value.toLowerCase().split(/\s+/).filter(Boolean);
   const before = shown[chosen];
@@ -95,7 +95,7 @@ function rowNode(place) {
   return node;
 }
 
-/* Look at the unit at a place of the list. */
+/* Choose and show the unit at a position of the list. */
 function choose(place) {
   if (!shown.length) return;
   chosen = Math.min(Math.max(place, 0), shown.length - 1);
@@ -104,10 +104,10 @@ function choose(place) {
   showUnit(shown[chosen]);
   try {
     history.replaceState(null, "", `#${encodeURIComponent(value(shown[chosen], "id"))}`);
-  } catch { /* a viewer that shows the page without an address */ }
+  } catch { /* a viewer without URLs */ }
 }
 
-/* The same where the unit may be out of sight, below the list. */
+/* Choose a unit and, on narrow screens where it is below the list, scroll to it. */
 function openUnit(place) {
   choose(place);
   if (matchMedia("(max-width: 60rem)").matches) unitNode.scrollIntoView();

@@ -1,4 +1,4 @@
-/* The keys that work everywhere, the theme, and the first unit. */
+/* Handles the page-wide keys and the theme, and shows the first unit. */
 
 document.getElementById("theme").addEventListener("click", () => {
   const root = document.documentElement;
@@ -27,16 +27,16 @@ document.addEventListener("keydown", (event) => {
   else if (!typing && event.key === "]") step({ stage: view.stage + 1 });
 });
 
-/* Whether the page's address names the row. */
+/* Whether the URL fragment is the id of the row. */
 function isAsked(row) {
   try {
     return value(row, "id") === decodeURIComponent(location.hash.slice(1));
-  } catch { // no address that this page wrote
+  } catch { // not a fragment written by this page
     return false;
   }
 }
 
-/* The unit of the address, or the first one that shows survivors. */
+/* The list position of the unit in the URL, else of the first unit with several prompts, with frames, or at all. */
 function firstPlace() {
   const found = [
     isAsked,

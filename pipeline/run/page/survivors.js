@@ -1,11 +1,11 @@
-/* What compression left: a frame, and beside it the same frame under two prompts, stage by stage. */
+/* Shows which patches survive compression: a frame, and next to it the same frame under two prompts, per stage. */
 
 const CANVAS_PX = 640, THUMB_PX = 192;
-const HEAT = [[255, 206, 86, 0.42], [240, 84, 84, 0.62], [158, 42, 140, 0.74], [52, 14, 92, 0.86]]; // few patches in a token … many
+const HEAT = [[255, 206, 86, 0.42], [240, 84, 84, 0.62], [158, 42, 140, 0.74], [52, 14, 92, 0.86]]; // from few to many patches per token
 const ONLY_HERE = "#21d4fd";
 const view = { stage: Infinity, frame: 0, prompts: [0, 1], cursor: null };
 let redraw = () => {};
-let step = () => {}; // to another frame or stage
+let step = () => {}; // shows another frame or stage
 
 function survivorsSection(sample) {
   const stages = sample.stages ?? [], prompts = sample.prompts ?? [];
@@ -37,7 +37,7 @@ function survivorsSection(sample) {
     view.stage = Math.max(0, Math.min(stage, stages.length));
     view.cursor = null;
     redraw();
-    const { button } = thumbs[view.frame]; // into sight within the strip; the page stays where it is
+    const { button } = thumbs[view.frame]; // scrolls the strip only, not the page
     strip.scrollLeft = Math.min(Math.max(strip.scrollLeft, button.offsetLeft + button.offsetWidth - strip.clientWidth), button.offsetLeft);
   };
   redraw = () => {
@@ -75,7 +75,7 @@ function survivorsSection(sample) {
   return element(
     "section",
     { class: "survivors", "aria-labelledby": "survivors-title" },
-    element("h3", { id: "survivors-title" }, compressed ? "What each prompt keeps of the frames" : "Frames"),
+    element("h3", { id: "survivors-title" }, compressed ? "Patches that each prompt keeps" : "Frames"),
     compressed
       ? element("div", { class: "controls" }, element("label", { for: "stage" }, "Stage"), slider, stageName, legend(largest, sample))
       : element("p", { class: "quiet" }, noSurvivorsText(sample)),
@@ -132,9 +132,9 @@ function show(canvas, frame) {
   if (canvas.height !== height) canvas.height = height;
 }
 
-/* The frame, heat over what has merged, outlines around survivors, hatching over what was dropped.
+/* Draws the frame, heat over merged patches, outlines around survivors, hatching over dropped patches.
 
-   `mark`: the patch that is pointed at, and the token whose patches are shown to be together. */
+   `mark`: the patch under the pointer, and the token whose patches are highlighted. */
 function paint(canvas, frame, patches, other, largest, mark) {
   const context = canvas.getContext("2d");
   if (!frame.image.complete) return;
@@ -230,7 +230,7 @@ function legend(largest, sample) {
   );
 }
 
-/* Pointing at a patch, with a pointer or with the arrow keys. */
+/* Calls `point` with the patch under the pointer or selected with the arrow keys. */
 function pointing(canvas, frameNow, point) {
   canvas.tabIndex = 0;
   canvas.addEventListener("pointermove", (event) => {
@@ -252,7 +252,7 @@ function pointing(canvas, frameNow, point) {
   });
 }
 
-/* Figures and words. */
+/* Numbers and texts. */
 
 function survivors(frame, patches) {
   const found = [];
@@ -273,12 +273,12 @@ function frameLabel(sample, frame) {
 }
 
 function stageLabel(sample, stage) {
-  if (stage === 0) return "before the first: every patch is a token of its own";
+  if (stage === 0) return "before the first: every patch is one token";
   const { layer } = sample.stages[stage - 1];
   return `${stage} of ${sample.stages.length}: ${layer < 0 ? "on the embeddings" : `after layer ${layer}`}`;
 }
 
-/* How two prompts agree in the frames shown. */
+/* How many surviving patches two prompts share in the frames shown. */
 function sharedText(frames, found) {
   let [both, left, right] = [0, 0, 0];
   frames.forEach((frame, number) => {
@@ -286,11 +286,11 @@ function sharedText(frames, found) {
     const common = [...one].filter((patch) => other.has(patch)).length;
     [both, left, right] = [both + common, left + one.size - common, right + other.size - common];
   });
-  return `Of the ${whole(both + left + right)} patches of these ${whole(frames.length)} frames that survive either prompt, ${whole(both)} survive both, ${whole(left)} the left one only, ${whole(right)} the right one only.`;
+  return `Of the ${whole(both + left + right)} patches of these ${whole(frames.length)} frames that survive under either prompt, ${whole(both)} survive under both, ${whole(left)} under the left one only, ${whole(right)} under the right one only.`;
 }
 
 function readoutHint(looked) {
-  return looked[0] ? "Point at a patch to see which others share its token." : "";
+  return looked[0] ? "Point at a patch to see which patches share its token." : "";
 }
 
 function cursorText(sample, frame, looked) {
@@ -306,7 +306,7 @@ function cursorText(sample, frame, looked) {
   return `${at(view.cursor)}: ${[...new Set(sides)].length === 1 ? sides[0] : sides.map((side, number) => `${number ? "right" : "left"}, ${side}`).join("; ")}.`;
 }
 
-/* Where a vision token of the unit was. */
+/* The position of a vision token: row, column and, if it is another one, the frame or image. */
 function placeText(sample, frame, token) {
   let item = 0;
   for (; item < sample.grids.length; item++) {
@@ -322,6 +322,6 @@ function placeText(sample, frame, token) {
 }
 
 function noSurvivorsText(sample) {
-  if (!sample.frames.length) return "The unit failed before it had frames.";
-  return sample.prompts ? "Compression was switched off." : "The unit failed before it was compressed; these are frames that it had by then.";
+  if (!sample.frames.length) return "The unit failed before its first frame.";
+  return sample.prompts ? "Compression was disabled." : "The unit failed before compression; these are its frames until then.";
 }

@@ -1,4 +1,4 @@
-/* One unit: what was asked and answered, its frames, what it cost. */
+/* Shows one unit: its error, frames, answers and cost. */
 
 const SPENT = ["wait", "encode", "prefill", "generate"];
 const unitNode = document.getElementById("unit");
@@ -60,7 +60,7 @@ function answersSection(answers) {
 function framesNote(sample) {
   if (sample) return noSurvivorsText(sample);
   const framed = Object.keys(DATA.samples).length;
-  return `Frames are recorded of some units (report.samples); this is not one of the ${whole(framed)}.`;
+  return `Frames are recorded for ${whole(framed)} units only (report.samples), not for this one.`;
 }
 
 function costSection(row) {
@@ -91,8 +91,8 @@ function costSection(row) {
   ];
   return element(
     "section",
-    { class: "cost", "aria-label": "What it cost" },
-    element("h3", {}, "What it cost"),
+    { class: "cost", "aria-label": "Cost" },
+    element("h3", {}, "Cost"),
     total > 0 ? bar : null,
     total > 0 ? element("p", { class: "quiet" }, spent.map(([name, took]) => element("span", { class: `key key-${name}` }, `${name} ${seconds(took)} `))) : null,
     element("dl", { class: "facts" }, facts.filter(([, fact]) => fact !== null && fact !== undefined).map(([name, fact]) => element("div", {}, element("dt", {}, name), element("dd", {}, String(fact))))),

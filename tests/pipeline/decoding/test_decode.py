@@ -1,4 +1,4 @@
-"""Decoding: the frames asked for, from every kind of file, or one error that says why not."""
+"""Tests of decoding: every kind of file gives the requested frames or one error with the reason."""
 
 import gc
 import os
@@ -24,8 +24,8 @@ from tests.s3 import server
 from tests.videos import PATCHES, encoders, picture, read_colours, read_index, render, render_audio, render_trimmed
 
 EVERY = Frames(strategy="uniform", count=1000, batch_frames=7)  # every frame of the test videos
-AT_ONCE = Frames(strategy="uniform", count=1000, batch_frames=24)  # the same in one batch
-FROM_KEYS = Frames(strategy="uniform", count=1000, batch_frames=8)  # in batches that begin at key frames
+AT_ONCE = Frames(strategy="uniform", count=1000, batch_frames=24)  # all in one batch
+FROM_KEYS = Frames(strategy="uniform", count=1000, batch_frames=8)  # batches start at key frames
 SIZING = Sizing(16, 64 * 64, 128 * 192)
 BACKENDS = ("auto", "decord", "pyav")
 
@@ -60,7 +60,7 @@ def failure(uri, **options):
 
 
 def outcome(uri, **options):
-    """The indices decoded, or what went wrong."""
+    """The decoded indices, or the error."""
     try:
         return decoded(uri, **options)[0]
     except UnitError as error:
@@ -219,7 +219,7 @@ def test_frames_are_dropped_as_the_consumer_goes_on(videos, backend):
 
 @pytest.mark.parametrize("backend", ["decord", "pyav"])
 def test_two_hours_at_one_frame_per_second_fit_into_little_memory(tmp_path_factory, backend):
-    """All 7,200 frames are 0.7 GB; what the process holds at most is measured by the kernel."""
+    """All 7,200 frames are 0.7 GB; the kernel measures the peak memory of the process."""
     path = tmp_path_factory.getbasetemp() / "two-hours.mp4"
     if not path.exists():
         render(path, count=7200, fps=1, height=48, width=64, gop=60)
@@ -245,7 +245,7 @@ def test_two_hours_at_one_frame_per_second_fit_into_little_memory(tmp_path_facto
     assert grown_kb < 150_000
 
 
-# --- what cannot be decoded ---------------------------------------------------------------------------------------
+# --- files that cannot be decoded ---------------------------------------------------------------------------------
 
 
 def test_files_that_are_no_videos_say_so(tmp_path):
@@ -298,7 +298,7 @@ def test_a_cut_off_file_gives_right_frames_or_an_error(tmp_path, name, options, 
         assert failure(tmp_path / name, backend=backend) == ("decode", "Truncated")
         part = outcome(tmp_path / name, backend=backend, end_s=1.0)
         assert part == list(range(12)) or part[0] == "decode"
-    if backend != "decord":  # which counts on the whole index
+    if backend != "decord":  # decord needs the complete index
         assert outcome(tmp_path / name, backend=backend, end_s=1.0) == list(range(12))
 
 
@@ -487,7 +487,7 @@ def test_a_few_frames_of_a_long_object_fetch_little_of_it(bucket, tmp_path, monk
 
 def test_images_come_one_by_one_upright_and_in_rgb(tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned; to be displayed 90° clockwise
+    exif[0x0112] = 6  # stored rotated; displayed 90° clockwise
     Image.fromarray(np.rot90(picture(1)).copy()).save(tmp_path / "turned.jpg", exif=exif, quality=95)
     Image.fromarray(picture(2)).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
     Image.fromarray(picture(3, 300, 450)).convert("CMYK").save(tmp_path / "cmyk.tif")

@@ -1,4 +1,4 @@
-"""Frame choice and sizes, over arbitrary timestamps and shapes."""
+"""Tests of frame choice and sizes, with arbitrary timestamps and shapes."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ gaps_ms = st.lists(st.integers(1, 5_000), min_size=1, max_size=200)
 
 @st.composite
 def videos(draw):
-    """Ascending timestamps of a video with a varying frame rate, starting anywhere."""
+    """Ascending timestamps of a video with a variable frame rate and any start."""
     return (draw(st.integers(0, 10_000)) + np.cumsum(draw(gaps_ms))) / 1000.0
 
 
@@ -59,7 +59,7 @@ def test_counts_keep_to_floor_and_cap(times, frames):
 @settings(deadline=None)
 @given(videos(), rules())
 def test_no_stretch_of_time_is_left_out(times, frames):
-    """Every target has a chosen frame that was on display then, or one beside it where frames were filled up."""
+    """For every target the frame on display is chosen, or a neighbour where the count was filled up."""
     picks = choose_frames(times, None, None, frames)
     targets = target_times(times[0], times[-1], frames)
     shown = np.unique(np.searchsorted(times, targets + 1e-3, side="right") - 1)

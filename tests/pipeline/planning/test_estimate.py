@@ -1,4 +1,4 @@
-"""Estimates: what a plan will cost, against what decoding and the model's shape really give."""
+"""Tests of estimates: the cost of a plan equals what decoding and the model's shape give."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Incremental plans: what earlier runs answered is left out, what is new or changed is not."""
+"""Tests of incremental plans: units with a row in an earlier run are skipped, new and changed ones are planned."""
 
 import json
 
@@ -18,7 +18,7 @@ from tests.videos import render
 
 
 def plan(source, base=None, *overrides):
-    """Units planned of `source`, incrementally where `base` is given."""
+    """The units planned from `source`, incrementally if `base` is given."""
     keys = [f"source.uri={json.dumps(str(source))}", "sink.uri=out", *overrides]
     return plan_units(load_config(None, keys if base is None else [*keys, f"source.known={json.dumps(str(base))}"]))
 
@@ -32,7 +32,7 @@ def left_out(table):
 
 
 def record(run, units, statuses=None, attempts=1):
-    """A run over `units` as a job leaves it: row n has `statuses[n]`, and none where it is None."""
+    """Write a run over `units` as a job does: row n has `statuses[n]`; None: no row."""
     (run / "_run" / "checkpoint").mkdir(parents=True)
     (run / "data").mkdir()
     pq.write_table(units, run / "_run" / "manifest.parquet")
@@ -158,7 +158,7 @@ def videos(tmp_path):
 
 @pytest.fixture
 def probed(monkeypatch):
-    """The names of the files that planning opens."""
+    """The names of the files that planning probes."""
     opened = []
     original = plan_units.__globals__["probe_all"]
 
@@ -181,7 +181,7 @@ def test_videos_of_earlier_runs_are_not_opened_again_but_cut_alike(videos, tmp_p
     again = plan(source, tmp_path / "base", "clips.length_s=2")
     assert again.to_pylist() == first.slice(1, 1).to_pylist()
     assert left_out(again) == 4
-    assert probed == ["text.mp4"]  # what could not be opened is tried again
+    assert probed == ["text.mp4"]  # failed probes are repeated
     probed.clear()
     render(videos / "short.mp4", count=30, fps=10)
     assert names(plan(source, tmp_path / "base", "clips.length_s=2")) == ["long.mp4", "short.mp4", "short.mp4"]
@@ -215,7 +215,7 @@ def test_a_run_that_cannot_be_read_is_named(files, tmp_path):
     run = tmp_path / "base" / "run=1"
     record(run, plan(files, None, NO_PROBE))
     (run / "_run" / "manifest.parquet").write_bytes(b"no parquet")
-    with pytest.raises(SourceError, match=r"source\.known: run .*run=1 cannot be read"):
+    with pytest.raises(SourceError, match=r"source\.known: cannot read run .*run=1"):
         plan(files, tmp_path / "base", NO_PROBE)
 
 

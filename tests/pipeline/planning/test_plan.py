@@ -1,4 +1,4 @@
-"""Plans: deterministic units with unique ids, clips without gaps, nothing lost."""
+"""Tests of plans: units are deterministic, ids unique, clips have no gaps, and no file is lost."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ def plan(uri, *overrides):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two videos of 2 and 5 seconds, and one file that is no video."""
+    """Two videos of 2 and 5 seconds, and one file that is not a video."""
     path = tmp_path_factory.mktemp("videos")
     render(path / "long.mp4", count=50, fps=10)
     render(path / "short.mkv", count=20, fps=10)
@@ -93,7 +93,7 @@ def test_repeated_names_are_errors_and_repeated_rows_are_counted(tmp_path):
     assert len(table) == 3
     assert table.schema.metadata[b"repeated_rows"] == b"2"
     rows = [{"uri": f"{n}.mp4", "id": "same" if n in (1, 3) else str(n)} for n in range(4)]
-    with pytest.raises(SourceError, match="row 4: id 'same' is already that of row 2"):
+    with pytest.raises(SourceError, match="row 4: id 'same' is already used by row 2"):
         plan(manifest(tmp_path, rows), "source.probe=false")
 
 

@@ -1,4 +1,4 @@
-"""Probes: what files are, and files that break the prober."""
+"""Tests of probes: results per kind of file, and files that crash or hang the probe."""
 
 import json
 import os
@@ -97,7 +97,7 @@ def test_many_files_in_few_processes(tmp_path):
 
 @pytest.fixture
 def hostile(tmp_path, monkeypatch):
-    """Probing processes in which files named `crash*` kill the process and `hang*` never return."""
+    """Worker processes in which a file named `crash*` kills the process and `hang*` never returns."""
     (tmp_path / "sitecustomize.py").write_text(
         textwrap.dedent("""
             import av, os, time
@@ -123,7 +123,7 @@ def test_crashes_and_hangs_cost_their_own_file_only(hostile):
     found = probe_all(hostile, Storage(), workers=2, timeout_s=3)
     for uri, seen in found.items():
         if "crash" in uri:
-            assert seen == Probe(uri, error=f"decode: DecoderCrashed: the process that opened it died: {uri}")
+            assert seen == Probe(uri, error=f"decode: DecoderCrashed: the process that opened the file died: {uri}")
         elif "hang" in uri:
             assert seen == Probe(uri, error=f"decode: Timeout: not opened within 3 s: {uri}")
         else:
@@ -162,5 +162,5 @@ def test_what_libraries_print_does_not_mix_with_answers(tmp_path):
 def test_processes_that_cannot_start_are_an_error(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text("raise SystemExit(3)")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(SourceError, match="run it to see why"):
+    with pytest.raises(SourceError, match="run it to see the error"):
         probe_all([str(tmp_path / "v.mp4")], Storage(), workers=1)

@@ -1,4 +1,4 @@
-"""Sources: folders, files and manifests, and what is refused with which words."""
+"""Tests of sources: folders, files and manifests, and the error for each wrong one."""
 
 import json
 
@@ -29,7 +29,7 @@ def refusal(uri, *overrides):
 
 
 def manifest(folder, rows, name="m.jsonl"):
-    """`rows` as a manifest; JSON rows may be raw text."""
+    """Write `rows` as a manifest; a JSONL row may be raw text."""
     path = folder / name
     if name.endswith(".parquet"):
         names = dict.fromkeys(name for row in rows for name in row)
@@ -145,9 +145,9 @@ def test_questions_in_a_list_are_numbered(tmp_path):
     [
         ({"url": "a.mp4"}, "unknown column url; did you mean uri?"),
         ({"uri": "a.mp4", "caption": "x"}, "unknown column caption"),
-        ({"id": "x"}, "expected one of uri and uris"),
+        ({"id": "x"}, "expected either uri or uris"),
         ({"uri": "a.mp4", "uris": ["b.mp4"]}, "got both"),
-        ({"uri": ""}, "expected uri as a text"),
+        ({"uri": ""}, "expected uri as a string"),
         ({"uri": 3}, "got 3"),
         ({"uris": []}, "got []"),
         ({"uris": "a.mp4"}, "uris as a list"),
@@ -160,13 +160,13 @@ def test_questions_in_a_list_are_numbered(tmp_path):
         ('{"uri": "a.mp4", "end_s": NaN}', "got nan"),
         ({"uri": "a.mp4", "start_s": 4, "end_s": 4}, "expected more than start_s (4.0), got 4.0"),
         ({"uri": "a.jpg", "start_s": 1}, "start_s and end_s are for videos"),
-        ({"uri": "a.mp4", "id": ""}, "id: expected a text"),
+        ({"uri": "a.mp4", "id": ""}, "id: expected a non-empty string"),
         ({"uri": "a.mp4", "id": 7}, "got 7"),
-        ({"uri": "a.mp4", "prompt": "x", "prompts": ["y"]}, "one of prompt and prompts"),
-        ({"uri": "a.mp4", "prompts": []}, "a list of questions"),
-        ({"uri": "a.mp4", "prompts": ["x", ""]}, "not empty"),
+        ({"uri": "a.mp4", "prompt": "x", "prompts": ["y"]}, "expected either prompt or prompts"),
+        ({"uri": "a.mp4", "prompts": []}, "expected a list of prompts"),
+        ({"uri": "a.mp4", "prompts": ["x", ""]}, "expected non-empty strings"),
         ({"uri": "a.mp4", "prompts": [{"id": "x", "prompt": "y"}]}, "{prompt_id, prompt}"),
-        ({"uri": "a.mp4", "prompts": [{"prompt_id": "x", "prompt": "y"}] * 2}, "once"),
+        ({"uri": "a.mp4", "prompts": [{"prompt_id": "x", "prompt": "y"}] * 2}, "every prompt_id must be unique"),
     ],
 )
 def test_a_wrong_row_names_itself_and_what_was_expected(tmp_path, row, message):
@@ -186,7 +186,7 @@ def test_files_that_are_no_manifests_are_refused(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"uri": "gr\xfc\xdfe.mp4"}\n')
     assert "expected UTF-8" in refusal(tmp_path / "latin.jsonl")
     (tmp_path / "text.parquet").write_text("no parquet")
-    assert "not a Parquet file" in refusal(tmp_path / "text.parquet")
+    assert "cannot be read as a Parquet file" in refusal(tmp_path / "text.parquet")
     wrong = manifest(tmp_path, [{"uri": "a.mp4", "file": "x"}], "wrong.parquet")
     assert "unknown column file" in refusal(wrong)
 

@@ -1,4 +1,4 @@
-"""The run directory: what is open, what is done, and whose output it is."""
+"""Tests of the run directory: open and committed units, and the check of the configuration."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_another_configuration_is_refused_and_the_run_named(tmp_path):
 def test_data_of_no_known_run_is_refused(tmp_path):
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table({"x": [1]}), tmp_path / "data" / "foreign.parquet")
-    with pytest.raises(RunError, match="no known run"):
+    with pytest.raises(RunError, match="data of no run"):
         RunDirectory(_job(tmp_path)).open()
 
 

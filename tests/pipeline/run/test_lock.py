@@ -1,4 +1,4 @@
-"""The run lock: one holder, a living one is respected, a dead one is not waited for."""
+"""Tests of the run lock: one owner, a live one keeps the lock, a dead one loses it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The inspection page: what it holds, that nothing on it can become markup, and that it harms no run."""
+"""Tests of the report page: its content, that no string becomes markup, and that it never fails a run."""
 
 import base64
 import hashlib
@@ -45,7 +45,7 @@ def _record(run, unit_id):
 
 
 class _Elements(HTMLParser):
-    """Every element with its attributes and, of scripts and styles, the content."""
+    """Collects every element with its attributes, and the content of scripts and styles."""
 
     def __init__(self, html):
         super().__init__()
@@ -179,7 +179,7 @@ def test_frames_beyond_the_pages_size_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "MAX_SAMPLE_BYTES", max(sizes))
     html, _, scripts = _parts(run)
     assert len(_listed(scripts)[1]["samples"]) == 1
-    assert "Frames of 1 more are left out" in html
+    assert "Frames of 1 more are omitted" in html
 
 
 def test_large_runs_list_frames_and_errors_first(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Repeating error rows: which units come again, and how their rows take the old ones' places."""
+"""Tests of retries: which units are repeated, and how their rows replace the old ones."""
 
 import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""Samples: which units are recorded, what a record holds, and that recording harms nothing."""
+"""Tests of samples: which units are recorded, the content of a record, and that recording never fails a unit."""
 
 import base64
 import io
@@ -132,7 +132,7 @@ def test_survivors_agree_with_the_row(mini):
 
 def test_merged_patches_point_at_survivors_that_count_them(tmp_path):
     job = _job(tmp_path)
-    row = Captioner(job, "run", _sampling(job, frames=6)).row(_unit(), _batches())  # every step in time is shown
+    row = Captioner(job, "run", _sampling(job, frames=6)).row(_unit(), _batches())  # every time step is shown
     for prompt in _only(tmp_path)["prompts"]:
         for stage in prompt["stages"]:
             target = np.concatenate([_values(frame, "<i4") for frame in stage["target"]])

@@ -1,4 +1,4 @@
-"""The summary: every figure follows from the rows."""
+"""Tests of the summary: every figure follows from the rows."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -30,12 +30,12 @@ def _at(begin_s, end_s, actor="x"):
 
 
 def _seen(table_of_rows):
-    """What a summary reads of rows in files."""
+    """The columns that a summary reads from data files."""
     return ds.dataset(table_of_rows).to_table(columns())
 
 
 def _summary(this_start="acef", **changes):
-    """Units a–f have rows, g is open: a and b are answered in six seconds each, the others end at once."""
+    """Units a–f have rows, g is open. a and b take six seconds each, the others no time."""
     table_of_rows = rows(
         row("a", **(_ANSWERED | _at(0, 6) | changes)),
         row("b", "truncated", **_ANSWERED, **_at(-5000, -4994, "old")),
@@ -50,7 +50,7 @@ def _summary(this_start="acef", **changes):
 
 
 def _of(*values, wall_s=1.0):
-    """The part on this start of a run that has these rows alone."""
+    """The `this_start` part of the summary of a run with these rows."""
     table_of_rows = rows(*values)
     ids = table_of_rows["id"]
     return summarise(units("a"), _seen(table_of_rows), run_id="r", wall_s=wall_s, this_start=ids)["this_start"]
@@ -102,7 +102,7 @@ def test_sums_of_seconds_are_of_the_whole_run():
 
 def test_bottleneck_is_where_the_actors_time_went():
     assert _summary()["bottleneck"].startswith("prefill (50% of the actors' time): ")
-    assert _summary()["bottleneck"].endswith("; they waited 8% of it for frames")
+    assert _summary()["bottleneck"].endswith("; 8% was waiting for frames")
     assert _summary(wait_s=25.0, **_at(0, 30.5))["bottleneck"].startswith("wait (82%")
 
 
@@ -170,7 +170,7 @@ def test_table_names_errors_and_savings():
 
 
 def test_table_tells_the_speed_of_light():
-    expected = "92%: 2,400 units per hour once the models were loaded, of 2,618 if they never waited"
+    expected = "92%: 2,400 units per hour with the models loaded, of 2,618 if they never waited"
     assert expected in table(_summary())
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM, sent to a process of its own in the ways that count."""
+"""Tests of SIGTERM, sent to a separate process while planning, draining and stuck."""
 
 import signal
 import subprocess

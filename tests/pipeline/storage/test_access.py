@@ -1,4 +1,4 @@
-"""Who storage talks to, and with what: verified certificates, and credentials that come from the usual chain alone."""
+"""Tests of access: certificates are verified, and credentials come from the AWS chain only."""
 
 import datetime
 import ipaddress
@@ -20,7 +20,7 @@ from tests.s3 import CREDENTIALS, server
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
-    """A key and a certificate for 127.0.0.1 that nobody has signed but itself, in one PEM."""
+    """A key and a self-signed certificate for 127.0.0.1, in one PEM file."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "storage of the tests")])
     now = datetime.datetime.now(datetime.UTC)
@@ -41,7 +41,7 @@ def certificate(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def encrypted(certificate):
-    """A server behind TLS, with one object."""
+    """A TLS server with one object."""
     with server("videos") as plain, proxy(plain.endpoint_url, certificate=certificate) as front:
         st.write_bytes_atomic("s3://videos/x", b"content", plain)
         yield Storage(endpoint_url=front.endpoint_url, region="us-east-1", max_attempts=3, timeout_s=10)
@@ -71,7 +71,7 @@ def test_a_server_of_an_unknown_authority_is_refused_at_once(encrypted, monkeypa
 
 
 def test_a_server_is_encrypted_unless_its_address_says_otherwise():
-    assert Storage().endpoint_url is None  # AWS, whose address the libraries know
+    assert Storage().endpoint_url is None  # AWS
     for address in (
         "storage.example",
         "storage.example:9000",

@@ -1,4 +1,4 @@
-"""Storage that fails: what passes is tried again; what lasts ends, after so many tries, in an error naming the file."""
+"""Tests of storage faults: transient ones are retried; lasting ones raise an error that names the file."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ ATTEMPTS = 3
 
 @pytest.fixture(scope="module")
 def whole():
-    """A server that does not fail, with a file for every reader."""
+    """A server without faults, with one file per reading operation."""
     with server("videos") as storage:
         for name in ("read", "copy", "range", "stat", "list/file"):
             st.write_bytes_atomic(f"s3://videos/{name}", CONTENT, storage)
@@ -33,14 +33,14 @@ def whole():
 
 @pytest.fixture(scope="module")
 def behind_proxy(whole):
-    """A proxy in front of it, and the configuration that goes through."""
+    """A proxy in front of the server, and the configuration that uses it."""
     with proxy(whole.endpoint_url) as broken:
         yield broken, Storage(endpoint_url=broken.endpoint_url, region="us-east-1", max_attempts=ATTEMPTS, timeout_s=10)
 
 
 @pytest.fixture
 def faulty(behind_proxy, monkeypatch):
-    """The same without rules, and without long pauses between attempts."""
+    """The proxy without rules, with short pauses between attempts."""
     monkeypatch.setattr(s3, "_PAUSE_S", 0.01)
     behind_proxy[0].rules, behind_proxy[0].hits = [], 0
     return behind_proxy
@@ -78,7 +78,7 @@ def _arrow_written(uri, storage):
     return True
 
 
-# name of the object → the request that fails, and what is asked of the storage; True is the right answer
+# object name → the request that fails, and the operation, which must return True
 OURS = {
     "read": ("GET", lambda uri, storage: st.read_bytes(uri, storage) == CONTENT),
     "copy": ("GET", _copied),
@@ -93,14 +93,14 @@ ARROWS = {"arrow-read": ("GET", _arrow_read), "arrow-write": ("PUT", _arrow_writ
 
 
 def rules(operations, fault, times=None):
-    """One rule per operation, which strikes its own object only; a listing names its folder in the query."""
+    """One rule per operation, for its own object only; a listing has its folder in the query."""
     return [
         Rule(fault, method, f"videos/{name}($|[?])|prefix={name}", times) for name, (method, _) in operations.items()
     ]
 
 
 def ask_all(operations, storage):
-    """What came of each operation, asked side by side: its answer or its error."""
+    """The result or error of each operation, run concurrently."""
 
     def ask(name, operation):
         try:
@@ -167,7 +167,7 @@ def test_a_request_is_tried_as_often_as_configured(faulty):
 
 def test_refusals_are_not_tried_again(faulty):
     broken, storage = faulty
-    for ask, requests in ((st.read_bytes, 1), (st.stat, 2)):  # stat looks for a folder of that name, too
+    for ask, requests in ((st.read_bytes, 1), (st.stat, 2)):  # stat also looks for a folder of that name
         broken.requests = 0
         with pytest.raises(st.StorageError, match="no such file"):
             ask("s3://videos/absent", storage)
@@ -175,7 +175,7 @@ def test_refusals_are_not_tried_again(faulty):
 
 
 def test_an_answer_that_claims_to_be_whole_is_measured(faulty):
-    """What a proxy cut and labelled anew is not taken for the object, by copy or by range."""
+    """A body that a proxy truncates, with matching headers, is detected by copy and by range."""
     broken, storage = faulty
     readers = {name: OURS[name] for name in ("copy", "range")}
     broken.rules = rules(readers, "short", times=1)
@@ -183,7 +183,7 @@ def test_an_answer_that_claims_to_be_whole_is_measured(faulty):
     broken.rules = rules(readers, "short")
     for error in ask_all(readers, storage).values():
         assert (error.stage, error.error_type) == ("fetch", "Unreachable")
-        assert "cut short" in str(error)
+        assert "truncated" in str(error)
 
 
 def test_a_lock_file_whose_answer_was_lost_is_ones_own(faulty, whole):

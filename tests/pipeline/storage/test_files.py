@@ -1,4 +1,4 @@
-"""Storage: one behaviour for local files and S3, one-line errors."""
+"""Tests of storage: local files and S3 behave the same, and errors are one line."""
 
 import pickle
 import threading
@@ -20,7 +20,7 @@ def bucket():
 
 @pytest.fixture(params=["local", "file", "s3"])
 def place(request, tmp_path):
-    """A folder that does not exist yet, and how to reach it."""
+    """The URI of a folder that does not exist yet, and its storage configuration."""
     if request.param == "s3":
         name = request.node.name.replace("[", "-").replace("]", "")
         return f"s3://videos/{name}", request.getfixturevalue("bucket")
