@@ -1,6 +1,6 @@
-"""The README's figures, written from the jobs' result files between a pair of markers each.
+"""Write the figures of the pages from the result files: each section between its own pair of markers.
 
-python -m jobs.measure.readme --results jobs/results --readme README.md
+python -m jobs.measure.readme
 """
 
 import argparse
@@ -10,18 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cli import main_guard
-from jobs.measure.benchmark.readme import engine, speed
-from jobs.measure.evaluate.readme import fidelity
+from jobs.measure.benchmark.readme import engine, longest, speed
+from jobs.measure.evaluate.readme import fidelity, quality
 from jobs.measure.markers import between
 
 Result = dict[str, Any]
 
 
-def filled(page: str, folder: Path) -> str:
-    """The page with the text of every section. Raises ConfigError unless it has exactly one pair of markers of each."""
-    for name, (files, text) in SECTIONS.items():
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(files))]
-        page = between(page, f"<!-- {name} -->", f"<!-- /{name} -->", text(results))
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "jobs/results"
+PAGES: dict[str, tuple[str, ...]] = {
+    "README.md": ("quality", "memory"),
+    "jobs/results/README.md": ("fidelity", "benchmark", "engine", "manifest", "scale", "pipeline", "soak"),
+}  # page → its sections
+
+
+def filled(page: str, sections: Iterable[str], results: Path) -> str:
+    """The page with its sections filled in. Raises ConfigError unless each has exactly one pair of markers."""
+    for name in sections:
+        files, text = SECTIONS[name]
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob(files))]
+        page = between(page, f"<!-- {name} -->", f"<!-- /{name} -->", text(found))
     return page
 
 
@@ -93,6 +102,8 @@ def pipeline(result: Result) -> str:
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Sequence[Result]], str]]] = {
+    "quality": ("fidelity/summary.json", _one(quality, "jobs.measure.evaluate")),
+    "memory": ("engine-*.json", longest),
     "fidelity": ("fidelity/summary.json", _one(fidelity, "jobs.measure.evaluate")),
     "benchmark": ("benchmark-*.json", speed),
     "engine": ("engine-*.json", engine),
@@ -121,14 +132,16 @@ def _percent(spread: dict[str, float]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Fill in the page."""
+    """Fill in the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--readme", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="result files (jobs/results)")
+    parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="folder of the pages (this checkout)")
     args = parser.parse_args(arguments)
     if not args.results.is_dir():
         parser.error(f"--results: expected a folder, got {args.results}")
-    args.readme.write_text(filled(args.readme.read_text(encoding="utf-8"), args.results), encoding="utf-8")
+    for name, sections in PAGES.items():
+        page = args.root / name
+        page.write_text(filled(page.read_text(encoding="utf-8"), sections, args.results), encoding="utf-8")
     return 0
 
 

@@ -4,7 +4,7 @@
     python -m jobs.measure.benchmark --device cuda --minutes 3 --models qwen2.5-vl-7b --json FILE     # one model
     python -m jobs.measure.benchmark --device cpu --json FILE     # a small copy in seconds, no measure of speed
     python -m jobs.measure.benchmark --device cpu --suite engine --json FILE     # long videos, many answers at once
-    python -m jobs.measure.readme --results jobs/results --readme README.md                  # its tables into the page
+    python -m jobs.measure.readme     # write its tables into the pages
 
 Weights are random, but for the engine's on a CPU, and nothing is downloaded. Every cell is in the file from the start,
 as not measured; the file is replaced after each, so a run that is ended early keeps what it has. Exit code 1: a cell
