@@ -64,4 +64,4 @@ def test_nothing_to_stop_is_no_error(run):
 
 def test_a_job_that_does_not_end_is_not_waited_for_forever(run, capsys):
     assert run(a=1, stuck=None) == 1
-    assert "still going after 10 s: stuck" in capsys.readouterr().err
+    assert "still running after 10 s: stuck" in capsys.readouterr().err
