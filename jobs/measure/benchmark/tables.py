@@ -1,4 +1,4 @@
-"""The benchmark's result as Markdown: one table per suite, formatted from the cells; – is what was not measured."""
+"""Format the benchmark's result as Markdown: one table per suite; – means not measured."""
 
 import statistics
 from collections import Counter
@@ -19,7 +19,7 @@ Show = Callable[[Values], str]
 
 
 def report(result: Values) -> str:
-    """All tables of one device, and what they hold for."""
+    """All tables of one device, after a line with device, versions and command."""
     cells, versions = result["cells"], result["versions"]
     named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     paragraphs = [
@@ -54,7 +54,7 @@ def _operation(cell: Values) -> str:
 
 
 def attention(cells: Sequence[Values]) -> str:
-    """Attention with a bias per key beside the floor and beside the way around the kernel."""
+    """Attention with a bias per key, compared with attention without bias and without our kernel."""
     found = [cell for cell in cells if cell["name"] in (PREFILL, PACKED, DECODE) and "forms" in cell]
     if not found:
         return ""
@@ -71,7 +71,7 @@ def _beside(names: Sequence[str], cell: Values) -> str:
 
 
 def survivors(cells: Sequence[Values]) -> str:
-    """What a stage hands on, beside other ways to it."""
+    """A stage's output, computed by our operation and by alternatives."""
     found = [cell for cell in cells if cell["name"] in (*COMPACTIONS, ANGLES) and "forms" in cell]
     legend = (
         "**Survivors**: merged and gathered in one pass / merged in place on a copy, then gathered; the angles of "
@@ -135,7 +135,7 @@ def _decode(cell: Values) -> str:
 
 
 def missing(cells: Sequence[Values]) -> str:
-    """How many cells and forms were not measured, by reason; "" where all were."""
+    """Number of cells and forms that were not measured, by reason; "" if all were."""
     why = Counter(part["why"] for cell in cells for part in parts(cell) if "why" in part)
     if not why:
         return ""
@@ -143,7 +143,7 @@ def missing(cells: Sequence[Values]) -> str:
 
 
 def spread(cells: Sequence[Values]) -> str:
-    """How far repeats of the same are apart."""
+    """The spread of repeats of the same measurement."""
     apart = [
         (seconds["max_s"] - seconds["min_s"]) / seconds["median_s"]
         for cell in cells
