@@ -60,8 +60,8 @@ def attention(cells: Sequence[Values]) -> str:
         return ""
     legend = (
         "**Attention with a bias per key**: our kernel / torch's scaled_dot_product_attention without bias, the lower "
-        "bound / without our kernel (widened heads in prefill, a row in the mask in decode) / torch's flex_attention with "
-        "the bias, compiled (one prefill). The second and the third run packed sequences one after another."
+        "bound / without our kernel (widened heads in prefill, a row in the mask in decode) / torch's flex_attention "
+        "with the bias, compiled (one prefill). The second and the third run packed sequences one after another."
     )
     return _grid(legend, "attention", found, "tokens", partial(_beside, (KERNEL, "sdpa", "no kernel", FLEX)))
 

@@ -101,7 +101,7 @@ def _merge_and_gather(
 
 
 def angles(scale: Scale, tokens: int) -> OpWork:
-    """cos and sin of the remaining half of the tokens, computed from positions; GATHERED selects rows of a full table."""
+    """cos and sin of the remaining half of the tokens, from positions; GATHERED selects rows of a full table."""
     decoder = next(decoder for decoder in scale.decoders if decoder.shape == scale.shape)
     narrow = replace(scale.shape, layers=1, hidden=scale.shape.head_dim, heads=1, kv_heads=1, vocabulary=128)
     rotary = replace(decoder, shape=narrow).build(scale.device, scale.dtype).get_decoder().rotary_emb

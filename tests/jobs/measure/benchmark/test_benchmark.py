@@ -1,4 +1,4 @@
-"""The benchmark: what it measures, what its files say when something goes wrong, and the page's tables."""
+"""The benchmark: its measurements, its result file after failures, and its tables."""
 
 import dataclasses
 import json
@@ -77,7 +77,7 @@ def run_all(cells, path, clock=lambda: 0.0, limit_s=60.0):
     return json.loads(path.read_text())["cells"]
 
 
-# --- the whole job ---
+# --- the job ---
 
 
 @pytest.fixture(scope="module")
@@ -471,7 +471,7 @@ def test_shares_and_speedups_come_from_cells_of_the_same_place():
 
 @pytest.fixture(scope="module")
 def gpu_result(result):
-    """The tiny run as if it came from a GPU: kernels as fast as the copy, twins four times as slow."""
+    """The tiny run as if from a GPU: kernels take as long as the copy, twins four times as long."""
     copy = of(result, "ops", COPY)
     rate = copy["bytes"] / copy["seconds"]["median_s"]
     made = json.loads(json.dumps({**result, "device": {"type": "cuda", "name": "A GPU"}}))

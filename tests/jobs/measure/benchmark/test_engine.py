@@ -1,4 +1,4 @@
-"""The engine's suite: what it measures, that its arithmetic is right, and the page's tables."""
+"""The engine's suite: its measurements, its arithmetic and its tables."""
 
 import dataclasses
 import json
