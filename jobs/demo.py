@@ -88,7 +88,7 @@ def compare(truth: dict[str, dict[str, str]], rows: dict[str, list[dict[str, Any
 
 
 def report(truth: dict[str, dict[str, str]], rows: dict[str, list[dict[str, Any]]], result: dict[str, Any]) -> str:
-    """Every caption beside what was rendered, the table of tasks, and a sentence that sums them up."""
+    """Every caption with the rendered truth, the table of tasks, and a summary sentence."""
     lines = []
     for row in rows["LightKV"]:
         file = Path(row["uri"]).name

@@ -1,4 +1,4 @@
-"""Write the figures of the pages from the result files: each section between its own pair of markers.
+"""Fill the pages with figures from the result files: each section between its own pair of markers.
 
 python -m jobs.measure.readme
 """
@@ -35,12 +35,12 @@ def filled(page: str, sections: Iterable[str], results: Path) -> str:
 
 
 def _one(text: Callable[[Result], str], command: str) -> Callable[[Sequence[Result]], str]:
-    """A section made of a single result, or that there is none."""
+    """A section from a single result, or a note that there is none."""
     return lambda results: text(results[0]) if results else f"No figure yet (`python -m {command}`)."
 
 
 def manifest(result: Result) -> str:
-    """What a run's bookkeeping takes, a line per size."""
+    """Table of the seconds and memory of a run's bookkeeping, a line per size."""
     rows = [
         (
             f"{size['units']:,}",
@@ -58,7 +58,7 @@ def manifest(result: Result) -> str:
 
 
 def scale(result: Result) -> str:
-    """What one run of very many units took."""
+    """Table of one run of very many units."""
     (size,) = result["sizes"]
     stopped, resumed = size["stopped"], size["resumed"]
     memory = [max(stopped["peak_bytes"][k], resumed["peak_bytes"][k]) for k in ("driver", "object_store", "attempts")]
@@ -82,7 +82,7 @@ def scale(result: Result) -> str:
 
 
 def soak(result: Result) -> str:
-    """Whom the soak killed, and what was wrong afterwards."""
+    """A sentence with the soak's kills and its wrong rows."""
     kills = ", ".join(f"{victim} {count:,}" for victim, count in result["kills"].items())
     wrong = ", ".join(f"{result[name]['units']:,} {name}" for name in ("lost", "doubled", "foreign"))
     return (
@@ -92,7 +92,7 @@ def soak(result: Result) -> str:
 
 
 def pipeline(result: Result) -> str:
-    """What the pipeline costs on top of its model."""
+    """A sentence with the pipeline's overhead on top of its model."""
     return (
         f"{_percent(result['overhead'])} more, median of {result['repeats']} runs over {result['clips']:,} clips, "
         f"least to most: {result['added_ms_per_clip']['median']:.1f} ms on top of "
@@ -111,7 +111,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Sequence[Result]], str]]] = {
     "scale": ("scale.json", _one(scale, "jobs.measure.scale")),
     "pipeline": ("pipeline.json", _one(pipeline, "jobs.measure.pipeline")),
     "soak": ("soak.json", _one(soak, "jobs.measure.soak")),
-}  # the markers' name, the result files, what they say
+}  # name of the markers → result files, function that writes the section
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
