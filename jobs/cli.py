@@ -1,4 +1,4 @@
-"""What every job's command line shares: --config, --set, and errors in one line."""
+"""The command line that all jobs share: --config, --set, and errors in one line."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ def parser(description: str, *, epilog: str | None = None) -> argparse.ArgumentP
     result = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--config", metavar="FILE", help="YAML configuration, see configs/ for documented ones")
+    result.add_argument("--config", metavar="FILE", help="YAML configuration; configs/ has documented examples")
     result.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -68,18 +68,18 @@ def load(arguments: argparse.Namespace) -> JobConfig:
 
 
 def main_guard(main: Callable[[], int]) -> None:
-    """Run a job's `main` and exit: user errors become one line on stderr and exit code 2, an end on request 0."""
+    """Run a job's `main` and exit: user errors print one line on stderr and exit with 2, requested ends with 0."""
     try:
         sys.exit(main())
     except StoppedError as stopped:
-        print(f"{stopped}; the same command goes on where this one stopped", file=sys.stderr)
+        print(f"{stopped}; the same command continues where this one stopped", file=sys.stderr)
         sys.exit(0)
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `… | head`: the reader has seen enough
+    except BrokenPipeError:  # `… | head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print("interrupted; the same command continues where this one stopped", file=sys.stderr)
         sys.exit(130)

@@ -1,7 +1,7 @@
-"""Render sample videos and have them captioned and questioned on a local Ray, with LightKV and without it.
+"""Render sample videos, then caption and question them on a local Ray, with LightKV and without it.
 
-Every video brings questions of its own, whose answers are known from the rendering. One of the files is no video, as in
-every real bucket: it becomes an error row.
+Every video has its own questions, whose answers are known from the rendering. One of the files is not a video, as in
+real buckets: it becomes an error row.
 """
 
 import argparse
@@ -26,7 +26,7 @@ ASKED = ("caption", *VIDEO_FAMILIES)  # what the embedded model was trained on
 
 
 def main() -> int:
-    """Render, run twice, compare; 0 when every file has its rows."""
+    """Render, run twice and compare; return 0 when every file has its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("demo-out"), help="default: demo-out")
     parser.add_argument("--videos", metavar="N", type=int, default=12, help="default: 12")
@@ -54,7 +54,7 @@ def prepare(folder: Path, videos: int) -> dict[str, dict[str, str]]:
 
 
 def answered(out: Path, name: str, switch: str) -> list[dict[str, Any]]:
-    """The rows of one run over the manifest, in the order of their files; a run of an earlier demo is replaced."""
+    """Run over the manifest and return the rows, sorted by file; replaces the run of an earlier demo."""
     print(f"\n{name}: {switch}", flush=True)
     sink = out / "rows" / name.lower()
     if (sink / "_run" / "run.json").exists():
@@ -65,7 +65,7 @@ def answered(out: Path, name: str, switch: str) -> list[dict[str, Any]]:
 
 
 def compare(truth: dict[str, dict[str, str]], rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Right answers per task and run, how many answers agree word for word, and the KV caches of both runs."""
+    """Right answers per task and run, number of answers that agree word for word, and KV bytes of both runs."""
     told = {name: _answers(of_run) for name, of_run in rows.items()}
     every = [(file, task, answer) for file, answers in truth.items() for task, answer in answers.items()]
     tasks = {
@@ -88,7 +88,7 @@ def compare(truth: dict[str, dict[str, str]], rows: dict[str, list[dict[str, Any
 
 
 def report(truth: dict[str, dict[str, str]], rows: dict[str, list[dict[str, Any]]], result: dict[str, Any]) -> str:
-    """Every caption beside what was rendered, the table of tasks, and a sentence that sums them up."""
+    """Every caption with the rendered truth, the table of tasks, and a summary sentence."""
     lines = []
     for row in rows["LightKV"]:
         file = Path(row["uri"]).name

@@ -1,7 +1,7 @@
-"""Stop every job of a Ray cluster and wait until they have ended: what a head does before it goes.
+"""Stop every job of a Ray cluster and wait until they have ended; a head runs this before it terminates.
 
-A captioning job that is asked to stop finishes the units in its models, as far as `run.grace_s` allows; the rest is
-for the same job submitted again.
+A captioning job that is asked to stop finishes the units in its models within `run.grace_s`. The same job, submitted
+again, does the rest.
 """
 
 import argparse
@@ -12,12 +12,12 @@ from jobs.cli import main_guard
 
 
 def main() -> int:
-    """Stop the jobs; 0 when all have ended in time, else 1."""
+    """Stop the jobs; return 0 when all have ended in time, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--address", default="http://127.0.0.1:8265", help="of the cluster's head")
-    parser.add_argument("--timeout-s", type=float, default=60.0, help="how long to wait for their end")
+    parser.add_argument("--address", default="http://127.0.0.1:8265", help="address of the cluster's head")
+    parser.add_argument("--timeout-s", type=float, default=60.0, help="seconds to wait for their end")
     arguments = parser.parse_args()
-    from ray.job_submission import JobSubmissionClient  # a second to import: help must not
+    from ray.job_submission import JobSubmissionClient  # importing it takes a second, which help must not
 
     client = JobSubmissionClient(arguments.address)
     deadline = time.monotonic() + arguments.timeout_s
@@ -30,7 +30,7 @@ def main() -> int:
             client.stop_job(id)
         asked |= going
         if time.monotonic() > deadline:
-            print(f"still going after {arguments.timeout_s:g} s: {', '.join(sorted(going))}", file=sys.stderr)
+            print(f"still running after {arguments.timeout_s:g} s: {', '.join(sorted(going))}", file=sys.stderr)
             return 1
         time.sleep(0.5)
     return 0

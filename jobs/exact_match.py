@@ -1,4 +1,4 @@
-"""What has to be the same in two answers that count as the same."""
+"""Split an answer into the tokens that exact match compares."""
 
 import re
 
@@ -6,5 +6,5 @@ TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 def words(text: str | None) -> list[str] | None:
-    """A text as it is compared: lower-case words, numbers and punctuation marks; spaces do not count."""
+    """Lower-case words, numbers and punctuation marks of a text; spaces are ignored. None stays None."""
     return None if text is None else TOKEN.findall(text.lower())

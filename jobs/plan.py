@@ -1,6 +1,6 @@
 """Show what a captioning job would do, without doing it: units, hours, frames, tokens, KV cache.
 
-Lists and probes the source and reads the model's configuration. No weights, no GPU, no Ray; nothing is written.
+Lists and probes the source and reads the model's configuration. Needs no weights, GPU or Ray; writes nothing.
 """
 
 import json
@@ -22,7 +22,7 @@ _PLAIN = "  uncompressed"
 
 
 def main() -> int:
-    """Print the plan; 0 unless the configuration or the source refuses."""
+    """Print the plan; return 0. Raises if the configuration or the source is refused."""
     cli = parser(
         __doc__ or "",
         epilog="""examples:
@@ -40,9 +40,9 @@ def main() -> int:
 
 
 def summarise(config: JobConfig) -> "tuple[PlanSummary, str | None]":
-    """The plan's estimate, and why it lacks tokens where it does."""
+    """The plan's estimate, and why it has no token counts, if it has none."""
     from pipeline.captioning.captioner import (
-        lightkv_config,  # torch takes seconds to import: help and refusals must not
+        lightkv_config,  # importing torch takes seconds, which help and refusals must not
     )
     from pipeline.captioning.context import ContextLimit
     from pipeline.captioning.encode import encoder_for

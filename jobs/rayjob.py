@@ -1,8 +1,8 @@
 """Create a RayJob for one firing of a Kubernetes CronJob, and wait for its end.
 
-The RayJob of `--template` is created under `--name`, and the output folder in its entrypoint is named alike
-(`run=TEMPLATE'S NAME` becomes `run=NAME`). One that exists already is waited for: a pod that was started again
-neither starts a second run nor loses the first. Runs inside a pod, whose service account may create and get rayjobs.
+Creates the RayJob of `--template` under the name `--name` and renames the output folder in its entrypoint
+(`run=TEMPLATE'S NAME` becomes `run=NAME`). If a RayJob of that name exists, waits for it: a restarted pod neither
+starts a second run nor loses the first. Runs inside a pod whose service account may create and get rayjobs.
 """
 
 import argparse
@@ -30,13 +30,13 @@ _LONGEST_WAIT_S = 300.0
 
 @dataclass(frozen=True)
 class RayJobs:
-    """The RayJobs of the pod's own namespace, over the API server; the token is read anew, because it changes."""
+    """The RayJobs of the pod's namespace, through the API server; reads the token at every call, because it changes."""
 
     server: str
     account: Path = _ACCOUNT
 
     def create(self, job: dict[str, Any]) -> bool:
-        """Create a RayJob; False when there is one of its name. Raises `ConfigError` where the server refuses it."""
+        """Create a RayJob; False if one of its name exists. Raises `ConfigError` if the server refuses it."""
         try:
             self._ask("", json.dumps(job).encode())
         except urllib.error.HTTPError as error:
@@ -46,7 +46,7 @@ class RayJobs:
         return True
 
     def status(self, name: str) -> dict[str, Any]:
-        """The status of a RayJob; empty until the operator has seen it."""
+        """The status of a RayJob; empty until the operator has set one."""
         status: dict[str, Any] = self._ask(f"/{name}").get("status", {})
         return status
 
@@ -66,7 +66,7 @@ class RayJobs:
             with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=context) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
-            if error.code in (400, 401, 403, 404, 422):  # asking again will not change it
+            if error.code in (400, 401, 403, 404, 422):  # a retry would fail again
                 detail = " ".join(error.read().decode(errors="replace").split())[:500]
                 raise ConfigError(
                     f"the API server refuses RayJob {path or 'creation'} ({error.code}): {detail}"
@@ -75,12 +75,12 @@ class RayJobs:
 
 
 def main() -> int:
-    """Create and wait; 0 when the run has succeeded, else 1."""
+    """Create and wait; return 0 if the run succeeded, else 1."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--template", type=Path, required=True, metavar="FILE", help="the RayJob, as YAML")
-    parser.add_argument("--name", required=True, help="of the RayJob and of its output folder; unique to the firing")
-    parser.add_argument("--owner-uid", help="of the Job NAME, with which the RayJob is cleaned up")
-    parser.add_argument("--poll-s", type=float, default=15.0, help="between looks at it")
+    parser.add_argument("--name", required=True, help="of the RayJob and its output folder; unique to the firing")
+    parser.add_argument("--owner-uid", help="uid of the Job NAME; the RayJob is deleted with it")
+    parser.add_argument("--poll-s", type=float, default=15.0, help="seconds between checks of its status")
     arguments = parser.parse_args()
     job = named(yaml.safe_load(arguments.template.read_text()), arguments.name, arguments.owner_uid)
     jobs = RayJobs(_server())
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def named(job: dict[str, Any], name: str, owner_uid: str | None) -> dict[str, Any]:
-    """The RayJob of a template under another name, with an output folder of that name."""
+    """The template's RayJob with another name and an output folder of that name."""
     old, entrypoint = f"run={job['metadata']['name']}", job["spec"]["entrypoint"]
     if old not in entrypoint:
         raise ConfigError(f"expected an output folder {old} in the template's entrypoint, got {entrypoint!r}")
@@ -111,7 +111,7 @@ def _server() -> str:
 
 
 def _again(ask: Any) -> Any:
-    """What `ask` gives, tried again for as long as the API server is away."""
+    """The result of `ask`, retried while the API server is unreachable."""
     wait_s = 1.0
     while True:
         try:

@@ -1,6 +1,7 @@
-"""Write the inspection page of a run: one HTML file that opens from disk and asks no network.
+"""Write the inspection page of a run: one HTML file that opens from disk and makes no network requests.
 
-A run writes its page at its end; this makes it again, or makes one of a run that is still going or was killed.
+A run writes its page at its end. This command writes it again, or writes one for a run that is in progress or
+was killed.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from pipeline.storage import files as storage
 
 
 def main() -> int:
-    """Write the page and say where it is; 0 unless there is no run."""
+    """Write the page and print its path; return 0 if the run exists."""
     cli = parser(
         __doc__ or "",
         epilog="""examples:
@@ -38,7 +39,7 @@ def main() -> int:
 
 
 def _only_storage(run: str, overrides: list[str]) -> JobConfig:
-    """A configuration that says where the run is and how it is reached; its own lies in the run."""
+    """A configuration with the run's location and storage only; the run holds its own configuration."""
     job = load_config(None, ["source.uri=unused", "sink.uri=unused", *overrides])
     return job.model_copy(update={"sink": job.sink.model_copy(update={"uri": run})})
 

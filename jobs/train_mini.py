@@ -1,9 +1,9 @@
-"""Train, export and measure the mini model; needs neither Ray nor storage, one GPU or a few CPU processes are enough.
+"""Train, export and measure the mini model, on one GPU or a few CPU processes; needs neither Ray nor storage.
 
     python -m jobs.train_mini --out DIR --minutes 60 --procs 2 --export WEIGHTS   # train or resume, then export
     python -m jobs.train_mini --out DIR --minutes 0 --export WEIGHTS              # export the last checkpoint
     python -m jobs.train_mini --measure WEIGHTS --split test --json RESULT        # exact match per task
-    python -m jobs.train_mini --card WEIGHTS --json RESULT                        # its tables into the card
+    python -m jobs.train_mini --card WEIGHTS --json RESULT                        # write its tables into the card
 
 Weights are the exponential moving average in bf16, as a Hugging Face folder.
 """
@@ -40,7 +40,7 @@ def _worker(rank: int, config: TrainConfig, rendezvous: str) -> None:
 
 
 def train(config: TrainConfig) -> None:
-    """Run `config.procs` processes to the end of the schedule; more than one is for CPUs."""
+    """Train in `config.procs` processes to the end of the schedule; more than one only on CPUs."""
     if config.procs > 1 and config.device != "cpu":
         raise ValueError(f"expected one process on {config.device}, got procs={config.procs}; pass --procs 1")
     config.out.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--measure", type=Path, help="weights folder to measure; nothing is trained")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--json", type=Path, help="with --measure: file to write; with --card: file to read")
-    parser.add_argument("--card", type=Path, help="weights folder whose README.md gets the tables of --json")
+    parser.add_argument("--card", type=Path, help="weights folder; writes the tables of --json into its README.md")
     args = parser.parse_args(arguments)
     if args.measure:
         text = json.dumps(measure(args.measure, args.split, CARD), indent=1)

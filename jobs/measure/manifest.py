@@ -1,8 +1,8 @@
-"""What a run's bookkeeping takes, in seconds and memory, against the number of units; no model, no Ray.
+"""Measure the seconds and memory of a run's bookkeeping against the number of units; no model, no Ray.
 
-Each size runs in a process of its own: a JSONL manifest of tiny units is planned, rows of half of the units are
-committed in files of `sink.rows_per_file`, the open units are found again, the rows are summed up, and one unit in a
-thousand, an error, is repeated and its row put in its place. Writes one JSON result file.
+Each size runs in its own process. It plans a JSONL manifest of tiny units, commits rows of half of the units in files
+of `sink.rows_per_file`, finds the open units and summarises the rows. One row in a thousand is an error; it repeats
+those units and replaces their rows. Writes one JSON result file.
 """
 
 import argparse
@@ -59,8 +59,10 @@ def main() -> None:
 
 
 def measure(count: int) -> dict[str, float]:
-    """Seconds, bytes and files: of planning `count` units, of resuming with half of them done, of a summary of that
-    half, and of a retry of its errors. Memory is the process's peak so far, above what its imports took."""
+    """Plan `count` units, resume with half of them done, summarise that half and retry its errors.
+
+    Returns seconds, bytes and files. Memory is the process's peak so far, above that of its imports.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         manifest = folder / "units.jsonl"
@@ -98,7 +100,7 @@ def measure(count: int) -> dict[str, float]:
 
 
 def _commit(job: JobConfig, work: Work, ids: Sequence[str], error_every: int | None = _ERROR_EVERY) -> None:
-    """Rows and checkpoints of these units, in files as a run writes them."""
+    """Write rows and checkpoints of these units, in files like a run's."""
     data, checkpoint = Path(work.data), Path(work.checkpoint)
     for folder in (data, checkpoint):
         folder.mkdir(parents=True)

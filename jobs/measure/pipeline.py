@@ -1,21 +1,20 @@
-"""What the pipeline costs on top of its model: the same clips through both, in turns, on the CPU.
+"""Measure what the pipeline costs on top of its model: the same clips through both, in turns, on the CPU.
 
-The model alone: one process decodes every clip into memory, then answers them (`engine`). The pipeline:
-`jobs.caption` with one model actor on a local Ray; it decodes, queues, hands over and writes while it answers. Both
-load the embedded model, answer as many units together, compute in as many threads as OMP_NUM_THREADS says (set to
---threads for both), run at the same priority and answer from the first unit on without warming up. Every answer must
-be the same word for word.
+The model alone (`engine`): one process decodes every clip into memory, then answers them. The pipeline: `jobs.caption`
+with one model actor on a local Ray, which decodes, queues, transfers and writes while it answers. Both load the
+embedded model, answer the same number of units together, compute in --threads threads (OMP_NUM_THREADS), run at the
+same priority, and answer from the first unit without warm-up. Every answer must be the same word for word.
 
-Machines change their speed within seconds, by more than what is measured here. So both are at work at the same time,
-but never together: every --turn seconds all processes of one are stopped (SIGSTOP) and those of the other go on. Only
-time in which they ran counts.
+The speed of a machine changes within seconds, by more than the difference that is measured. The two therefore take
+turns: every --turn seconds all processes of one are stopped (SIGSTOP) and those of the other continue. Only the time in
+which a process ran counts.
 
     overhead = steady ÷ engine − 1
     engine   seconds of the model alone on all clips, frames in memory
     steady   from the first frames that enter the actor's model to the end of its last row
 
-What is added is told per clip in milliseconds, too: what another model would have on top of its own. It has decoders
-and Ray beside it, which want the CPUs and the caches, and waits for frames and turns.
+The result also has the added milliseconds per clip, which another model would have on top of its own time. They include
+CPU and cache contention with decoders and Ray, and waits for frames and turns.
 """
 
 import argparse
@@ -44,12 +43,12 @@ Ran = Callable[[float, float], float]
 
 
 def main() -> int:
-    """Render, measure `--repeats` times in turns, write one JSON file."""
+    """Render, measure `--repeats` times in turns and write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", metavar="N", type=int, default=200)
     parser.add_argument("--repeats", metavar="N", type=int, default=5, help="runs of the pipeline")
     parser.add_argument("--turn", metavar="SECONDS", type=float, default=2.0)
-    parser.add_argument("--threads", metavar="N", type=int, default=1, help="of the model, in both")
+    parser.add_argument("--threads", metavar="N", type=int, default=1, help="threads of the model, in both")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("jobs/results/pipeline.json"))
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="overrides")
     parser.add_argument("--engine", metavar="FILE", type=Path, help=argparse.SUPPRESS)
@@ -81,7 +80,7 @@ def main() -> int:
 
 
 def prepare(folder: Path, clips: int, overrides: list[str]) -> JobConfig:
-    """Render the clips; the job asks for a caption of each."""
+    """Render the clips and return a job that asks for a caption of each."""
     from pipeline.mini.world import render_demo
 
     truth = render_demo(folder / "clips", clips).read_text(encoding="utf-8").splitlines()
@@ -95,13 +94,13 @@ def prepare(folder: Path, clips: int, overrides: list[str]) -> JobConfig:
 
 
 def measure(job: JobConfig, threads: int, turn_s: float) -> dict[str, float]:
-    """One run of each, in turns; raises `RuntimeError` where one fails or an answer differs."""
+    """Run each once, in turns; raises `RuntimeError` if one fails or an answer differs."""
     environment = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     run = RunDirectory(job)
     config = Path(run.uri).with_suffix(".yaml")
     config.write_text(job.to_yaml(), encoding="utf-8")
     shutil.rmtree(run.uri, ignore_errors=True)
-    first_start = Path(run.meta, "attempts.json")  # written once a unit may enter the model
+    first_start = Path(run.meta, "attempts.json")  # written when the first unit may enter the model
     with Process("jobs.measure.pipeline", "--engine", str(config), **environment) as alone:
         while _READY not in alone.output():
             time.sleep(0.1)
@@ -119,7 +118,7 @@ def measure(job: JobConfig, threads: int, turn_s: float) -> dict[str, float]:
 
 
 def check_answers(rows: pa.Table, expected: dict[str, str]) -> None:
-    """Raise `RuntimeError` where a row has another answer than the model alone."""
+    """Raise `RuntimeError` if a row's answer differs from that of the model alone."""
     answers = {row["uri"]: row["text"] for row in rows.select(["uri", "text"]).to_pylist()}
     if answers != expected:
         differing = sorted(uri for uri in expected if answers.get(uri) != expected[uri])
@@ -129,7 +128,7 @@ def check_answers(rows: pa.Table, expected: dict[str, str]) -> None:
 def compared(engine: dict[str, Any], engine_ran: Ran, rows: pa.Table, pipeline_ran: Ran) -> dict[str, float]:
     """Overhead of the rows of one actor over the model alone.
 
-    `…_ran` tells of two moments how many of the seconds between them were this process's own.
+    `…_ran(begin, end)` gives the seconds between two moments in which that process ran.
     """
     taken = rows.sort_by("started_at").to_pylist()
     if len({row["actor"] for row in taken}) != 1:
@@ -149,7 +148,7 @@ def compared(engine: dict[str, Any], engine_ran: Ran, rows: pa.Table, pipeline_r
 
 
 def statistics_of(pairs: list[dict[str, float]]) -> dict[str, Any]:
-    """Median, least and most of every figure; ratios are taken within a pair of runs."""
+    """Median, minimum and maximum of every figure; ratios are taken within a pair of runs."""
     return {
         name: {
             "median": round(statistics.median(values), 4),
@@ -162,7 +161,7 @@ def statistics_of(pairs: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def engine(job: JobConfig, ready: Callable[[], object]) -> dict[str, Any]:
-    """The model alone on frames in memory, once `ready` returns: begin, end, answers, and what decoding took before."""
+    """Decode all clips, wait for `ready`, answer them; return begin, end, answers and the seconds of decoding."""
     import torch
 
     from pipeline.captioning.captioner import Captioner, Given

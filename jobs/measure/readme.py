@@ -1,6 +1,6 @@
-"""The README's figures, written from the jobs' result files between a pair of markers each.
+"""Fill the pages with figures from the result files: each section between its own pair of markers.
 
-python -m jobs.measure.readme --results jobs/results --readme README.md
+python -m jobs.measure.readme
 """
 
 import argparse
@@ -10,28 +10,37 @@ from pathlib import Path
 from typing import Any
 
 from jobs.cli import main_guard
-from jobs.measure.benchmark.readme import engine, speed
-from jobs.measure.evaluate.readme import fidelity
+from jobs.measure.benchmark.readme import engine, longest, speed
+from jobs.measure.evaluate.readme import fidelity, quality
 from jobs.measure.markers import between
 
 Result = dict[str, Any]
 
 
-def filled(page: str, folder: Path) -> str:
-    """The page with the text of every section. Raises ConfigError unless it has exactly one pair of markers of each."""
-    for name, (files, text) in SECTIONS.items():
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(files))]
-        page = between(page, f"<!-- {name} -->", f"<!-- /{name} -->", text(results))
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "jobs/results"
+PAGES: dict[str, tuple[str, ...]] = {
+    "README.md": ("quality", "memory"),
+    "jobs/results/README.md": ("fidelity", "benchmark", "engine", "manifest", "scale", "pipeline", "soak"),
+}  # page → its sections
+
+
+def filled(page: str, sections: Iterable[str], results: Path) -> str:
+    """The page with its sections filled in. Raises ConfigError unless each has exactly one pair of markers."""
+    for name in sections:
+        files, text = SECTIONS[name]
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob(files))]
+        page = between(page, f"<!-- {name} -->", f"<!-- /{name} -->", text(found))
     return page
 
 
 def _one(text: Callable[[Result], str], command: str) -> Callable[[Sequence[Result]], str]:
-    """A section made of a single result, or that there is none."""
+    """A section from a single result, or a note that there is none."""
     return lambda results: text(results[0]) if results else f"No figure yet (`python -m {command}`)."
 
 
 def manifest(result: Result) -> str:
-    """What a run's bookkeeping takes, a line per size."""
+    """Table of the seconds and memory of a run's bookkeeping, a line per size."""
     rows = [
         (
             f"{size['units']:,}",
@@ -49,7 +58,7 @@ def manifest(result: Result) -> str:
 
 
 def scale(result: Result) -> str:
-    """What one run of very many units took."""
+    """Table of one run of very many units."""
     (size,) = result["sizes"]
     stopped, resumed = size["stopped"], size["resumed"]
     memory = [max(stopped["peak_bytes"][k], resumed["peak_bytes"][k]) for k in ("driver", "object_store", "attempts")]
@@ -73,7 +82,7 @@ def scale(result: Result) -> str:
 
 
 def soak(result: Result) -> str:
-    """Whom the soak killed, and what was wrong afterwards."""
+    """A sentence with the soak's kills and its wrong rows."""
     kills = ", ".join(f"{victim} {count:,}" for victim, count in result["kills"].items())
     wrong = ", ".join(f"{result[name]['units']:,} {name}" for name in ("lost", "doubled", "foreign"))
     return (
@@ -83,7 +92,7 @@ def soak(result: Result) -> str:
 
 
 def pipeline(result: Result) -> str:
-    """What the pipeline costs on top of its model."""
+    """A sentence with the pipeline's overhead on top of its model."""
     return (
         f"{_percent(result['overhead'])} more, median of {result['repeats']} runs over {result['clips']:,} clips, "
         f"least to most: {result['added_ms_per_clip']['median']:.1f} ms on top of "
@@ -93,6 +102,8 @@ def pipeline(result: Result) -> str:
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Sequence[Result]], str]]] = {
+    "quality": ("fidelity/summary.json", _one(quality, "jobs.measure.evaluate")),
+    "memory": ("engine-*.json", longest),
     "fidelity": ("fidelity/summary.json", _one(fidelity, "jobs.measure.evaluate")),
     "benchmark": ("benchmark-*.json", speed),
     "engine": ("engine-*.json", engine),
@@ -100,7 +111,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Sequence[Result]], str]]] = {
     "scale": ("scale.json", _one(scale, "jobs.measure.scale")),
     "pipeline": ("pipeline.json", _one(pipeline, "jobs.measure.pipeline")),
     "soak": ("soak.json", _one(soak, "jobs.measure.soak")),
-}  # the markers' name, the result files, what they say
+}  # name of the markers → result files, function that writes the section
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -121,14 +132,16 @@ def _percent(spread: dict[str, float]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Fill in the page."""
+    """Fill in the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--readme", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="result files (jobs/results)")
+    parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="folder of the pages (this checkout)")
     args = parser.parse_args(arguments)
     if not args.results.is_dir():
         parser.error(f"--results: expected a folder, got {args.results}")
-    args.readme.write_text(filled(args.readme.read_text(encoding="utf-8"), args.results), encoding="utf-8")
+    for name, sections in PAGES.items():
+        page = args.root / name
+        page.write_text(filled(page.read_text(encoding="utf-8"), sections, args.results), encoding="utf-8")
     return 0
 
 

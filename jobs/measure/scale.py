@@ -1,9 +1,9 @@
-"""What the pipeline itself costs per unit: a whole run on a local Ray with a model that answers at once, no decoding.
+"""Measure what the pipeline costs per unit: a run on a local Ray without decoding, with a model that answers at once.
 
 Everything else is the real job: plan, Ray graph, count of attempts, metrics, logs, checkpoints, Parquet files. With
-`--bare` the actors make the rows of a block in one go, without counting, metrics and logs of every unit: what is left
-is the graph and its files. Each size runs in a process of its own. Half way the job is asked to end as by SIGTERM,
-then taken up again and finished, and every unit must have exactly one row. Writes one JSON result file.
+`--bare` the actors make the rows of a block at once, without counting, metrics and logs per unit: only the graph and
+its files remain. Each size runs in its own process. Half way the job is asked to end as by SIGTERM, then resumed and
+finished; every unit must have exactly one row. Writes one JSON result file.
 """
 
 import argparse
@@ -49,13 +49,13 @@ _ANSWER = "a red ball and a blue cube move over a grey floor ; the ball passes b
 
 
 def main() -> None:
-    """Measure every size and write what came of it."""
+    """Measure every size and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--units", metavar="N", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--batch-units", metavar="N", type=int, default=8, help="ray.actors.batch_units")
     parser.add_argument("--rows-per-file", metavar="N", type=int, default=64, help="sink.rows_per_file")
     parser.add_argument("--actors", metavar="N", type=int, default=2, help="ray.actors.min and max")
-    parser.add_argument("--bare", action="store_true", help="the graph and its files alone")
+    parser.add_argument("--bare", action="store_true", help="measure only the graph and its files")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("jobs/results/scale.json"))
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def _alone(count: int) -> dict[str, Any]:
-    """`measure` in a process of its own, with this one's arguments."""
+    """Run `measure` in a new process with this process's arguments."""
     command = [sys.executable, "-m", "jobs.measure.scale", *sys.argv[1:], "--one", "--units", str(count)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -90,7 +90,7 @@ def _alone(count: int) -> dict[str, Any]:
 
 
 def measure(count: int, folder: Path, settings: Iterable[str], *, bare: bool) -> dict[str, Any]:
-    """A run of `count` units, ended half way and taken up again: seconds, bytes of memory and storage, and files."""
+    """Run `count` units, stopped half way and resumed; return seconds, bytes of memory and storage, and files."""
     manifest = folder / "units.jsonl"
     with manifest.open("w") as lines:
         for i in range(count):
@@ -130,7 +130,7 @@ def measure(count: int, folder: Path, settings: Iterable[str], *, bare: bool) ->
 
 
 def _start(job: JobConfig, work: Work, actor: type[CaptionActor], *, stop_at: int | None) -> dict[str, Any]:
-    """One start of the job, which is asked to end once `stop_at` units have their rows."""
+    """Start the job once; it is asked to end when `stop_at` units have their rows."""
     found: dict[str, Any] = {}
     began = time.perf_counter()
     with _timed(found, "prepare_s"):
@@ -146,14 +146,14 @@ def _start(job: JobConfig, work: Work, actor: type[CaptionActor], *, stop_at: in
         ended = time.perf_counter()
     if stop_at is not None:
         if not termination.asked:
-            raise StoppedError(f"expected a request to end after {stop_at} units, the job was through before")
+            raise StoppedError(f"expected a request to end after {stop_at} units, but the job finished before")
         found["drain_s"] = round(ended - seen.pop("asked_at"), 2)
     return found | {"wall_s": round(time.perf_counter() - began, 2), "peak_bytes": dict(sorted(seen.items()))}
 
 
 @contextmanager
 def _watching(job: JobConfig, work: Work, termination: Termination, stop_at: int | None) -> Iterator[dict[str, Any]]:
-    """Peak resident memory of the processes that grow with the number of units, and of the object store, in bytes."""
+    """Record the peak bytes of the object store and of the processes whose memory grows with the number of units."""
     seen: dict[str, Any] = dict.fromkeys([*_WATCHED, "object_store"], 0)
     stop = threading.Event()
 
@@ -184,7 +184,7 @@ def _sizes() -> dict[str, int]:
             name = next((name for name, part in _WATCHED.items() if part in command), None)
             if name is not None:
                 sizes[name] = process.memory_info().rss
-        except psutil.Error:  # it ended this moment
+        except psutil.Error:  # the process has just ended
             continue
     total, free = (f().get("object_store_memory", 0) for f in (ray.cluster_resources, ray.available_resources))
     return sizes | {"object_store": int(total - free)}
@@ -198,7 +198,7 @@ def _timed(found: dict[str, Any], name: str) -> Iterator[None]:
 
 
 class StubActor(CaptionActor):
-    """The model actor with an answer that is there at once and no frames to wait for."""
+    """The model actor with an immediate answer and no frames to wait for."""
 
     def _load(self, run_id: str) -> Captioner:
         return StubCaptioner(self._job, run_id)
@@ -208,7 +208,7 @@ class StubActor(CaptionActor):
 
 
 class BareActor(StubActor):
-    """Rows of a block at once."""
+    """The model actor that makes all rows of a block at once."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         first = batch["id"][0].as_py()
@@ -220,7 +220,7 @@ class BareActor(StubActor):
 
 
 class StubCaptioner(Captioner):
-    """A captioner without a model: the same answer to every unit."""
+    """A captioner without a model: gives every unit the same answer."""
 
     def __init__(self, job: JobConfig, run_id: str) -> None:
         self._fixed = dict.fromkeys(ROW_SCHEMA.names) | {
@@ -243,7 +243,7 @@ class StubCaptioner(Captioner):
         wait: Callable[[float], None] = time.sleep,
     ) -> Iterator[dict[str, Any]]:
         for given in filter(None, units):
-            deque(given.batches, maxlen=0)  # what enters the model is counted there
+            deque(given.batches, maxlen=0)  # iterating counts what enters the model
             yield self._stub(given.unit)
 
     def _stub(self, unit: dict[str, Any]) -> dict[str, Any]:

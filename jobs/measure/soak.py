@@ -1,9 +1,9 @@
-"""Kill a job's processes at random for as long as asked, then prove that nothing was lost, doubled or mixed up.
+"""Kill a job's processes at random for a given time, then check that no row was lost, doubled or mixed up.
 
-Renders videos, asks the model about them undisturbed, then runs `jobs.caption` round after round over manifests of
-them on a local Ray, while the driver, the model's process, decoders, the counter of attempts and Ray itself are killed
-or asked to end. A driver that ended is started again with the same command. When the time is up the last round is left
-to finish, error rows are retried, and every unit must have exactly one row with the answer of its own video.
+Renders videos and asks the model about them without kills. Then runs `jobs.caption` in rounds over manifests of these
+videos on a local Ray, and kills the driver, the model's process, decoders, the counter of attempts and Ray itself, or
+asks them to end. Restarts a driver that ended with the same command. When the time is up, lets the last round finish
+and retries error rows. Every unit must have exactly one row, with the answer for its own video.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SETTINGS = [
     "frames.fps=2",
     "frames.max_frames=8",
     "frames.max_px=9216",
-    "frames.batch_frames=1",  # a whole video is eight batches
+    "frames.batch_frames=1",  # so that a video is eight batches
     "model.max_new_tokens=24",
     "sink.rows_per_file=4",
     "ray.actors.batch_units=4",
@@ -39,7 +39,7 @@ SETTINGS = [
     "ray.object_store_bytes=200000000",
 ]
 DRIVER, ASKED = "driver", "driver asked to end"
-# Below the driver, by what stands in the command or in the title that Ray gives a process at work.
+# Processes below the driver, found by a part of their command, or of the title that Ray sets while they work.
 TITLES = {
     "model": "CaptionActor",
     "decoder": "ray::decode_",
@@ -47,18 +47,18 @@ TITLES = {
     "read counter": "ray::ReadCounts",
     "raylet": "raylet/raylet ",
 }
-# How often each is hit in every fourteen.
+# How often each victim is killed in every fourteen kills.
 VICTIMS = {"model": 4, "decoder": 4, "counter": 1, "read counter": 1, "raylet": 1, DRIVER: 2, ASKED: 1}
 _PAUSE_S = (1.0, 15.0)
-_WAIT_S = 60.0  # for a victim to come up: a decoder is at work for moments only, a model after its start
-_STARTS_PER_ROUND = 200  # a job that never gets on is a failure of its own
+_WAIT_S = 60.0  # to wait for a victim: a decoder works for moments only, a model exists after its start
+_STARTS_PER_ROUND = 200  # a job that makes no progress has failed
 _PROMPTS = ("describe the video .", "how many objects are there ?")
-_ENDS_S = (None, 1.0)  # whole videos, and their first seconds: short units among those of many batches
+_ENDS_S = (None, 1.0)  # whole videos, and their first second: short units among long ones
 Asked = tuple[str, str, float | None]  # video, prompt, end
 
 
 class Chance:
-    """What is random: the pauses, and whose turn it is; every victim has had its turns before one has more."""
+    """Draws the pauses and the victims; a shuffled list of all victims is used up before the next one starts."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -68,19 +68,19 @@ class Chance:
         return self._random.uniform(*_PAUSE_S)
 
     def victim(self) -> str:
-        """Who is next, until it is `hit`."""
+        """The next victim; the same until `hit` is called."""
         if not self._turns:
             self._turns = self._random.sample(list(VICTIMS), sum(VICTIMS.values()), counts=list(VICTIMS.values()))
         return self._turns[-1]
 
     def hit(self) -> str:
-        """The victim has had its turn."""
+        """Remove and return the next victim: it was killed."""
         return self._turns.pop()
 
 
 @dataclass
 class Tally:
-    """What happened: kills by victim, starts of the driver, and what is wrong with the rows, in units."""
+    """Counts of a soak: kills by victim, starts of the driver, and ids of units with wrong rows."""
 
     kills: Counter[str] = field(default_factory=Counter)
     rounds: int = 0
@@ -97,13 +97,13 @@ class Tally:
 
 
 def main() -> int:
-    """Soak for `--minutes`; 0 when every unit of every round has exactly one row, its own."""
+    """Soak for `--minutes`; return 0 if every unit of every round has exactly one row, its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--units", metavar="N", type=int, default=120, help="units of a round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--json", metavar="FILE", type=Path, help="write what happened here, too: jobs/results/soak.json"
+        "--json", metavar="FILE", type=Path, help="also write the result to this file: jobs/results/soak.json"
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
@@ -121,7 +121,7 @@ def main() -> int:
 
 
 def soak(folder: Path, seconds: float, units: int, seed: int) -> Tally:
-    """Rounds until the time is up."""
+    """Run rounds until the time is up."""
     chance, tally = Chance(seed), Tally()
     answers = undisturbed(folder / "videos")
     until = time.monotonic() + seconds
@@ -140,7 +140,7 @@ def soak(folder: Path, seconds: float, units: int, seed: int) -> Tally:
 
 
 def undisturbed(videos: Path) -> dict[Asked, str]:
-    """What is asked → the answer of a captioner in this process."""
+    """Answer every question with a captioner in this process: question → answer."""
     from pipeline.captioning.captioner import Captioner
     from pipeline.config import load_config
     from pipeline.decoding.decode import decode_unit
@@ -163,7 +163,7 @@ def undisturbed(videos: Path) -> dict[Asked, str]:
 
 
 def write_manifest(path: Path, answers: dict[Asked, str], units: int) -> dict[str, str]:
-    """A manifest of `units` units over the videos and prompts; returns the right answer of each by id."""
+    """Write a manifest of `units` units over the videos and prompts; returns id → right answer."""
     asked, expected = list(answers), {}
     with path.open("w") as lines:
         for number in range(units):
@@ -175,7 +175,7 @@ def write_manifest(path: Path, answers: dict[Asked, str], units: int) -> dict[st
 
 
 def judge(rows: Sequence[dict[str, Any]], expected: dict[str, str], tally: Tally) -> None:
-    """Note in `tally` the units without a row, those with several, and those whose text is not their own."""
+    """Add to `tally` the units without a row, with several rows, and with the text of another unit."""
     times = Counter(row["id"] for row in rows)
     tally.units += len(expected)
     tally.lost += sorted(set(expected) - set(times))
@@ -184,7 +184,7 @@ def judge(rows: Sequence[dict[str, Any]], expected: dict[str, str], tally: Tally
 
 
 def report(tally: Tally) -> dict[str, Any]:
-    """What is printed: counts, and the first few ids of what is wrong."""
+    """The result as printed: counts, and the first few ids of wrong units."""
     return {
         "rounds": tally.rounds,
         "units": tally.units,
@@ -199,7 +199,7 @@ def report(tally: Tally) -> dict[str, Any]:
 
 
 def processes(driver: int, title: str) -> list[psutil.Process]:
-    """The processes below a driver in whose title or command `title` stands."""
+    """The processes below a driver whose title or command contains `title`."""
     found = []
     for process in psutil.Process(driver).children(recursive=True):
         try:
@@ -211,10 +211,10 @@ def processes(driver: int, title: str) -> list[psutil.Process]:
 
 
 def _disturbed(job: str, options: Iterable[str], until: float, chance: Chance, tally: Tally) -> None:
-    """The job, started again until it has all rows, and disturbed until `until`."""
+    """Start the job again until it has all rows; kill its processes until the time `until`."""
     for _ in range(_STARTS_PER_ROUND):
         tally.starts += 1
-        ends = {0, 2, -signal.SIGKILL, -signal.SIGTERM}  # the last: asked to end before it could listen
+        ends = {0, 2, -signal.SIGKILL, -signal.SIGTERM}  # SIGTERM: asked to end before its handler was installed
         with tempfile.TemporaryFile("w+") as errors:
             process = subprocess.Popen(_command(job, options), env=_environment(), stdout=errors, stderr=errors)
             while process.poll() is None:
@@ -228,7 +228,7 @@ def _disturbed(job: str, options: Iterable[str], until: float, chance: Chance, t
                     if strike(process, chance.victim()):
                         victim = chance.hit()
                         tally.kills[victim] += 1
-                        ends |= {1} if victim == "raylet" else set()  # Ray ends a driver without one
+                        ends |= {1} if victim == "raylet" else set()  # Ray ends a driver whose raylet is gone
             errors.seek(0)
             text = errors.read()
         if process.returncode == 0 and "was asked to end" not in text:
@@ -239,7 +239,7 @@ def _disturbed(job: str, options: Iterable[str], until: float, chance: Chance, t
 
 
 def strike(driver: subprocess.Popen[bytes], victim: str, wait_s: float = _WAIT_S) -> bool:
-    """Kill a process of the kind `victim` as soon as there is one; False: there was none before the driver ended."""
+    """Kill a process of the kind `victim` as soon as one exists; False if none appeared before the driver ended."""
     if victim == DRIVER:
         driver.kill()
         return True

@@ -1,10 +1,10 @@
-"""What the question changes, by lightkv and by the published method: a picture, and figures over many images.
+"""Compare what the question changes in lightkv and in the published method: a picture, and figures over many images.
 
     python -m jobs.measure.survivors                 # the embedded model; writes jobs/results/survivors.{png,json}
     python -m jobs.measure.survivors --model PATH    # other weights of the mini model
 
-The picture's image is the first demo scene that offers a question of each family in ASKED; nothing is picked by its
-result. The figures are means and standard deviations over the first images of the test split, two questions each.
+The picture's image is the first demo scene that has a question of each family in ASKED; it is not chosen by its result.
+The figures are means and standard deviations over the first images of the test split, two questions each.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def look(
     config: LightKVConfig,
     max_new_tokens: int = 1,
 ) -> Seen:
-    """Answer under compression and read off who survives; the model is left as it was."""
+    """Answer under compression and return the surviving tokens; leaves the model unchanged."""
     with compress(model, config) as report, _watched(model, config) as prompt:
         said = answer(model, tokenizer, image_inputs([image]), question, max_new_tokens)
     vision = prompt["ids"] == model.config.image_token_id
@@ -69,7 +69,7 @@ def look(
 
 @contextmanager
 def _watched(model: PreTrainedModel, config: LightKVConfig) -> Iterator[dict[str, Any]]:
-    """Collect of the first forward: the prompt's ids and, where a first stage hears them, q and k of its layer."""
+    """Collect from the first forward pass: the prompt's ids and, if the first stage uses them, q and k of its layer."""
     prompt: dict[str, Any] = {}
 
     def note_ids(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ def _watched(model: PreTrainedModel, config: LightKVConfig) -> Iterator[dict[str
         tap(q, k, scale)
 
     if attention is not None and tap is not None:
-        HOOKS[attention] = replace(hook, tap=note_attention)  # the scope of `compress` takes it away with its own
+        HOOKS[attention] = replace(hook, tap=note_attention)  # removed with the other hooks when `compress` ends
     try:
         yield prompt
     finally:
@@ -97,7 +97,7 @@ def _watched(model: PreTrainedModel, config: LightKVConfig) -> Iterator[dict[str
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of two looks at one image: survivors in common over survivors of either, per stage; share of weight moved."""
+    """Two looks at one image: survivors of both over survivors of either, per stage, and share of weight moved."""
 
     iou: tuple[float, ...]
     moved: float | None
@@ -112,7 +112,7 @@ class Overlap:
 
 
 def pairs(split: str, images: int) -> Iterator[tuple[np.ndarray, str, str]]:
-    """Still images of a split with two questions each, drawn at random; scenes that offer fewer are left out."""
+    """Still images of a split with two random questions each; scenes with fewer questions are left out."""
     index, found = 0, 0
     while found < images:
         rng = np.random.default_rng(scene_seed(split, index))
@@ -126,7 +126,7 @@ def pairs(split: str, images: int) -> Iterator[tuple[np.ndarray, str, str]]:
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, images: int) -> list[dict[str, Any]]:
-    """One entry per method and retention: how the survivors of two questions about an image overlap."""
+    """Overlap of the survivors of two questions about an image: one entry per method and retention."""
     found = []
     for method in METHODS:
         for retention in RETENTIONS:
@@ -155,7 +155,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def example() -> tuple[np.ndarray, list[QA]]:
-    """The first demo scene that offers a question of every family in ASKED, and those questions."""
+    """The first demo scene that has a question of every family in ASKED, and those questions."""
     for index in count():
         rng = np.random.default_rng(scene_seed("demo", index))
         scene = sample_scene(rng, SIDE_PX, SIDE_PX, 0.0)
@@ -206,7 +206,7 @@ def figure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, footer: S
 
 
 def footer(found: Sequence[dict[str, Any]], images: int) -> list[str]:
-    """What the figure says under the panels, from the figures alone."""
+    """The text under the panels, from the figures."""
     ours, paper = (
         next(entry for entry in found if (entry["method"], entry["retention"]) == (method, DRAWN)) for method in METHODS
     )
@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=weights_path(), help="folder with weights of the mini model")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of survivors.png and survivors.json")
-    parser.add_argument("--images", type=int, default=IMAGES, help="images that the figures are means over")
+    parser.add_argument("--images", type=int, default=IMAGES, help="number of images that the figures average over")
     args = parser.parse_args(arguments)
     if not (args.model / "config.json").is_file():
         parser.error(f"--model: expected a folder with a model, got {args.model}")

@@ -1,4 +1,4 @@
-"""The picture of `jobs.measure.survivors`, drawn with Pillow: an image, and what survives each question by method."""
+"""Draw the picture of `jobs.measure.survivors` with Pillow: an image, and the survivors of each question by method."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MERGED_LIGHT = 0.5  # brightness of patches that are part of a survivor
 class Seen:
     """One question about one image of N vision tokens (rows × columns).
 
-    alive     bool [stages, N], the patches left after each stage; the rest has merged
-    weight    fp32 [N], the share each patch has of the merge weights at the first stage; None where no question weighs
-    retention of vision KV entries, averaged over layers
+    alive     bool [stages, N], the patches left after each stage; the others have merged
+    weight    fp32 [N], each patch's share of the merge weights at the first stage; None if the question sets no weights
+    retention share of vision KV entries kept, averaged over layers
     """
 
     question: str
@@ -73,7 +73,7 @@ def _enlarged(image: np.ndarray, side: int) -> Image.Image:
 
 
 def _survivors(image: np.ndarray, side: int, look: Seen, common: Tensor) -> Image.Image:
-    """Survivors as they are, framed; merged patches dimmed. common: bool [N], of all questions."""
+    """Outline the survivors and dim merged patches. common: bool [N], patches that survive all questions."""
     patches = int(len(common) ** 0.5)
     step, alive = side // patches, look.alive[-1].numpy()
     light = np.where(alive, 1.0, MERGED_LIGHT).astype(np.float32)

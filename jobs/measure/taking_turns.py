@@ -1,7 +1,7 @@
-"""Processes that run in turns, so that a machine which changes its speed changes that of both.
+"""Run two process trees in turns, so that changes of the machine's speed affect both.
 
-All processes of one are stopped (SIGSTOP) while those of the other run. What either says of its own times holds the
-turns of the other; `Process.ran` tells how much of it was its own.
+All processes of one are stopped (SIGSTOP) while those of the other run. Times that a process measures itself include
+the turns of the other; `Process.ran` returns the part in which it ran.
 """
 
 import os
@@ -17,13 +17,13 @@ import psutil
 
 
 class Process:
-    """A Python module as a process, with all that it starts. Its output is kept; it is killed at the block's end."""
+    """A Python module as a process with its children. Keeps its output; is killed at the end of the block."""
 
     def __init__(self, module: str, *arguments: str, **environment: str) -> None:
         self._name = " ".join([module, *arguments])
         self._command = [sys.executable, "-m", module, *arguments]
         self._environment = os.environ | environment
-        self._windows: list[tuple[float, float]] = []  # in which it ran, seconds since the epoch
+        self._windows: list[tuple[float, float]] = []  # when it ran: (begin, end), seconds since the epoch
         self._files = ExitStack()
 
     def __enter__(self) -> "Process":
@@ -42,7 +42,7 @@ class Process:
         self._files.close()
 
     def output(self) -> str:
-        """What it has said so far. Raises `RuntimeError` with the end of it when the process has failed."""
+        """Its output so far. Raises `RuntimeError` with the end of it if the process has failed."""
         said = self._out.read_text(encoding="utf-8")
         if self._popen.poll():
             raise RuntimeError(f"{self._name} ended with {self._popen.returncode}:\n{said[-4000:]}")
@@ -55,17 +55,17 @@ class Process:
         self._popen.stdin.flush()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Whether it ended within so many seconds."""
+        """Wait up to `seconds`; return whether it has ended."""
         with suppress(subprocess.TimeoutExpired):
             self._popen.wait(seconds)
             self._windows.append((self._since, time.time()))
         return self._popen.poll() is not None
 
     def stop(self) -> None:
-        """Stop it and all that it has started."""
+        """Stop the process and all its children."""
         self._signal(signal.SIGSTOP, self._tree)
         self._windows.append((self._since, time.time()))
-        new = self._started()  # only now: to look for them takes a CPU for milliseconds
+        new = self._started()  # after the first signal: finding children takes milliseconds of CPU
         self._signal(signal.SIGSTOP, new)
         self._tree += new
 
@@ -75,7 +75,7 @@ class Process:
         self._signal(signal.SIGCONT, self._tree)
 
     def ran(self, begin: float, end: float) -> float:
-        """Seconds of these, given as since the epoch, in which it was not stopped."""
+        """Seconds between `begin` and `end` (since the epoch) in which it was not stopped."""
         return sum(max(0.0, min(end, until) - max(begin, since)) for since, until in self._windows)
 
     def _started(self) -> list[psutil.Process]:
@@ -91,7 +91,7 @@ class Process:
 
 
 def take_turns(one: Process, other: Process, turn_s: float) -> None:
-    """Let both, which run, come to their ends, but never together: each has `turn_s` seconds at a time."""
+    """Run two running processes to their ends, never at the same time: each has `turn_s` seconds per turn."""
     other.stop()
     running, waiting = one, other
     while not running.wait(turn_s):

@@ -1,1 +1,1 @@
-"""`python -m jobs.schedule`: captions what is new by a cron expression, on a Ray cluster without Kubernetes."""
+"""`python -m jobs.schedule`: caption new videos by a cron expression, on a Ray cluster without Kubernetes."""

@@ -1,9 +1,9 @@
-"""Caption what is new, by a cron expression, on a Ray cluster without Kubernetes.
+"""Caption new videos by a cron expression, on a Ray cluster without Kubernetes.
 
-Every firing submits `jobs.caption` to the cluster with an output folder of its own under `sink.uri`
-(`sink.uri/run=2026-11-23T02-00-00Z`, UTC) and leaves out what the runs under `sink.uri` have (`source.known`). What
-was fired is kept in `sink.uri/_schedule/NAME`: schedulers may be stopped, moved and started twice. One run of a
-schedule at a time: a firing whose predecessor still runs waits for its end.
+Every firing submits `jobs.caption` to the cluster with its own output folder under `sink.uri`
+(`sink.uri/run=2026-11-23T02-00-00Z`, UTC). It leaves out the units that runs under `sink.uri` have (`source.known`).
+`sink.uri/_schedule/NAME` records the firings, so that schedulers may be stopped, moved and started twice. A schedule
+has one run at a time: a firing waits until the previous run has ended.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
 Logs one JSON object per line. SIGTERM ends the scheduler, not the job. Exit code with --once: the job's.""",
     )
     cli.prog = "python -m jobs.schedule"
-    cli.add_argument("--name", default="captions", help="of the schedule: firings and submissions carry it")
+    cli.add_argument("--name", default="captions", help="name of the schedule, part of its submissions' ids")
     cli.add_argument(
         "--cron", metavar="EXPRESSION", default="0 2 * * *", help="minute hour day month weekday; 0 and 7 are Sunday"
     )
@@ -55,21 +55,23 @@ Logs one JSON object per line. SIGTERM ends the scheduler, not the job. Exit cod
         const="",
         help="fire now and wait for the end; with a TIME (2026-11-23T02:00) the same firing is never run twice",
     )
-    cli.add_argument("--timezone", default="UTC", help="of the expression, e.g. Europe/Berlin")
-    cli.add_argument("--address", default="http://127.0.0.1:8265", help="of the cluster's head")
-    cli.add_argument("--working-dir", metavar="DIR", help="code to send along, where the cluster's image has none")
+    cli.add_argument("--timezone", default="UTC", help="time zone of the expression, e.g. Europe/Berlin")
+    cli.add_argument("--address", default="http://127.0.0.1:8265", help="address of the cluster's head")
+    cli.add_argument("--working-dir", metavar="DIR", help="code to send to the cluster, if its image has none")
     cli.add_argument(
         "--missed",
         choices=["catch-up", "skip"],
         default="catch-up",
-        help="firings while no scheduler ran or the run before went on: one run for all of them, or none",
+        help="firings missed while no scheduler ran or the previous run was in progress: one run for all, or none",
     )
-    cli.add_argument("--attempts", metavar="N", type=int, default=3, help="of a run that fails; each goes on with it")
+    cli.add_argument(
+        "--attempts", metavar="N", type=int, default=3, help="of a run that fails; each continues the last"
+    )
     return cli
 
 
 def main() -> int:
-    """Schedule until SIGTERM (0), or fire once (the job's exit code)."""
+    """Schedule until SIGTERM and return 0, or fire once and return the job's exit code."""
     arguments = _parser().parse_args()
     try:
         timezone = zoneinfo.ZoneInfo(arguments.timezone)

@@ -1,7 +1,7 @@
-"""What a schedule has fired, kept in object storage: one numbered JSON file per firing.
+"""Record a schedule's firings in object storage: one numbered JSON file per firing.
 
-Only one of several schedulers can create the next number, so a firing is claimed once. The highest number is the
-last firing, and while it has not ended there is no next one.
+Only one of several schedulers can create the next number, so that a firing is claimed once. The highest number is the
+last firing; the next one is created only after it has ended.
 """
 
 import datetime
@@ -21,16 +21,16 @@ class Firing:
 
     number: int
     time: datetime.datetime  # when it was due, UTC, whole seconds
-    owner: str  # of the claim
-    since: datetime.datetime  # of the state
+    owner: str  # the scheduler that claimed it
+    since: datetime.datetime  # when the state began
     state: State = "claimed"
-    attempt: int = 1  # submissions of it, this one included
-    status: str | None = None  # at the end: SUCCEEDED | FAILED | STOPPED, or LOST with its cluster
+    attempt: int = 1  # number of submissions so far, this one included
+    status: str | None = None  # once ended: SUCCEEDED | FAILED | STOPPED, or LOST if the cluster does not know the job
     exit_code: int | None = None
 
     @property
     def stamp(self) -> str:
-        """The time as it stands in names."""
+        """The time as names contain it."""
         return f"{self.time:%Y-%m-%dT%H-%M-%SZ}"
 
     def become(self, state: State, since: datetime.datetime, **changes: Any) -> Self:
@@ -51,7 +51,7 @@ class Firings:
         return self._read(numbers[-1]) if numbers else None
 
     def at(self, time: datetime.datetime) -> Firing | None:
-        """The firing that was due at `time`; firings follow each other in time."""
+        """The firing that was due at `time`, or None; later firings have later times."""
         for number in reversed(st.numbered(self._uri, self._config)):
             firing = self._read(number)
             if firing.time <= time:
@@ -59,11 +59,11 @@ class Firings:
         return None
 
     def claim(self, firing: Firing) -> bool:
-        """Add a firing; False when another scheduler has taken its number."""
+        """Create a firing; False if another scheduler has created its number."""
         return st.create_exclusive(self._path(firing.number), _content(firing), self._config)
 
     def write(self, firing: Firing) -> None:
-        """Put a firing's new state in the place of its old one."""
+        """Overwrite a firing with its new state."""
         st.write_bytes_atomic(self._path(firing.number), _content(firing), self._config)
 
     def _path(self, number: int) -> str:

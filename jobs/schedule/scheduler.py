@@ -1,4 +1,4 @@
-"""A schedule: when it fires, and how a firing is claimed in storage, submitted to a cluster, watched to its end."""
+"""Fire a schedule: claim a firing in storage, submit it to a cluster and watch it until it ends."""
 
 import datetime
 import itertools
@@ -23,16 +23,16 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.run.directory import RunDirectory
 
 LOG = logging.getLogger("jobs.schedule")
-_POLL_S, _IDLE_S = 15.0, 60.0  # between looks at a run, and at a schedule that has nothing to do
+_POLL_S, _IDLE_S = 15.0, 60.0  # between checks of a run, and of an idle schedule
 _ON_TIME_S = 60.0  # a firing that starts later was missed
-_CLAIM_S = 120.0  # a claim that is not submitted by then is taken up by whoever sees it
+_CLAIM_S = 120.0  # a claim that is older and not submitted may be submitted by any scheduler
 _BACKOFF_S, _LONGEST_BACKOFF_S = 5.0, 300.0
 _SHOWN_LINES = 20
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to fire, and what to do about what was missed or failed."""
+    """When to fire, and what to do about missed and failed firings."""
 
     name: str
     cron: str
@@ -54,13 +54,13 @@ class Schedule:
             ) from None
 
     def after(self, moment: datetime.datetime) -> Iterator[datetime.datetime]:
-        """Times to fire at, later than `moment`, in UTC; clock changes are treated as Debian's cron does."""
+        """Firing times after `moment`, in UTC; clock changes are handled like in Debian's cron."""
         for local in cronsim.CronSim(self.cron, moment.astimezone(self.timezone)):
             yield local.astimezone(datetime.UTC)
 
 
 class Jobs(Protocol):
-    """Where jobs run: `jobs.schedule.submission.Cluster`, or a stand-in."""
+    """Submits and finds jobs: `jobs.schedule.submission.Cluster`, or a test double."""
 
     def submit(self, id: str, job: JobConfig) -> bool: ...
     def find(self, id: str) -> Submission | None: ...
@@ -68,7 +68,7 @@ class Jobs(Protocol):
 
 
 class Clock:
-    """The time, and waiting for it until somebody asks for an end."""
+    """The current time, and sleep that `stop` interrupts."""
 
     def __init__(self) -> None:
         self.stopping = False
@@ -77,18 +77,18 @@ class Clock:
         return datetime.datetime.now(datetime.UTC)
 
     def sleep(self, seconds: float) -> None:
-        """Wait; not longer than a second after `stop`."""
+        """Sleep; returns at most a second after `stop`."""
         end = time.monotonic() + seconds
         while not self.stopping and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 1.0))
 
     def stop(self, *_: object) -> None:
-        """The end is asked for; a signal handler."""
+        """Ask for the end; usable as a signal handler."""
         self.stopping = True
 
 
 class Scheduler:
-    """Fires a schedule: what is due is claimed in storage, submitted to the cluster and watched to its end."""
+    """Fires a schedule: claims a due firing in storage, submits it to the cluster and watches it until it ends."""
 
     def __init__(self, schedule: Schedule, load: Callable[[], JobConfig], jobs: Jobs, clock: Clock) -> None:
         self._schedule, self._load, self._jobs, self._clock = schedule, load, jobs, clock
@@ -101,17 +101,17 @@ class Scheduler:
         self._base = job.sink.uri.rstrip("/")
         self._firings = Firings(f"{self._base}/_schedule/{schedule.name}", job.storage)
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{id(self)}"
-        self._started = clock.now()  # nothing before the very first start was missed
+        self._started = clock.now()  # before the first start no firing counts as missed
         self._skipped: datetime.datetime | None = None
 
     def run(self) -> None:
-        """Fire until the clock is stopped; what goes wrong is logged and tried again."""
+        """Fire until the clock is stopped; errors are logged and retried."""
         self._log("started", cron=self._schedule.cron, timezone=self._schedule.timezone.key, base=self._base)
         self._repeat(self.step, lambda: False)
         self._log("stopped")
 
     def once(self, moment: datetime.datetime) -> int:
-        """Fire for `moment`, or find that firing, and wait for its end; the job's exit code, 143 if stopped before."""
+        """Fire for `moment`, or find that firing, and wait until it ends; the job's exit code, or 143 if stopped."""
         firing = self._firings.at(moment) or self._claim(moment)
 
         def step() -> float:
@@ -122,12 +122,12 @@ class Scheduler:
 
         self._repeat(step, lambda: firing.state == "ended", ConfigError, RunError)
         if firing.state != "ended":
-            self._log("stopped", firing=firing.stamp, note="the job goes on")
+            self._log("stopped", firing=firing.stamp, note="the job continues")
             return 128 + signal.SIGTERM
         return firing.exit_code if firing.exit_code is not None else int(firing.status != "SUCCEEDED")
 
     def step(self) -> float:
-        """Do what is to be done now; returns for how many seconds there is nothing more."""
+        """Advance the schedule once; return the seconds until the next step."""
         last = self._firings.last()
         if last is not None and last.state != "ended":
             last = self._advance(last)
@@ -146,7 +146,7 @@ class Scheduler:
         return _POLL_S
 
     def _due(self, last: Firing | None, now: datetime.datetime) -> datetime.datetime | None:
-        """The time to fire for: the latest that has come, where several were missed."""
+        """The time that is due, or None; if several were missed, the latest."""
         start = last.time if last else self._started
         if self._skipped:
             start = max(start, self._skipped)
@@ -166,7 +166,7 @@ class Scheduler:
         if last is not None and last.state != "ended":
             raise RunError(f"firing {last.stamp} of {self._schedule.name} has not ended: one run at a time")
         if last is not None and last.time >= moment:
-            raise RunError(f"firing {last.stamp} of {self._schedule.name} is there already: expected a later time")
+            raise RunError(f"firing {last.stamp} of {self._schedule.name} exists: expected a later time")
         firing = Firing(last.number + 1 if last else 1, moment, self._owner, self._clock.now())
         if not self._firings.claim(firing):
             raise RunError(f"another scheduler of {self._schedule.name} fired this moment: one run at a time")
@@ -192,7 +192,7 @@ class Scheduler:
             return firing
         status, exit_code = (found.status, found.exit_code) if found else ("LOST", None)
         failed = status in ("FAILED", "LOST")
-        if failed and firing.attempt < self._schedule.attempts:  # the same command goes on where it stopped
+        if failed and firing.attempt < self._schedule.attempts:  # the next attempt continues where this one stopped
             after = firing.become("claimed", now, owner=self._owner, attempt=firing.attempt + 1)
         else:
             after = firing.become("ended", now, status=status, exit_code=exit_code)
@@ -206,7 +206,7 @@ class Scheduler:
         return after
 
     def _holds_its_lock(self, firing: Firing) -> bool:
-        """Whether the run gives signs of life, whatever a cluster says that may be a new one."""
+        """Whether the run's lock is held. A new cluster does not know a job that is still running on the old one."""
         try:
             with RunDirectory(self._job(firing)).lock():
                 return False
@@ -231,7 +231,7 @@ class Scheduler:
                 failures = 0
             except fatal:
                 raise
-            except Exception as error:  # the head, the storage or the configuration may be right again later
+            except Exception as error:  # the head, the storage or the configuration may work again later
                 wait_s = min(_BACKOFF_S * 2**failures, _LONGEST_BACKOFF_S)
                 failures += 1
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster, over the address of its head: submitted once per id, and asked for."""
+"""Submit jobs to a Ray cluster, once per id, and find them, through the address of its head."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.config import JobConfig, load_config
 from pipeline.errors import ConfigError, RunError
 
-_STOP_S = 15  # from the end of the grace to the end of the job
+_STOP_S = 15  # from the end of run.grace_s to the end of the job
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -21,7 +21,7 @@ class Submission:
     status: str  # PENDING | RUNNING | SUCCEEDED | FAILED | STOPPED
     exit_code: int | None  # of the driver, once it has ended by itself
     message: str
-    run: str | None  # the output folder it was submitted for
+    run: str | None  # the job's output folder
 
     @property
     def ended(self) -> bool:
@@ -29,20 +29,20 @@ class Submission:
 
 
 class Cluster:
-    """A cluster that may be out of reach: every call connects anew and raises what Ray's client raises."""
+    """A cluster that may be unreachable: every call opens a new connection and raises what Ray's client raises."""
 
     def __init__(self, address: str, working_dir: str | None) -> None:
-        """`working_dir`: code to send along; None: the cluster has it."""
+        """`working_dir`: code to send to the cluster; None if the cluster has it."""
         self._address = address
         self._code = {"working_dir": working_dir} if working_dir else {}
 
     def submit(self, id: str, job: JobConfig) -> bool:
-        """Start captioning; False when the cluster has a job of this id and output already.
+        """Submit a captioning job; False if the cluster has a job of this id and output.
 
-        Raises `RunError` when the id belongs to another output.
+        Raises `RunError` if the id belongs to another output.
         """
         client, run = self._client(), job.sink.uri
-        # Ray kills a job three seconds after it was asked to stop, unless this says otherwise.
+        # Without this Ray kills a job three seconds after it was asked to stop.
         patience = {"RAY_JOB_STOP_WAIT_TIME_S": str(math.ceil(job.run.grace_s) + _STOP_S)}
         try:
             client.submit_job(
@@ -51,7 +51,7 @@ class Cluster:
                 runtime_env={**self._code, "env_vars": patience},
                 metadata={"run": run},
             )
-        except RuntimeError:  # refused, or a repetition after a lost answer: what the cluster has decides
+        except RuntimeError:  # refused, or a retry after a lost response: look at what the cluster has
             found = self._find(client, id)
             if found is None:
                 raise
@@ -61,7 +61,7 @@ class Cluster:
         return True
 
     def find(self, id: str) -> Submission | None:
-        """The job of this id; None when the cluster does not know it."""
+        """The job of this id; None if the cluster does not know it."""
         return self._find(self._client(), id)
 
     def log_tail(self, id: str, lines: int) -> str:
@@ -69,7 +69,7 @@ class Cluster:
         return "\n".join(self._client().get_job_logs(id).splitlines()[-lines:])
 
     def _client(self) -> Any:
-        from ray.job_submission import JobSubmissionClient  # a second to import: help and refusals must not
+        from ray.job_submission import JobSubmissionClient  # slow to import: help and refusals must not
 
         return JobSubmissionClient(self._address)
 
@@ -85,11 +85,11 @@ class Cluster:
 
 
 def command(job: JobConfig) -> str:
-    """The shell command that runs `job` on any machine: its configuration travels in `--set`."""
+    """The shell command that runs `job` on any machine: it carries the configuration in `--set` options."""
     values = job.model_dump(mode="json", exclude_defaults=True)
     overrides = [f"{key}={json.dumps(value)}" for key, value in _leaves(values)]
     if load_config(None, overrides) != job:
-        raise ConfigError("the configuration cannot be told in --set options: write small numbers without exponents")
+        raise ConfigError("the configuration cannot be written as --set options: write small numbers without exponents")
     return shlex.join(["python", "-m", "jobs.caption", *(f"--set={override}" for override in overrides)])
 
 

@@ -1,4 +1,4 @@
-"""What stops the caption job before anything starts."""
+"""The caption job refuses wrong configurations before it starts."""
 
 from tests.integration.jobs import run
 

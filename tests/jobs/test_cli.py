@@ -1,4 +1,4 @@
-"""The command line every job shares."""
+"""The command line that all jobs share."""
 
 import subprocess
 import sys

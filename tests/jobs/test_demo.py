@@ -17,7 +17,7 @@ TRUTH = {"a.mp4": {"caption": "a red circle. a blue star.", "count": "two"}, "b.
 
 
 def caption_here(job):
-    """What `pipeline.job.caption` does, for the rows alone."""
+    """Replaces `pipeline.job.caption`: returns only the rows."""
     captioner = Captioner(job, "run")
     options = {"frames": job.frames, "decode": job.decode, "storage": job.storage, "sizing": captioner.sizing}
     units = plan_units(job).to_pylist()

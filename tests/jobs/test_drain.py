@@ -1,4 +1,4 @@
-"""A head that goes stops its jobs and waits for their end."""
+"""A head that terminates stops its jobs and waits until they end."""
 
 import sys
 import types
@@ -17,7 +17,7 @@ class Status:
 
 
 class Client:
-    """A head on which jobs end after so many looks; None: never, and a job without submission is a driver's."""
+    """A fake head whose jobs end after a number of polls; None: never. Jobs without a submission id are drivers."""
 
     looks, stopped = {}, []
 
@@ -64,4 +64,4 @@ def test_nothing_to_stop_is_no_error(run):
 
 def test_a_job_that_does_not_end_is_not_waited_for_forever(run, capsys):
     assert run(a=1, stuck=None) == 1
-    assert "still going after 10 s: stuck" in capsys.readouterr().err
+    assert "still running after 10 s: stuck" in capsys.readouterr().err

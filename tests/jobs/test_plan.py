@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
-    """The job with these arguments: exit code, output, errors."""
+    """Run the job with these arguments: exit code, output, errors."""
 
     def call(*arguments):
         command = ["jobs.plan", "--set", f"source.uri={folder}/videos", "--set", "sink.uri=nowhere", *arguments]

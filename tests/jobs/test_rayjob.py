@@ -1,4 +1,4 @@
-"""RayJobs of a CronJob: created once, waited for, through an API server that may be away."""
+"""RayJobs of a CronJob: created once and waited for, through an API server that may be unreachable."""
 
 import contextlib
 import http.server
@@ -22,7 +22,7 @@ TEMPLATE = {
 
 
 class Server:
-    """An API server that knows RayJobs, refuses what it is told to, and lets jobs pass through `statuses`."""
+    """A fake API server for RayJobs: returns the configured refusals, and the job statuses in `statuses` in turn."""
 
     def __init__(self):
         self.jobs, self.statuses, self.tokens, self.refusals = {}, [], [], []
@@ -88,7 +88,7 @@ def account(tmp_path):
 
 @pytest.fixture
 def run(server, account, tmp_path, monkeypatch, capsys):
-    """The job over the template: exit code and events."""
+    """Run the job with the template: exit code and events."""
     template = tmp_path / "job.yaml"
     template.write_text(json.dumps(TEMPLATE))
     monkeypatch.setattr(rayjob, "_server", lambda: server.url)

@@ -1,4 +1,4 @@
-"""The report job: the page of a run, by configuration or by the run's folder alone."""
+"""The report job: the page of a run, from a configuration or from the run's folder."""
 
 import json
 

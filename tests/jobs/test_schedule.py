@@ -1,4 +1,4 @@
-"""Schedules: what fires when, once, one run at a time, whatever fails in between."""
+"""Schedules: firings are on time and unique, with one run at a time, also after failures."""
 
 import datetime
 import json
@@ -28,7 +28,7 @@ def at(text):
 
 
 class FakeClock:
-    """A clock that a test moves, and that stops a scheduler at `until`."""
+    """A clock that a test advances; stops the scheduler at `until`."""
 
     def __init__(self, now, until=None):
         self.time, self.until = now, until
@@ -47,7 +47,7 @@ class FakeClock:
 
 
 class FakeJobs:
-    """A cluster on which every job takes `seconds` and ends as `results` say: (status, exit code), the rest well."""
+    """A fake cluster: jobs take `seconds` and end with their (status, exit code) in `results`, else they succeed."""
 
     def __init__(self, clock, seconds=60.0, results=()):
         self.clock, self.seconds, self.results = clock, seconds, list(results)
@@ -103,7 +103,7 @@ def run(base, start, until, jobs=None, seconds=60.0, results=(), **options):
 
 @pytest.fixture
 def logged(caplog):
-    """Every event with its fields, as the scheduler logs them."""
+    """Every logged event with its fields."""
     caplog.set_level(logging.INFO, LOG.name)
     return lambda: [(record.getMessage(), record.fields) for record in caplog.records if record.name == LOG.name]
 
@@ -123,7 +123,7 @@ def test_expressions_mean_what_they_mean_to_cron():
 def test_times_are_those_of_the_timezone_also_when_clocks_change():
     assert fires("30 1 * * *", "10-23T12:00", 3, BERLIN) == ["10-23T23:30", "10-24T23:30", "10-26T00:30"]
     assert fires("30 2 * * *", "03-27T12:00", 3, BERLIN) == ["03-28T01:30", "03-29T01:00", "03-30T00:30"]
-    assert len(set(fires("30 2 * * *", "10-23T12:00", 5, BERLIN))) == 5  # the hour that comes twice fires once
+    assert len(set(fires("30 2 * * *", "10-23T12:00", 5, BERLIN))) == 5  # the repeated hour fires once
 
 
 @pytest.mark.parametrize("cron", ["0 2 * *", "61 * * * *", "nightly", "0 0 30 2 *"])
@@ -185,7 +185,7 @@ def test_missed_firings_are_left_out_where_asked(base, logged):
 
 @pytest.mark.parametrize(("missed", "expected"), [("catch-up", ["02", "05", "08"]), ("skip", ["02", "06"])])
 def test_one_run_at_a_time(base, missed, expected):
-    """Runs of 3.4 hours on an hourly schedule: what came due meanwhile is one run after it, or none."""
+    """Runs of 3.4 hours on an hourly schedule: firings missed meanwhile become one run, or none."""
     jobs = run(base, at("11-23T01:30"), at("11-23T09:30"), seconds=3.4 * 3600, cron="0 * * * *", missed=missed)
     assert [id.split("T")[1][:2] for id in jobs.submitted] == expected
     assert jobs.overlaps == 0
@@ -204,7 +204,7 @@ def test_of_two_schedulers_one_fires(base):
 
 
 def test_two_schedulers_at_the_same_moment_cannot_both_claim(base, monkeypatch, logged):
-    """Both have seen that nothing is running before either claims."""
+    """Both see that nothing is running before either claims."""
     clock = FakeClock(at("11-23T01:59"))
     jobs = FakeJobs(clock)
     one, two = scheduler(base, clock, jobs), scheduler(base, clock, jobs)

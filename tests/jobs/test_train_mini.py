@@ -17,7 +17,7 @@ TINY_VALIDATION = ((Task("image", 1, 96, 96, 2, 2), 1),)
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The command's own settings, with less of everything."""
+    """The command's settings with smaller sizes."""
     small = partial(TrainConfig, token_budget=200, validation=TINY_VALIDATION)
     monkeypatch.setattr(train_mini, "TrainConfig", small)
 

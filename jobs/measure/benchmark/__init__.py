@@ -1,1 +1,1 @@
-"""`python -m jobs.measure.benchmark`: what compression costs and saves in time; `readme` writes the tables."""
+"""`python -m jobs.measure.benchmark`: the time that compression costs and saves; `readme` writes the tables."""

@@ -1,14 +1,14 @@
-"""The price of compression: operations, stages, prefill and decode, timed and written to one JSON file.
+"""Time operations, stages, prefill and decode with and without compression, and write one JSON file.
 
     python -m jobs.measure.benchmark --device cuda --json jobs/results/benchmark-h200.json     # 8 minutes at most
     python -m jobs.measure.benchmark --device cuda --minutes 3 --models qwen2.5-vl-7b --json FILE     # one model
-    python -m jobs.measure.benchmark --device cpu --json FILE     # a small copy in seconds, no measure of speed
+    python -m jobs.measure.benchmark --device cpu --json FILE     # small sizes, in seconds; says nothing about speed
     python -m jobs.measure.benchmark --device cpu --suite engine --json FILE     # long videos, many answers at once
-    python -m jobs.measure.readme --results jobs/results --readme README.md                  # its tables into the page
+    python -m jobs.measure.readme     # write its tables into the pages
 
-Weights are random, but for the engine's on a CPU, and nothing is downloaded. Every cell is in the file from the start,
-as not measured; the file is replaced after each, so a run that is ended early keeps what it has. Exit code 1: a cell
-failed, other than for want of memory or time; the file says which.
+Weights are random, except the engine's on a CPU, and nothing is downloaded. The file has every cell from the start, as
+not measured, and is replaced after each cell, so that a run that ends early keeps its results. Exit code 1: a cell
+failed for another reason than memory or time; the file says which.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from jobs.measure.benchmark.run import SHARES, ends, run
 from jobs.measure.benchmark.scale import Scale, on_cpu, on_gpu
 from jobs.measure.benchmark.timer import Timer
 
-ENGINE = "engine"  # runs by itself: it needs the pipeline, and on a CPU it says something
-MINUTES = 7.5  # with imports and the last cell, eight
+ENGINE = "engine"  # must run alone: it needs the pipeline, and its results on a CPU are meaningful
+MINUTES = 7.5  # eight with imports and the last cell
 
 
 def scale_of(kind: torch.device) -> Scale:
-    """Real sizes on a GPU, small ones on a CPU."""
+    """Real sizes for a GPU, small ones for a CPU."""
     if kind.type == "cuda":
         return on_gpu(kind, torch.cuda.get_device_properties(kind).total_memory)
     return on_cpu(kind)
 
 
 def cells(scale: Scale, suites: Sequence[str], models: Sequence[str] = ()) -> list[Cell]:
-    """All cells of the suites, in the order in which they are measured; `models`: prefill and decode of these alone."""
+    """All cells of the suites, in the order of measurement; `models` restricts prefill and decode to these models."""
     resident = Resident(scale.device, scale.dtype)
     some = replace(scale, decoders=tuple(d for d in scale.decoders if not models or d.name in models))
     of_suite = {
@@ -57,7 +57,7 @@ def cells(scale: Scale, suites: Sequence[str], models: Sequence[str] = ()) -> li
 
 
 def head(on: torch.device, dtype: torch.dtype, command: str, limit_s: float, **more: Any) -> Values:
-    """What the figures hold for."""
+    """The header of the result file: command, device, dtype and versions."""
     return {
         "command": command,
         "device": device(on),
@@ -70,7 +70,7 @@ def head(on: torch.device, dtype: torch.dtype, command: str, limit_s: float, **m
 
 
 def engine(on: torch.device, command: str, limit_s: float) -> tuple[list[Cell], dict[str, float], Values]:
-    """Cells of the engine's suite, what of the time each part may take, and the head of its file."""
+    """Cells of the engine's suite, the share of time of each part, and the header of its file."""
     from jobs.measure.benchmark.engine import suite
 
     scale = suite.scale_of(on)
@@ -81,25 +81,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
-    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="result file, replaced")
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE", help="result file; replaced")
     parser.add_argument(
         "--suite", nargs="+", choices=(*SHARES, ENGINE), default=list(SHARES), help=f"default: all but {ENGINE}"
     )
     parser.add_argument(
-        "--minutes", type=float, default=MINUTES, metavar="N", help=f"after these no cell is begun ({MINUTES})"
+        "--minutes", type=float, default=MINUTES, metavar="N", help=f"start no cell after this time ({MINUTES})"
     )
     parser.add_argument(
-        "--models", nargs="+", default=[], metavar="NAME", help="prefill and decode of these models alone; default: all"
+        "--models", nargs="+", default=[], metavar="NAME", help="prefill and decode only of these models; default: all"
     )
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: expected a GPU that torch can use, found none; --device cpu runs a small copy")
+        parser.error("--device cuda: expected a GPU that torch can use, found none; --device cpu runs small sizes")
     if args.minutes <= 0:
         parser.error(f"--minutes: expected more than 0, got {args.minutes}")
     if ENGINE in args.suite and len(args.suite) > 1:
-        parser.error(f"--suite {ENGINE}: expected it by itself, got {' '.join(args.suite)}")
+        parser.error(f"--suite {ENGINE}: expected no other suite, got {' '.join(args.suite)}")
     if args.models and ENGINE in args.suite:
-        parser.error(f"--models: --suite {ENGINE} has a model of its own")
+        parser.error(f"--models: --suite {ENGINE} has its own model")
     suites = [suite for suite in (*SHARES, ENGINE) if suite in args.suite]
     on = torch.device(args.device)
     which = "" if suites == list(SHARES) else f" --suite {' '.join(suites)}"

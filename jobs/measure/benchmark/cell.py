@@ -1,4 +1,4 @@
-"""One measurement of the benchmark: what it is, where, and how it is made; failures are values."""
+"""One measurement of the benchmark: its name, its sizes and its function; failures are values."""
 
 import gc
 from collections.abc import Callable, Mapping
@@ -20,9 +20,9 @@ MEASURED, NOT_MEASURED, FAILED = "measured", "not measured", "failed"
 class Cell:
     """`name` at `at` (tokens, model, batch …), one row of a suite.
 
-    measure     sets up, times, and returns what it found
-    estimate_s  how long that is expected to take, where it may be long
-    skip        why it is not tried at all
+    measure     sets up, times, and returns the result
+    estimate_s  expected seconds of `measure`, if it may take long
+    skip        why it is not measured; empty: it is
     """
 
     suite: str
@@ -38,20 +38,20 @@ class Cell:
 
 
 def attempt(measure: Callable[[], Values]) -> Values:
-    """What `measure` returns with status "measured"; else a status and `why`, and the device's memory free again."""
+    """The result of `measure` with status "measured"; after an error a status and `why`, with device memory freed."""
     try:
         return {"status": MEASURED, **measure()}
     except torch.OutOfMemoryError as error:
         values = not_measured(f"out of memory: {_first_line(error)}")
     except Exception as error:
         values = {"status": FAILED, "why": f"{type(error).__name__}: {_first_line(error)}"}
-    with suppress(RuntimeError):  # a device that is beyond repair must not hide why
+    with suppress(RuntimeError):  # an error of a broken device must not hide the first one
         free()
     return values
 
 
 def parts(values: Values) -> list[Values]:
-    """What of a cell was timed or not: the forms of an operation, else the cell itself."""
+    """The parts of a cell with a status: the forms of an operation, else the cell itself."""
     return list(values["forms"].values()) if "forms" in values else [values]
 
 
@@ -60,7 +60,7 @@ def not_measured(why: str) -> Values:
 
 
 def free() -> None:
-    """Give back what nobody holds any more."""
+    """Free unreferenced memory, on the device too."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

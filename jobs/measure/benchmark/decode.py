@@ -1,7 +1,7 @@
 """Suite "decode": time per new token after a prefill, plain and compressed.
 
-transformers' DynamicCache copies a layer's keys and values to append a token's: that is in these times, as it is in
-everybody's who generates this way, and a smaller cache has less of it.
+transformers' DynamicCache copies a layer's keys and values to append a token's. These times include the copies, as in
+any generation with that cache; a smaller cache copies less.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from lightkv.hooks.report import cache_bytes
 
 
 def cells(scale: Scale, resident: Resident) -> list[Cell]:
-    """Every model at every batch size, all after prompts of one length."""
+    """Every model at every batch size, after prompts of the same length."""
     found = []
     for decoder in scale.decoders:
         for batch in scale.decode_batches:
@@ -32,7 +32,7 @@ def cells(scale: Scale, resident: Resident) -> list[Cell]:
 
 
 def _measure(scale: Scale, resident: Resident, load: Load, timer: Timer) -> Values:
-    """One step gives one token to each prompt of the batch; the cache grows by as many."""
+    """Time one decode step, which adds one token to every prompt of the batch and to the cache."""
     model, prompt = resident.get(load.decoder), load.prompt(scale)
     with load.scope(model, prompt):
         cache = prefill(model, prompt).past_key_values

@@ -1,4 +1,4 @@
-"""Decoders of real shapes with random weights, built on the device by transformers' own classes; one at a time."""
+"""Build decoders of real shapes with random weights on the device, from transformers' own classes, one at a time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from jobs.measure.benchmark.cell import free
 from lightkv import LightKVConfig
 from lightkv.cost import Shape
 
-POSITIONS = 1 << 17  # at least the longest prompt and its answer
+POSITIONS = 1 << 17  # at least the tokens of the longest prompt and its answer
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How a shape becomes a model: its configuration, transformers' class for it, axes of its RoPE."""
+    """How to build a model from a shape: configuration, transformers' auto class, number of RoPE axes."""
 
     config: Callable[[Shape], PreTrainedConfig]
     auto: Any
@@ -46,12 +46,12 @@ def _dimensions(shape: Shape) -> dict[str, Any]:
 
 
 def llama(shape: Shape) -> PreTrainedConfig:
-    """Vicuna is a Llama; so is InternLM2 with grouped heads, but for how its checkpoint packs the projections."""
+    """Configuration for Vicuna, a Llama, and InternLM2, which differs only in how its checkpoint packs projections."""
     return LlamaConfig(head_dim=shape.head_dim, **_dimensions(shape))
 
 
 def qwen2_5_vl(shape: Shape) -> PreTrainedConfig:
-    """Axes share the angles 2 : 3 : 3, as published; the vision tower, which never runs, is the least there can be."""
+    """Axes share the angles 2 : 3 : 3, as published; the vision tower never runs and is minimal."""
     sections = [shape.head_dim // 8, shape.head_dim * 3 // 16, shape.head_dim * 3 // 16]
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
     tower = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=shape.hidden)
@@ -64,7 +64,7 @@ QWEN2_5_VL = Kind(qwen2_5_vl, AutoModelForImageTextToText, axes=3)
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model of the tables; `published` is the paper's schedule for it."""
+    """A model of the tables; `published` is its schedule in the paper."""
 
     name: str
     shape: Shape
@@ -78,14 +78,14 @@ class Decoder:
         return LightKVConfig.for_model(self.config(), retention)
 
     def build(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """Weights are transformers' own initial ones, normal with deviation 0.02."""
+        """Build the model with transformers' initial weights: normal, standard deviation 0.02."""
         with torch.device(device):
             model = self.kind.auto.from_config(self.config(), dtype=dtype, attn_implementation="sdpa")
         return model.eval()
 
 
 class Resident:
-    """The one model that is on the device; asking for another lets it go first."""
+    """Holds the one model on the device; frees it before another is built."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
@@ -101,7 +101,7 @@ class Resident:
 
 
 def weight_bytes(shape: Shape, element: int) -> int:
-    """Projections and MLP of all layers, embeddings and head."""
+    """Bytes of the projections and MLPs of all layers, of embeddings and head."""
     projections = shape.hidden * shape.head_dim * 2 * (shape.heads + shape.kv_heads)
     layer = projections + 3 * shape.hidden * shape.intermediate
     return (shape.layers * layer + 2 * shape.vocabulary * shape.hidden) * element

@@ -1,4 +1,4 @@
-"""Figures that put cells of one run side by side: shares of the device's rates, of a layer's time, speed-ups."""
+"""Derive figures from several cells of a run: shares of the device's rates and of a layer's time, speed-ups."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,11 +8,11 @@ COPY, MATMUL, LAYER, PLAIN = "device copy", "matrix product", "decoder layer", "
 
 
 def derive(cells: Sequence[Values]) -> list[Values]:
-    """The cells, with what follows from them where all that it needs was measured.
+    """Copies of the cells with derived figures, where all inputs were measured.
 
-    ops            each form: share_of_copy of the bandwidth, share_of_matmul of the products per second
-    stage          share_of_layer: of one decoder layer's prefill time at the same size
-    prefill decode speedup: the plain model's time over this one's, at the same place
+    ops            per form: share_of_copy of the device's bandwidth, share_of_matmul of its FLOP/s
+    stage          share_of_layer of one decoder layer's prefill time at the same size
+    prefill decode speedup: the plain model's time divided by this one's, at the same sizes
     """
     copy, matmul = _rate(cells, COPY, "bytes"), _rate(cells, MATMUL, "flops")
     out = []
@@ -34,7 +34,7 @@ def find(cells: Iterable[Values], suite: str, name: str, at: Values) -> Values |
 
 
 def median(cell: Values | None) -> float | None:
-    """Seconds of a cell or form; None where it was not measured."""
+    """Median seconds of a cell or form; None if it was not measured."""
     return cell["seconds"]["median_s"] if cell and cell["status"] == MEASURED and "seconds" in cell else None
 
 

@@ -1,4 +1,4 @@
-"""What the suites on whole decoders share: variants of compression, whether they fit, and a prefill."""
+"""Shared by the suites on decoders: variants of compression, memory estimates, and a prefill."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +19,7 @@ PUBLISHED = "published"
 
 
 def variants(decoder: Decoder, published: bool) -> dict[str, LightKVConfig | None]:
-    """What a decoder is measured with, by name: nothing, the paper's schedule, ours."""
+    """Variants of compression by name: none, the paper's schedule, ours."""
     ours = {f"lightkv {share:.0%}": decoder.ours(share) for share in RETENTIONS}
     return {PLAIN: None, **({PUBLISHED: decoder.published} if published else {}), **ours}
 
@@ -34,14 +34,14 @@ class Load:
     batch: int
 
     def cost(self, element: int) -> Cost:
-        """Of one prompt."""
+        """Cost of one prompt's prefill."""
         return prefill_cost(self.decoder.shape, self.vision, TEXT, self.config, element, grid_of(self.vision)[0])
 
     def needed_bytes(self, element: int) -> int:
-        """Estimate of the peak: weights, the cache, the widest layer's activations, and the prompt's states.
+        """Estimated peak: weights, cache, activations of the layer with most tokens, and the prompt's states.
 
-        Activations: three widths of the MLP and six of the residual stream; the states: as given, packed, merged and
-        padded again.
+        Activations count three widths of the MLP and six of the residual stream. States count four times: as given,
+        packed, merged, and padded again.
         """
         shape, cost = self.decoder.shape, self.cost(element)
         widest = max(layer.tokens for layer in cost.per_layer) * (3 * shape.intermediate + 6 * shape.hidden)
@@ -49,7 +49,7 @@ class Load:
         return weight_bytes(shape, element) + self.batch * (cost.kv_bytes + (widest + states) * element)
 
     def skip(self, scale: Scale) -> str:
-        """Why this is not tried on the device; "" where it should fit."""
+        """Why this is not measured on the device; "" if it should fit."""
         needed, there = self.needed_bytes(scale.element), scale.memory_bytes
         if there is None or needed <= there:
             return ""
@@ -61,13 +61,13 @@ class Load:
 
     @contextmanager
     def scope(self, model: PreTrainedModel, prompt: Prompt) -> Iterator[Report | None]:
-        """compress() where there is something to compress with."""
+        """The scope of compress(), or an empty one without a configuration."""
         with nullcontext() if self.config is None else compress(model, self.config, prompt.layouts) as report:
             yield report
 
 
 def place(load: Load) -> dict[str, int | str]:
-    """Where its cells stand in the tables."""
+    """The key of its cells: model, batch, vision tokens."""
     return {"model": load.decoder.name, "batch": load.batch, "vision_tokens": load.vision}
 
 

@@ -1,4 +1,4 @@
-"""Suite "prefill": time to the first token of whole decoders, plain and compressed, with memory and cache."""
+"""Suite "prefill": time to the first token of complete decoders, plain and compressed, with memory and cache."""
 
 from functools import partial
 from typing import Any
@@ -14,11 +14,11 @@ from jobs.measure.benchmark.timer import Timer
 from lightkv.hooks.report import cache_bytes
 
 LONG_S = 20
-PASSES = 3  # of a cell that takes long: one to warm up, and two
+PASSES = 3  # of a long cell: one to warm up and two timed
 
 
 def cells(scale: Scale, resident: Resident) -> list[Cell]:
-    """One prompt on every model first, batches after that, what takes longest last: time may run out."""
+    """Single prompts on every model first, then batches; the longest last, because time may run out."""
     found = []
     for batch in scale.prefill_batches:
         for decoder in scale.decoders:
@@ -32,7 +32,7 @@ def cells(scale: Scale, resident: Resident) -> list[Cell]:
 
 
 def _measure(scale: Scale, resident: Resident, load: Load, timer: Timer) -> Values:
-    """Vision is encoded already: from embeddings to the token with the largest logit."""
+    """Time from embeddings, vision encoded, to the token with the largest logit."""
     model, prompt = resident.get(load.decoder), load.prompt(scale)
     plain, cost = (Load(load.decoder, c, load.vision, load.batch).cost(scale.element) for c in (None, load.config))
     last: dict[str, Any] = {}
@@ -60,5 +60,5 @@ def _reset_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> int | None:
-    """Most bytes of tensors at a time, weights included; None where nobody counts."""
+    """Peak bytes of tensors, weights included; None on a device without the counter."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

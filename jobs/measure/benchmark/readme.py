@@ -1,7 +1,7 @@
-"""What the README says of the benchmark's results: of operations, stages, prefill and decoding, and of the engine.
+"""The benchmark's sections of the pages: operations, stages, prefill and decoding, and the engine.
 
-Results of a CPU are a test of the benchmark, no statement on speed: they are not shown. The engine's are: it is
-compared with a loop around `generate` on the same device.
+Results of a CPU test the benchmark and say nothing about speed, so they are not shown. The engine's results are shown
+for CPUs too: the engine is compared with a loop around `generate` on the same device.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ from jobs.measure.benchmark.tables import report
 NOT_MEASURED = (
     "On a GPU: not measured. `python -m jobs.measure.benchmark --device cuda --json jobs/results/benchmark-GPU.json` "
     "times the operations, the stages, prefill and decoding in eight minutes at most, and "
-    "`python -m jobs.measure.readme --results jobs/results --readme README.md` puts its tables here."
+    "`python -m jobs.measure.readme` puts its tables here."
+)
+ENGINE_NOT_MEASURED = (
+    "Not measured (`python -m jobs.measure.benchmark --device cpu --suite engine --json jobs/results/engine-cpu.json`)."
 )
 GPU_NOT_MEASURED = "On a GPU: not measured (`--device cuda` takes random weights in the shape of Qwen2.5-VL-7B)."
 
 
 def speed(results: Sequence[dict[str, Any]]) -> str:
-    """The tables of every GPU, or that there is none."""
+    """The tables of every GPU, or a note that none was measured."""
     on_gpus = [result for result in results if result["device"]["type"] == "cuda"]
     return "\n\n".join(map(report, on_gpus)) if on_gpus else NOT_MEASURED
 
 
+def longest(results: Sequence[dict[str, Any]]) -> str:
+    """The cache of an hour of video and the longest video that fits, computed from shapes."""
+    return hours(results[0]["cells"]) if results else ENGINE_NOT_MEASURED
+
+
 def engine(results: Sequence[dict[str, Any]]) -> str:
-    """What holds anywhere, once, then the tables of every device."""
+    """The table that holds for any device, then the tables of every device."""
     if not results:
-        return (
-            "Not measured (`python -m jobs.measure.benchmark --device cpu --suite engine "
-            "--json jobs/results/engine-cpu.json`)."
-        )
+        return ENGINE_NOT_MEASURED
     missing = "" if any(result["device"]["type"] == "cuda" for result in results) else GPU_NOT_MEASURED
     return "\n\n".join(filter(None, [hours(results[0]["cells"]), *map(engine_report, results), missing]))

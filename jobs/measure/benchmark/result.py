@@ -1,4 +1,4 @@
-"""The benchmark's result file: whole at any time, with a line for every cell, those not reached included."""
+"""The benchmark's result file: always complete, with an entry for every cell, reached or not."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from jobs.measure.benchmark.derive import derive
 
 
 class ResultFile:
-    """`path` holds the header and all cells, from the start on; `put` fills one in and replaces the file."""
+    """Writes the header and all cells to `path` at the start; `put` sets one cell and replaces the file."""
 
     def __init__(self, path: Path, header: Values, cells: Sequence[Cell]) -> None:
         self.path = path
@@ -40,7 +40,7 @@ class ResultFile:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what the figures depend on; lightkv with a digest of its sources."""
+    """Versions of the packages that figures depend on; lightkv's includes a digest of its sources."""
     digest, root = hashlib.sha256(), Path(lightkv.__path__[0])
     for path in sorted(root.rglob("*.py")):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
@@ -54,7 +54,7 @@ def versions() -> dict[str, str | None]:
 
 
 def device(of: torch.device) -> dict[str, Any]:
-    """Kind and name of the device that does the work."""
+    """Type and name of the device, with memory or cores."""
     if of.type == "cuda":
         properties = torch.cuda.get_device_properties(of)
         return {"type": "cuda", "name": properties.name, "memory_bytes": properties.total_memory}

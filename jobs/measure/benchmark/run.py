@@ -1,4 +1,4 @@
-"""Runs the cells of all suites within a time limit; each suite has its share, and what one leaves the next may use."""
+"""Run the cells of all suites within a time limit; a suite may use its share and what earlier suites left."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +11,12 @@ from jobs.measure.benchmark.cell import MEASURED, Cell, Values, attempt, not_mea
 from jobs.measure.benchmark.result import ResultFile
 from jobs.measure.benchmark.timer import Timer
 
-SHARES = {"ops": 0.3, "stage": 0.1, "prefill": 0.45, "decode": 0.15}  # of the time, as far as the suites are chosen
+SHARES = {"ops": 0.3, "stage": 0.1, "prefill": 0.45, "decode": 0.15}  # of the time, relative to the chosen suites
 OUT_OF_TIME = "out of time"
 
 
 def ends(shares: Mapping[str, float], limit_s: float) -> dict[str, float]:
-    """Seconds after the start at which each suite must have ended, by its share; the last one's is the limit."""
+    """Seconds after the start by which each suite must have ended; the last one's is the limit."""
     total, done, found = sum(shares.values()), 0.0, {}
     for suite, share in shares.items():
         done += share
@@ -35,7 +35,7 @@ def run(
     clock: Callable[[], float] = time.perf_counter,
     say: Callable[[str], object] = say_now,
 ) -> None:
-    """Measure cell after cell; one that would end after its suite's time is "not measured: out of time"."""
+    """Measure all cells in order; a cell that would end after its suite's time is "not measured: out of time"."""
     started = clock()
     for index, cell in enumerate(cells):
         began = clock() - started
@@ -53,12 +53,12 @@ def run(
 
 
 def _measure(cell: Cell, timer: Timer) -> Values:
-    """Random numbers are the same whichever cells are chosen."""
+    """Measure with a fixed seed, so that random numbers do not depend on the chosen cells."""
     torch.manual_seed(0)
     with torch.inference_mode():
         return cell.measure(timer)
 
 
 def timing(timer: Timer, work: Callable[[], object], before: Callable[[], object] | None = None) -> Values:
-    """{"seconds": …} of a piece of work, for a cell's values."""
+    """Time `work`: {"seconds": …} for a cell's values."""
     return {"seconds": asdict(timer.time(work, before))}

@@ -1,4 +1,4 @@
-"""How large everything is: real models' sizes on a GPU; on a CPU a small copy, which tests the benchmark itself."""
+"""Sizes of the benchmark: those of real models on a GPU, small ones on a CPU, which test the benchmark itself."""
 
 from dataclasses import dataclass
 
@@ -14,13 +14,13 @@ K = 1024
 
 @dataclass(frozen=True)
 class Scale:
-    """Sizes of all suites, in tokens where nothing else is said.
+    """Sizes of all suites, in tokens unless the name says otherwise.
 
-    shape           of operations and stages; `op_schedule` is the published one for it
-    attend_most     largest prefill of the attention alone
-    twin_most       largest prefill that the dense twin of attention is asked for
-    memory_bytes    of the device, less a reserve; None: no cell is left out for its size
-    flops_per_s     at which passes are foreseen to run, on the optimistic side; None: everything is short
+    shape           of operations and stages; `op_schedule` is its published schedule
+    attend_most     largest prefill of the attention operation
+    twin_most       largest prefill that runs on the dense torch twin of attention
+    memory_bytes    of the device, minus a reserve; None: no cell is skipped for its size
+    flops_per_s     assumed speed for time estimates, rather too fast; None: all cells are short
     """
 
     device: torch.device
@@ -44,7 +44,7 @@ class Scale:
 
     @property
     def element(self) -> int:
-        """Bytes of one number of the model."""
+        """Bytes of one element of the model's dtype."""
         return self.dtype.itemsize
 
     def estimate_s(self, flops: float) -> float:
@@ -52,7 +52,7 @@ class Scale:
 
 
 def on_gpu(device: torch.device, memory_bytes: int) -> Scale:
-    """bf16, the paper's 7B shapes, 1k to 256k tokens; sized for eight minutes on an H200, all suites."""
+    """bf16, the paper's 7B shapes, 1k to 256k tokens; all suites take about eight minutes on an H200."""
     return Scale(
         device=device,
         dtype=torch.bfloat16,
@@ -63,7 +63,7 @@ def on_gpu(device: torch.device, memory_bytes: int) -> Scale:
         twin_most=8 * K,
         stage_tokens=(2 * K, 8 * K, 32 * K, 64 * K),
         decoders=(
-            # LLaVA-1.5 and LLaVA-NeXT share shape and schedule; they differ in how many tokens an image is.
+            # LLaVA-1.5 and LLaVA-NeXT have the same shape and schedule; they differ in tokens per image.
             Decoder("llava-1.5-7b, llava-next-7b", VICUNA_7B, LLAMA, LightKVConfig.published("llava-1.5-7b")),
             Decoder("internvl2-8b", INTERNLM2_7B, LLAMA, LightKVConfig.published("internvl2-8b")),
             Decoder("qwen2.5-vl-7b", QWEN2_5_7B, QWEN2_5_VL, LightKVConfig.published("qwen2.5-vl-7b")),
@@ -81,7 +81,7 @@ def on_gpu(device: torch.device, memory_bytes: int) -> Scale:
 
 
 def on_cpu(device: torch.device) -> Scale:
-    """fp32, two decoders of four layers, up to 1k tokens: seconds. Its times say nothing about a GPU."""
+    """fp32, two decoders of four layers, up to 1k tokens; takes seconds, and its times say nothing about a GPU."""
     tiny = Shape(layers=4, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=16, vocabulary=128)
     schedule = LightKVConfig((Stage(0, 4), Stage(1, 2), Stage(2, 1)), method="published")
     return Scale(

@@ -1,4 +1,4 @@
-"""Suite "stage": one stage from queries and keys to survivors, beside one decoder layer's prefill of as many tokens."""
+"""Suite "stage": one stage, from queries and keys to survivors, and one decoder layer's prefill of as many tokens."""
 
 from dataclasses import replace
 from functools import partial
@@ -16,11 +16,11 @@ from lightkv import LightKVConfig, Tokens
 from lightkv.methods.table import METHODS
 from lightkv.vision.packing import Packing
 
-RETENTION = 0.25  # of the schedule that the stages of "lightkv" are taken from
+RETENTION = 0.25  # retention of the schedule whose stages "lightkv" uses
 
 
 def cells(scale: Scale) -> list[Cell]:
-    """For every size: the layer, the two stages of "lightkv", the first of "published"."""
+    """Cells per size: the layer, both stages of "lightkv", the first stage of "published"."""
     decoder = next(decoder for decoder in scale.decoders if decoder.shape == scale.shape)
     ours = decoder.ours(RETENTION)
     stages = {
@@ -38,7 +38,7 @@ def cells(scale: Scale) -> list[Cell]:
 
 
 def _stage(scale: Scale, config: LightKVConfig, number: int, tokens: int, timer: Timer) -> Values:
-    """Scores from the layer's queries and keys where the method asks for them, then the method itself."""
+    """Time a stage: scores from queries and keys, if the method needs them, then the method itself."""
     shape, method, stage, length = scale.shape, METHODS[config.method], config.stages[number], tokens + TEXT
     scorer = method.scorer(config, number)
     layout = layout_of(tokens)
@@ -59,7 +59,7 @@ def _stage(scale: Scale, config: LightKVConfig, number: int, tokens: int, timer:
 
 
 def _layer(scale: Scale, decoder: Decoder, tokens: int, timer: Timer) -> Values:
-    """Projections, attention and MLP of the model's own layer; no cache."""
+    """Time a layer's projections, attention and MLP, without a cache."""
     alone = replace(decoder, shape=replace(decoder.shape, layers=1, vocabulary=128))
     model = alone.build(scale.device, scale.dtype).get_decoder()
     prompt = Prompt.of(tokens, 1, scale.shape.hidden, decoder.kind.axes, scale.device, scale.dtype)

@@ -1,4 +1,4 @@
-"""The benchmark's result as Markdown: one table per suite, formatted from the cells; – is what was not measured."""
+"""Format the benchmark's result as Markdown: one table per suite; – means not measured."""
 
 import statistics
 from collections import Counter
@@ -19,7 +19,7 @@ Show = Callable[[Values], str]
 
 
 def report(result: Values) -> str:
-    """All tables of one device, and what they hold for."""
+    """All tables of one device, after a line with device, versions and command."""
     cells, versions = result["cells"], result["versions"]
     named = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     paragraphs = [
@@ -38,8 +38,8 @@ def operations(cells: Sequence[Values]) -> str:
         return ""
     rates = [_rate(cells, COPY, "bytes", "TB/s copied"), _rate(cells, MATMUL, "flops", "TFLOP/s multiplied")]
     legend = (
-        f"**Operations**: time · of the bandwidth of a copy, by the least that must move · the torch twin's time "
-        f"over it. The device: {', '.join(rates)}."
+        f"**Operations**: time · share of a copy's bandwidth, for the minimal bytes moved · the torch twin's time "
+        f"divided by it. The device: {', '.join(rates)}."
     )
     return _grid(legend, "operation", found, "tokens", _operation)
 
@@ -54,14 +54,14 @@ def _operation(cell: Values) -> str:
 
 
 def attention(cells: Sequence[Values]) -> str:
-    """Attention with a bias per key beside the floor and beside the way around the kernel."""
+    """Attention with a bias per key, compared with attention without bias and without our kernel."""
     found = [cell for cell in cells if cell["name"] in (PREFILL, PACKED, DECODE) and "forms" in cell]
     if not found:
         return ""
     legend = (
-        "**Attention with a bias per key**: our kernel / torch's scaled_dot_product_attention without bias, the floor "
-        "/ without our kernel (widened heads in prefill, a row in the mask in decode) / torch's flex_attention with "
-        "the bias, compiled (one prefill). The second and the third take packed sequences one after another."
+        "**Attention with a bias per key**: our kernel / torch's scaled_dot_product_attention without bias, the lower "
+        "bound / without our kernel (widened heads in prefill, a row in the mask in decode) / torch's flex_attention "
+        "with the bias, compiled (one prefill). The second and the third run packed sequences one after another."
     )
     return _grid(legend, "attention", found, "tokens", partial(_beside, (KERNEL, "sdpa", "no kernel", FLEX)))
 
@@ -71,11 +71,11 @@ def _beside(names: Sequence[str], cell: Values) -> str:
 
 
 def survivors(cells: Sequence[Values]) -> str:
-    """What a stage hands on, beside other ways to it."""
+    """A stage's output, computed by our operation and by alternatives."""
     found = [cell for cell in cells if cell["name"] in (*COMPACTIONS, ANGLES) and "forms" in cell]
     legend = (
         "**Survivors**: merged and gathered in one pass / merged in place on a copy, then gathered; the angles of "
-        "their positions computed anew / gathered from those of all tokens."
+        "their positions computed / gathered from those of all tokens."
     )
     return _grid(legend, "", found, "tokens", _survivors) if found else ""
 
@@ -88,7 +88,7 @@ def _survivors(cell: Values) -> str:
 def stages(cells: Sequence[Values]) -> str:
     """A line per stage, a column per number of tokens."""
     found = [cell for cell in cells if cell["suite"] == "stage"]
-    legend = "**A stage**, beside one decoder layer's prefill of as many tokens: time · of the layer's."
+    legend = "**A stage**, and one decoder layer's prefill of as many tokens: time · share of the layer's time."
     return _grid(legend, "", found, "vision tokens", _stage) if found else ""
 
 
@@ -102,8 +102,8 @@ def _stage(cell: Values) -> str:
 def prefills(cells: Sequence[Values]) -> str:
     """A line per model, batch and number of vision tokens, a column per variant."""
     legend = (
-        "**Prefill** of whole decoders with random weights, from embeddings to the first token: time · times as fast "
-        "as plain (as its FLOPs promise) · peak memory, weights included."
+        "**Prefill** of complete decoders with random weights, from embeddings to the first token: time · speed-up "
+        "over plain (predicted from FLOPs) · peak memory, weights included."
     )
     return _by_place(legend, cells, "prefill", _prefill)
 
@@ -122,7 +122,7 @@ def _prefill(cell: Values) -> str:
 
 def decodes(cells: Sequence[Values]) -> str:
     """A line per model and batch, a column per variant."""
-    legend = "**Decoding** after that: time per new token of each prompt · times as fast as plain · KV cache."
+    legend = "**Decoding** after that prefill: time per new token of each prompt · speed-up over plain · KV cache."
     return _by_place(legend, cells, "decode", _decode)
 
 
@@ -135,7 +135,7 @@ def _decode(cell: Values) -> str:
 
 
 def missing(cells: Sequence[Values]) -> str:
-    """How many cells and forms were not measured, by reason; "" where all were."""
+    """Number of cells and forms that were not measured, by reason; "" if all were."""
     why = Counter(part["why"] for cell in cells for part in parts(cell) if "why" in part)
     if not why:
         return ""
@@ -143,7 +143,7 @@ def missing(cells: Sequence[Values]) -> str:
 
 
 def spread(cells: Sequence[Values]) -> str:
-    """How far repeats of the same are apart."""
+    """The spread of repeats of the same measurement."""
     apart = [
         (seconds["max_s"] - seconds["min_s"]) / seconds["median_s"]
         for cell in cells
@@ -153,8 +153,8 @@ def spread(cells: Sequence[Values]) -> str:
     if not apart:
         return "nothing was timed"
     return (
-        f"slowest − fastest repeat is {statistics.median(apart):.0%} of the median in the middle of all measurements, "
-        f"{max(apart):.0%} at worst"
+        f"slowest − fastest repeat is {statistics.median(apart):.0%} of the median, as the median of all measurements, "
+        f"{max(apart):.0%} at most"
     )
 
 

@@ -1,4 +1,4 @@
-"""Time of a piece of work: warm-up, then repeats within a budget; CUDA events on a GPU, the clock on a CPU."""
+"""Time a function: warm-up, then repeats within a time budget; CUDA events on a GPU, the clock on a CPU."""
 
 import statistics
 import time
@@ -26,7 +26,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Timer:
-    """Repeats until `budget_s` are spent, `least` to `most` times; work beyond `longest_s` in all, twice."""
+    """Repeats for `budget_s` seconds, `least` to `most` times; only twice if these take `longest_s` seconds."""
 
     device: torch.device
     budget_s: float
@@ -35,7 +35,7 @@ class Timer:
     most: int = 100
 
     def time(self, work: Work, before: Work | None = None) -> Timing:
-        """Timing of `work`, which runs once more to warm up; `before` runs ahead of every repeat, untimed."""
+        """Time `work` after one warm-up run; `before` runs before every repeat, untimed."""
         sample = _gpu_sample if self.device.type == "cuda" else _cpu_sample
         work()
         samples: list[float] = []
@@ -53,7 +53,7 @@ class Timer:
 
 
 def _gpu_sample(work: Work) -> float:
-    """From when the GPU begins on the work to when it has ended, waits for the host included."""
+    """Seconds from the GPU's start of the work to its end, waits for the host included."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     work()

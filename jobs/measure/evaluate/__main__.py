@@ -1,15 +1,16 @@
-"""The fidelity table: how much of the model's accuracy survives, per method, retention, suite and task.
+"""Measure how much of the model's accuracy each method keeps, per retention, suite and task.
 
     python -m jobs.measure.evaluate --config configs/evaluate.yaml --out DIR --procs 2
     python -m jobs.measure.evaluate --config configs/evaluate.yaml --out DIR --scenes 8 --suites videos-small  # quick
     python -m jobs.measure.evaluate --config configs/evaluate.yaml --out DIR --report-only  # tables
 
-Scenes are rendered with known answers, encoded once by the main job's encoder, and asked through transformers'
-`generate` or lightkv's engine: frames as arrays, without the losses of video coding. DIR gets answers.parquet (every
-raw answer beside the truth and the plain model's answer), summary.json, table.md and figure.png. DIR/cells holds
-finished cells (suite × method × retention): the same command goes on where it stopped, and asks anew what was
-configured otherwise or belongs to other weights. Changed code alone repeats nothing; the summary lists the code
-versions that gave the answers."""
+Renders scenes with known answers, encodes them once with the main job's encoder, and asks through transformers'
+`generate` or lightkv's engine. Frames are arrays, without the losses of video coding. Writes answers.parquet (every raw
+answer, the truth and the plain model's answer), summary.json, table.md and figure.png into DIR. DIR/cells holds
+finished cells (suite × method × retention): the same command continues where it stopped. Cells with another
+configuration or other weights are asked again. Changed code alone repeats nothing; the summary lists the code versions
+of the answers.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ from pipeline.errors import ConfigError
 
 
 def evaluate(config: EvaluateConfig, out: Path, procs: int, command: str) -> None:
-    """Ask what is not yet answered, one line of progress per cell, then write `answers.parquet` and the report."""
+    """Answer the open cells, with a line of progress per cell, then write `answers.parquet`."""
     card = describe(config.model)
     weights = weights_id(card)
     cells = {cell: part_path(out, cell, cell_key(config, cell, weights)) for cell in cells_of(config)}
@@ -96,9 +97,9 @@ def _clock(seconds: float) -> str:
 
 
 def _unreachable(config: EvaluateConfig, cell: Cell, model_config: Any) -> str:
-    """A line that says why a cell cannot be, as far as that is known beforehand; empty if it can.
+    """A line that says why a cell cannot be reached, if that is known in advance; else empty.
 
-    Raises `ConfigError` for a method that is configured wrong.
+    Raises `ConfigError` for a wrongly configured method.
     """
     if cell.method == PLAIN:
         return ""
@@ -110,7 +111,7 @@ def _unreachable(config: EvaluateConfig, cell: Cell, model_config: Any) -> str:
 
 
 def report(config: EvaluateConfig, out: Path) -> None:
-    """Write `summary.json`, `table.md` and `figure.png` from `answers.parquet` alone."""
+    """Write `summary.json`, `table.md` and `figure.png` from `answers.parquet`."""
     path = out / "answers.parquet"
     if not path.exists():
         raise ConfigError(f"--report-only: expected {path}, found none; run without it first")
@@ -132,10 +133,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--report-only", action="store_true", help="remake table and figure from DIR/answers.parquet")
     parser.add_argument("--suites", nargs="+", metavar="NAME", help="only these")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these, and the plain model")
-    parser.add_argument("--retentions", nargs="+", type=float, metavar="SHARE", help="these instead of the configured")
-    parser.add_argument("--scenes", type=int, metavar="N", help="so many of every suite instead of what is configured")
-    parser.add_argument("--procs", type=int, default=1, help="processes of one torch thread each; 1: none beside this")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these and the plain model")
+    parser.add_argument(
+        "--retentions", nargs="+", type=float, metavar="SHARE", help="these instead of the configured ones"
+    )
+    parser.add_argument(
+        "--scenes", type=int, metavar="N", help="scenes of every suite, instead of the configured number"
+    )
+    parser.add_argument("--procs", type=int, default=1, help="processes of one torch thread each; 1: this process only")
     args = parser.parse_args(arguments)
     if args.procs < 1:
         parser.error(f"--procs: expected at least 1, got {args.procs}")

@@ -1,7 +1,7 @@
-"""The raw answers: scenes made, encoded once and asked under every method, one Parquet part per cell.
+"""Make scenes, encode them once and ask about them under every method: one Parquet part of raw answers per cell.
 
-A part appears whole or not at all, under a name that holds the key of everything it depends on but the code. So an
-interrupted run goes on, and a changed suite, method or model is asked anew.
+A part is written completely or not at all. Its name contains a key of everything that it depends on, except the code:
+an interrupted run continues, and a changed suite, method or model is asked again.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ SCHEMA = pa.schema(
     [
         pa.field("suite", pa.string(), nullable=False),
         pa.field("method", pa.string(), nullable=False),
-        pa.field("retention", pa.float64(), nullable=False),  # as asked; 1 for the plain model
-        pa.field("error", pa.string(), nullable=False),  # why there are no answers: one such row stands for the cell
+        pa.field("retention", pa.float64(), nullable=False),  # as configured; 1 for the plain model
+        pa.field("error", pa.string(), nullable=False),  # why there are no answers; such a cell has one row
         pa.field("scene", pa.int32()),  # 0-based in the suite
         pa.field("family", pa.string()),
         pa.field("question", pa.string()),
         pa.field("truth", pa.string()),
         pa.field("answer", pa.string()),
         pa.field("right", pa.bool_()),  # exact match of words, digits and punctuation
-        pa.field("reached", pa.float64()),  # share of vision KV kept, mean over layers and batch; of 4 bits a quarter
-        pa.field("vision_tokens", pa.int64()),  # that the decoder gets
+        pa.field("reached", pa.float64()),  # share of vision KV kept, mean over layers and batch; 4 bits: a quarter
+        pa.field("vision_tokens", pa.int64()),  # that enter the decoder
         pa.field("text_tokens", pa.int64()),
         pa.field("kv_bytes", pa.int64()),  # after prefill; text and a batch's padding included
-        pa.field("flops", pa.int64()),  # of the decoder's prefill by the cost model; the vision tower left out
+        pa.field("flops", pa.int64()),  # of the decoder's prefill by the cost model, without the vision tower
     ]
 )
 
 
 @dataclass
 class Scene:
-    """A sample's questions and its vision tokens; frames are made anew where a method needs them."""
+    """A sample's questions and vision tokens; frames are rendered again if a method needs them."""
 
     number: int
     questions: list[QA]
@@ -66,7 +66,7 @@ class Scene:
 
 
 class Shard:
-    """Some of every suite's scenes, and a model to ask. One per process."""
+    """A share of every suite's scenes, and the model to ask. One per process."""
 
     def __init__(self, config: EvaluateConfig, number: int = 0, of: int = 1) -> None:
         self.config = config
@@ -75,7 +75,7 @@ class Shard:
         self._held: tuple[str, list[Scene]] | None = None
 
     def ask(self, cell: Cell) -> list[dict[str, Any]]:
-        """Rows of `SCHEMA` of this shard's part of a cell. Raises `lightkv.ConfigError` when it cannot be reached."""
+        """Rows of `SCHEMA` for this shard's part of a cell. Raises `lightkv.ConfigError` if it cannot be reached."""
         suite, scenes = self.config.suites[cell.suite], self._scenes(cell.suite)
         how = Treatment()
         if cell.method != PLAIN:
@@ -84,9 +84,9 @@ class Shard:
         if how.frames is not None:
             scenes = [self._changed(cell.suite, scene, how) for scene in scenes]
         asked = [(scene, qa) for scene in scenes for qa in scene.questions]
-        # Batches wait for their longest prompt and answer: alike goes with alike.
+        # A batch takes as long as its longest prompt and answer: sort similar ones together.
         asked.sort(key=lambda pair: (pair[1].family in CAPTIONS, len(pair[1].question.split()), pair[0].number))
-        if how.memory is not None:  # which batches by itself, and shares what questions about a scene have in common
+        if how.memory is not None:  # the engine makes its own batches and shares a scene between its questions
             asked = [(scene, qa) for scene in scenes for qa in scene.questions]
         questions = [Question(scene.encoded, qa.question) for scene, qa in asked]
         answers = self.asker.answers(questions, how.config, how.memory)
@@ -136,7 +136,7 @@ class Shard:
 
 
 def sample(config: EvaluateConfig, name: str, number: int) -> Sample:
-    """Scene `number` of a suite: the same for every method; suites and seeds share no scenes."""
+    """Scene `number` of a suite, the same for every method; suites and seeds share no scenes."""
     suite = config.suites[name]
     index = zlib.crc32(f"{config.seed}/{name}".encode()) * MOST_SCENES + number
     look = Look(suite.width_px, suite.height_px, suite.max_things, suite.max_clutter, suite.sign_share)
@@ -152,14 +152,14 @@ _MAKERS = {
 
 
 def encode(asker: Asker, kind: str, frames: np.ndarray) -> Encoded:
-    """Vision tokens of a sample's frames uint8 [T, H, W, 3]. Time counts one per frame pair, as in training."""
+    """Vision tokens of frames uint8 [T, H, W, 3]. Time positions count one per frame pair, as in training."""
     if kind == "video":
         return asker.encode("video", [(0, frames)])
     return asker.encode("images", [(number, frame[None]) for number, frame in enumerate(frames)])
 
 
 def weights_id(card: ModelCard) -> str:
-    """What tells one model's weights from another's: a digest of the files, or the hub's commit."""
+    """Identify a model's weights: by a digest of the files, or by the hub's commit."""
     files = sorted(Path(card.location).glob("*.safetensors")) if Path(card.location).is_dir() else []
     if not files:
         return f"{card.location}@{card.revision or getattr(card.config, '_commit_hash', None)}"
@@ -170,7 +170,7 @@ def weights_id(card: ModelCard) -> str:
 
 
 class Shards:
-    """The shards of a run: in this process, or one process with one torch thread each."""
+    """The shards of a run: one in this process, or one per process with one torch thread each."""
 
     def __init__(self, config: EvaluateConfig, procs: int) -> None:
         self._alone = Shard(config) if procs == 1 else None
@@ -181,7 +181,7 @@ class Shards:
         ]
 
     def ask(self, cell: Cell) -> list[dict[str, Any]]:
-        """Rows of the whole cell, by scene; one row that says why where it cannot be reached."""
+        """Rows of the cell, sorted by scene; one row with the error if the cell cannot be reached."""
         try:
             if self._alone is not None:
                 return self._alone.ask(cell)
@@ -212,12 +212,12 @@ def _ask(cell: Cell) -> list[dict[str, Any]]:
 
 
 def part_path(folder: Path, cell: Cell, key: str) -> Path:
-    """Where a cell's answers lie."""
+    """The file of a cell's answers."""
     return folder / "cells" / f"{cell.suite}.{cell.method}.{cell.retention:g}.{key}.parquet"
 
 
 def write_part(path: Path, rows: Sequence[dict[str, Any]], seconds: float) -> None:
-    """Write a cell's rows, whole or not at all, with how long they took and which code gave them."""
+    """Write a cell's rows atomically, with their seconds, device and code version."""
     made = {"seconds": seconds, "code_version": code_version(), "device": device_name(), "torch": torch.__version__}
     table = pa.Table.from_pylist(list(rows), schema=SCHEMA).replace_schema_metadata({"made": json.dumps(made)})
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ def write_part(path: Path, rows: Sequence[dict[str, Any]], seconds: float) -> No
 
 @cache
 def device_name() -> str:
-    """The GPU, or the CPU with its cores."""
+    """The name of the GPU, or of the CPU with its number of cores."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")

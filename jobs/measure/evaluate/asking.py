@@ -1,6 +1,6 @@
-"""Asks prompts about frames that are encoded already: what the evaluation compares methods by.
+"""Answer prompts about frames that are already encoded, for the evaluation.
 
-By transformers' own `generate`, or by lightkv's engine where a cell says what its caches are made of.
+Uses lightkv's engine if the cell sets the engine's memory, else transformers' own `generate`.
 """
 
 import time
@@ -39,20 +39,20 @@ from pipeline.config import Model
 class Encoded:
     """The vision tokens of one unit: per item its features [n, D] and its grid (t, y, x) in tokens."""
 
-    modality: str  # image | video: which placeholder stands for an item
+    modality: str  # image | video: which placeholder token an item has
     features: list[Tensor] = field(default_factory=list)
     grids: list[tuple[int, int, int]] = field(default_factory=list)
-    frame_interval_s: float | None = None  # of a video; None: positions count one per step in time
+    frame_interval_s: float | None = None  # of a video; None: one position per step in time
 
     @property
     def vision_tokens(self) -> int:
-        """Tokens of all items together."""
+        """Sum of the tokens of all items."""
         return sum(t * y * x for t, y, x in self.grids)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt about encoded frames; `seed` decides what is drawn at a temperature above 0."""
+    """One prompt about encoded frames; `seed` is for sampling at a temperature above 0."""
 
     encoded: Encoded
     prompt: str
@@ -61,14 +61,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What one prompt gave: text, token counts, and what its prefill cost.
+    """The answer to one prompt: text, token counts, and the cost of its prefill.
 
-    By `generate`, prompts of a batch share a prefill: `kept_tokens`, `retention`, `kv_bytes`, `prefill_s` and
-    `generate_s` are the batch's divided by its prompts, and KV bytes count the padding to the longest, with and without
-    compression; `prompt_tokens` does not. By the engine, prompts about the same frames share `prefill_s` and
-    `generate_s` alike, and KV bytes are a prompt's own, parts that it shares counted in full.
+    With `generate`, prompts of a batch share a prefill. `kept_tokens`, `retention`, `kv_bytes`, `prefill_s` and
+    `generate_s` are the batch's divided by its number of prompts. KV bytes include the padding to the longest prompt,
+    with and without compression; `prompt_tokens` does not. With the engine, prompts about the same frames divide
+    `prefill_s` and `generate_s` equally. KV bytes are a prompt's own; shared parts count in full.
 
-    `kv_share` is what is left of the cache of a plain model, in bytes, as in a model of 16 bits.
+    `kv_share` is the share of a plain model's cache that is kept, in bytes, as in a model of 16 bits.
     """
 
     text: str
@@ -95,10 +95,10 @@ class _Row:
 
 
 class Asker:
-    """Holds one model."""
+    """Holds one model and answers questions with it."""
 
     def __init__(self, settings: Model, batch_prompts: int = 8, batch_tokens: int = 16384) -> None:
-        """`answers` takes up to `batch_prompts` neighbours of at most `batch_tokens` tokens together."""
+        """`answers` batches up to `batch_prompts` adjacent questions of at most `batch_tokens` tokens in all."""
         self.resident = Resident(settings)
         self.settings, self.card, self.model = settings, self.resident.card, self.resident.model
         self._batch_prompts, self._batch_tokens = batch_prompts, batch_tokens
@@ -122,11 +122,11 @@ class Asker:
     def answers(
         self, questions: Sequence[Question], lightkv: LightKVConfig | None, memory: Memory | None = None
     ) -> list[Answer]:
-        """Answers in the order of the questions, compressed as `lightkv` says; None: not compressed.
+        """Answers in the order of the questions, compressed by `lightkv`; None: not compressed.
 
-        By the engine where `memory` says what its caches are like, else by transformers' `generate`. Neighbours share a
-        batch. Sampling takes them one by one, so that an answer depends on its seed alone. Raises `UnitError` (prepare)
-        for a prompt that does not fit, before any is answered.
+        Uses the engine if `memory` is given, else transformers' `generate`. Adjacent questions share a batch. Sampling
+        answers them one by one, so that an answer depends on its seed alone. Raises `UnitError` (prepare) for a prompt
+        that does not fit, before any is answered.
         """
         if memory is not None:
             return self._by_engine(questions, lightkv, memory)
@@ -150,7 +150,7 @@ class Asker:
         return _Row(question, torch.tensor(ids), spans)
 
     def _by_engine(self, questions: Sequence[Question], lightkv: LightKVConfig | None, memory: Memory) -> list[Answer]:
-        """Neighbours about the same frames share their prefill."""
+        """Answer with the engine; adjacent questions about the same frames share their prefill."""
         groups = [list(group) for _, group in groupby(enumerate(questions), key=lambda pair: id(pair[1].encoded))]
 
         def requests() -> Iterator[Request]:
@@ -294,9 +294,9 @@ def _segments(encoded: Encoded, frame: Frame, temporal_patch: int) -> Iterator[S
 
 
 def _inputs(encoder: FrameEncoder, rows: Sequence[Encoded], is_vision: Tensor) -> dict[str, Any]:
-    """Keyword arguments of `generate` that stand for the pixels of a batch, one `Encoded` of one modality per row.
+    """Keyword arguments of `generate` that replace the pixels of a batch: one `Encoded` per row, all of one modality.
 
-    `is_vision` bool [B, S] marks the placeholders. A unit that is asked several prompts stands in several rows.
+    `is_vision` bool [B, S] marks the placeholders. A unit with several prompts has several rows.
     """
     modality, device = rows[0].modality, is_vision.device
     pooled = BaseModelOutputWithPooling(pooler_output=tuple(item for row in rows for item in row.features))
@@ -314,7 +314,7 @@ def _inputs(encoder: FrameEncoder, rows: Sequence[Encoded], is_vision: Tensor) -
 
 
 class _FirstToken(transformers.StoppingCriteria):
-    """Notes when the first token is there, which ends prefill; never stops anything."""
+    """Record the time of the first token, which ends prefill; never stops generation."""
 
     at: float = float("nan")
 

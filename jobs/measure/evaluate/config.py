@@ -1,4 +1,4 @@
-"""The configuration of `jobs.measure.evaluate`: suites of scenes, methods, retentions, and the cells they make.
+"""Configuration of `jobs.measure.evaluate`: suites of scenes, methods and retentions, and the cells that they form.
 
 Unknown keys, wrong types and impossible values raise `ConfigError`, as in `pipeline.config`.
 """
@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.mini.model import TOKEN_PX
 from pipeline.mini.questions import FAMILIES, SET_FAMILIES
 
-PLAIN = "plain"  # the model without compression: always asked, and what everything else is compared with
+PLAIN = "plain"  # the model without compression: always asked, and the baseline of all comparisons
 CAPTIONS = ("caption", "set_caption")
 MOST_SCENES = 1 << 16
 
@@ -31,21 +31,19 @@ class _Section(BaseModel):
 
 
 class Suite(_Section):
-    """Scenes of one kind and size, and what is asked about them."""
+    """Scenes of one kind and size, and the questions about them."""
 
     kind: Literal["image", "set", "pair", "video"]
     scenes: int = Field(ge=2, le=MOST_SCENES)
-    families: tuple[str, ...] = Field(min_length=1, description="asked where a scene offers them, captions included")
-    frames: int = Field(1, ge=1, description="of a video, or images of a set")
-    fps: float = Field(
-        2.0, gt=0, description="of a video; 2 is one frame pair a second, the pace of the main job's mini"
-    )
+    families: tuple[str, ...] = Field(min_length=1, description="asked if a scene has them, captions included")
+    frames: int = Field(1, ge=1, description="frames of a video, or images of a set")
+    fps: float = Field(2.0, gt=0, description="of a video; 2: one frame pair per second, as in the main job with mini")
     height_px: int = Field(96, ge=64, multiple_of=TOKEN_PX)
     width_px: int = Field(96, ge=64, multiple_of=TOKEN_PX)
     max_things: int = Field(3, ge=1, le=10)
     max_clutter: int = Field(4, ge=0, description="faint strokes on the background")
     sign_share: float = Field(0.4, ge=0, le=1, description="share of the scenes that show a number")
-    pooled: bool = Field(True, description="false: shown by itself, not part of what several suites say together")
+    pooled: bool = Field(True, description="false: shown separately, left out of figures over several suites")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -61,30 +59,32 @@ class Suite(_Section):
 
 
 class Method(_Section):
-    """A way to spend fewer vision tokens; `jobs.measure.evaluate.methods` knows the presets."""
+    """A way to use fewer vision tokens; `jobs.measure.evaluate.methods` has the presets."""
 
     preset: str
     options: dict[str, Any] = Field({}, description="keyword arguments of the preset")
     at: dict[float, dict[str, Any]] = Field({}, description="further options at single retentions")
-    drawn: bool = Field(True, description="whether the figure shows it; ten lines in a panel can be told apart")
+    drawn: bool = Field(True, description="whether the figure shows it; a panel is readable with up to ten lines")
 
     def options_at(self, retention: float) -> dict[str, Any]:
         return {**self.options, **self.at.get(retention, {})}
 
 
 class EvaluateConfig(_Section):
-    """Everything the evaluation depends on."""
+    """Everything that the evaluation depends on."""
 
     suites: dict[str, Suite] = Field(min_length=1)
     methods: dict[str, Method] = Field(min_length=1)
     retentions: tuple[float, ...] = Field(min_length=1)
     model: Model = Model()
-    batch_prompts: int = Field(32, ge=1, description="asked together")
-    batch_tokens: int = Field(16384, ge=1, description="asked together at most; a longer prompt goes alone")
+    batch_prompts: int = Field(32, ge=1, description="prompts per batch")
+    batch_tokens: int = Field(16384, ge=1, description="tokens per batch; a longer prompt is alone")
     split: Literal["validation", "test", "held_out"] = "test"
-    seed: int = Field(0, ge=0, description="other scenes of the split, other resampling")
+    seed: int = Field(0, ge=0, description="selects other scenes of the split and other resamples")
     resamples: int = Field(4000, ge=100, description="of the bootstrap and of the permutation test")
-    counts_from: float = Field(0.9, ge=0, le=1, description="tasks the plain model answers less often are left out")
+    counts_from: float = Field(
+        0.9, ge=0, le=1, description="tasks that the plain model gets right less often do not count"
+    )
     reference: str | None = Field(None, description="the method that the others are tested against; null: the first")
 
     @model_validator(mode="after")
@@ -116,7 +116,7 @@ class EvaluateConfig(_Section):
         retentions: list[float] | None = None,
         scenes: int | None = None,
     ) -> EvaluateConfig:
-        """Only these suites, methods and retentions, with so many scenes per suite; None leaves as it is."""
+        """A copy with only these suites, methods and retentions, and this many scenes per suite; None: unchanged."""
         values = self.model_dump(mode="json")
         values["suites"] = _picked("--suites", values["suites"], suites)
         values["methods"] = _picked("--methods", values["methods"], methods)
@@ -134,11 +134,11 @@ class Cell:
 
     suite: str
     method: str
-    retention: float  # as asked; 1.0 for plain
+    retention: float  # as configured; 1.0 for plain
 
 
 def cells_of(config: EvaluateConfig) -> Iterator[Cell]:
-    """Suite by suite, the plain model first."""
+    """All cells, suite by suite, the plain model first."""
     for suite in config.suites:
         yield Cell(suite, PLAIN, 1.0)
         for method in config.methods:
@@ -147,7 +147,7 @@ def cells_of(config: EvaluateConfig) -> Iterator[Cell]:
 
 
 def cell_key(config: EvaluateConfig, cell: Cell, weights: str) -> str:
-    """What the answers of a cell depend on, but for the code, as 16 hex digits; batch sizes are left out."""
+    """16 hex digits over everything that a cell's answers depend on, except the code and batch sizes."""
     method = config.methods.get(cell.method)
     asked = None if method is None else [method.preset, method.options_at(cell.retention), cell.retention]
     model = config.model.model_dump(mode="json", exclude={"seed"})
@@ -157,7 +157,7 @@ def cell_key(config: EvaluateConfig, cell: Cell, weights: str) -> str:
 
 
 def load_evaluate_config(path: Path) -> EvaluateConfig:
-    """Read and check a YAML file; raises `ConfigError` that names every wrong key."""
+    """Read and check a YAML file; raises a `ConfigError` that names every wrong key."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -169,10 +169,10 @@ def load_evaluate_config(path: Path) -> EvaluateConfig:
 
 def _checked(values: Any) -> EvaluateConfig:
     try:
-        # JSON mode: strict about types, but lists may fill tuples and text keys numbers.
+        # JSON mode checks types strictly, except that lists may fill tuples and text keys may fill numbers.
         return EvaluateConfig.model_validate_json(json.dumps(values))
     except TypeError as error:
-        raise ConfigError(f"the configuration holds a value that YAML knows and JSON does not: {error}") from None
+        raise ConfigError(f"the configuration has a value that YAML allows and JSON does not: {error}") from None
     except pydantic.ValidationError as error:
         lines = [
             f"{'.'.join(map(str, issue['loc'])) or 'the configuration'}: {issue['msg'].removeprefix('Value error, ')}"

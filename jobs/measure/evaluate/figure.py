@@ -1,4 +1,4 @@
-"""The picture of `jobs.measure.evaluate`, drawn with Pillow: accuracy kept against KV kept, a panel per suite."""
+"""Draw the figure of `jobs.measure.evaluate` with Pillow: accuracy kept against KV kept, one panel per suite."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def draw(figures: Sequence[Figures], title: str) -> Image.Image:
     for number, suite in enumerate(suites):
         corner = GAP + number % columns * (PANEL_W + GAP), 56 + number // columns * (PANEL_H + GAP)
         place = _axes(pen, corner, suite, floor, widest)
-        for method in reversed(methods):  # the first ones on top
+        for method in reversed(methods):  # so that the first ones are on top
             lines = [line for line in shown if (line.suite, line.method) == (suite, method)]
             _series(pen, place, sorted(lines, key=lambda line: line.reached), methods.index(method))
     for number, method in enumerate(methods):
@@ -50,14 +50,14 @@ def draw(figures: Sequence[Figures], title: str) -> Image.Image:
 
 
 def _floor(values: Sequence[float]) -> float:
-    """Where the vertical axis begins: a multiple of 10 % under everything shown."""
+    """The lower end of the vertical axis: a multiple of 10 % below all values."""
     return max(0.0, math.floor(10 * min((value for value in values if not math.isnan(value)), default=0.0)) / 10)
 
 
 def _axes(
     pen: ImageDraw.ImageDraw, corner: tuple[int, int], title: str, floor: float, widest: float
 ) -> Callable[[Point], Point]:
-    """Grid and labels of one panel up to `widest` retention; returns the place of (retention, share kept)."""
+    """Draw grid and labels of a panel up to `widest` retention; return (retention, share kept) → position."""
     left, right = corner[0] + LEFT, corner[0] + PANEL_W
     top, bottom = corner[1] + TOP, corner[1] + PANEL_H - FOOT
     ceiling = 1.05

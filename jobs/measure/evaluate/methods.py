@@ -1,8 +1,7 @@
-"""What a method does at a retention: a configuration of `lightkv`, or other frames for the plain model.
+"""Turn a method and a retention into a configuration of `lightkv`, or into changed frames for the plain model.
 
-The two methods on frames are what one would do without touching the model. They leave the model the vision tokens
-of what remains, spend less on the vision tower too (which the FLOPs here leave out), and may show it sizes and
-lengths that it was not trained on.
+Two methods change only the frames and leave the model as it is. They also save vision-tower FLOPs, which the figures do
+not count. They may show the model sizes and lengths that it was not trained on.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from pipeline.errors import ConfigError
 from pipeline.mini.model import TEMPORAL_PATCH, TOKEN_PX
 from pipeline.mini.samples import vision_tokens
 
-TOLERANCE = 0.06  # how far the share of tokens that frames can give may lie from what was asked
-STRETCH = 1.5  # how much a smaller frame may change its shape
+TOLERANCE = 0.06  # allowed distance between the share of tokens that changed frames reach and the retention
+STRETCH = 1.5  # allowed change of a smaller frame's aspect ratio
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -34,7 +33,7 @@ Change = Callable[[np.ndarray], np.ndarray]
 class Treatment:
     """`config` compresses inside the model; `frames` changes uint8 [T, H, W, 3] before it.
 
-    With `memory` the engine answers, else `generate`. `bits` of a number in the cache count as so many of 16.
+    The engine answers if `memory` is set, else `generate`. `bits` per number in the cache, of the plain model's 16.
     """
 
     config: LightKVConfig | None = None
@@ -44,7 +43,10 @@ class Treatment:
 
 
 def treatment(config: EvaluateConfig, method: str, suite: Suite, retention: float, model_config: Any) -> Treatment:
-    """Raises `lightkv.ConfigError` where the method cannot reach the retention, `ConfigError` for a wrong method."""
+    """The treatment for a method at a retention.
+
+    Raises `lightkv.ConfigError` if the method cannot reach the retention, `ConfigError` for a wrong method.
+    """
     asked = config.methods[method]
     preset = PRESETS.get(asked.preset)
     if preset is None:
@@ -76,9 +78,9 @@ def _engine(
     before_budget: float | None = None,
     **options: Any,
 ) -> Treatment:
-    """`method` in the engine. In fewer bits it keeps as many more tokens as take the same bytes, all at the most.
+    """`method` in the engine. With fewer bits it keeps more tokens in the same bytes, at most all of them.
 
-    With `before_budget` the stages leave that share of every piece at least, and the rest is up to a budget.
+    With `before_budget` the stages leave at least that share of every piece, and a budget merges the rest.
     """
     text = model_config.get_text_config()
     dims = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -93,13 +95,13 @@ def _engine(
         memory = replace(memory, fold=True, budget=max(1, round(tokens * whole)))
         return Treatment(folded_to(model_config, max(before_budget, tokens), method, options), None, memory, number)
     config = LightKVConfig.for_model(model_config, tokens, method=method, **options)
-    if fold:  # the retention is the last stage's share then
+    if fold:  # with folding the retention is the share that the last stage leaves
         config = folded_to(model_config, tokens, method, options)
     return Treatment(config, None, memory, number)
 
 
 def folded_to(model_config: Any, share: float, method: str, options: dict[str, Any]) -> LightKVConfig:
-    """The schedule of `method` whose last stage leaves `share` of the tokens, by bisection over its retention."""
+    """The schedule of `method` whose last stage leaves `share` of the tokens; bisects over the retention."""
     low, high = 0.05, 1.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -126,7 +128,7 @@ def _fewer_frames(suite: Suite, retention: float, model_config: Any) -> Treatmen
 
 
 def smaller_grid(rows: int, columns: int, retention: float) -> tuple[int, int]:
-    """The grid at most `rows` × `columns` whose tokens come closest to `retention` of theirs, ties by shape."""
+    """The grid within `rows` × `columns` with the token count closest to `retention` of theirs; ties by shape."""
     shape = rows / columns
     grids = [
         (r, c) for r in range(1, rows + 1) for c in range(1, columns + 1) if shape / STRETCH <= r / c <= shape * STRETCH
@@ -141,7 +143,7 @@ def shrink(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def thin(frames: np.ndarray, count: int) -> np.ndarray:
-    """`count` of the frames [T, …], evenly spread, the first and the last among them."""
+    """`count` evenly spread frames of [T, …], including the first and the last."""
     return frames[np.round(np.linspace(0, len(frames) - 1, count)).astype(int)]
 
 

@@ -1,25 +1,36 @@
-"""What the README says of a finished evaluation: a table of methods and retentions."""
+"""The evaluation's sections of the pages: tables of methods and retentions."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jobs.measure.evaluate.config import PLAIN
 from jobs.measure.evaluate.summary import EVERY
 
 SIGNIFICANT = 0.05
+SHORT_LIST = ("lightkv", "lightkv-int4", "tome", "published", "random")  # of the first page
+
+
+def quality(summary: dict[str, Any]) -> str:
+    """Markdown: the methods of the short list, without intervals and tests."""
+    figures, plain = _figures(summary)
+    listed = [line for line in figures if line["method"] in SHORT_LIST]
+    return "\n".join(
+        [
+            "Accuracy kept, in percent of the plain model's: short answers / whole captions, by share of the vision KV "
+            "cache kept. – cannot be reached.",
+            "",
+            *_table(listed, lambda line: _short(line, plain)),
+        ]
+    )
 
 
 def fidelity(summary: dict[str, Any]) -> str:
     """Markdown: a line per method, a column per retention, and what the figures are."""
-    figures = [line for line in summary["figures"] if line["suite"] == EVERY]
-    plain = next(line for line in figures if line["method"] == PLAIN)
+    figures, plain = _figures(summary)
     reference = summary["run"]["config"]["reference"] or next(iter(summary["run"]["config"]["methods"]))
-    asked = sorted({line["retention"] for line in figures if line["method"] != PLAIN}, reverse=True)
-    rows = [f"| method | {' | '.join(f'{share:.0%} kept' for share in asked)} |", "|---|" + "---|" * len(asked)]
-    for method in dict.fromkeys(line["method"] for line in figures if line["method"] != PLAIN):
-        cells = {line["retention"]: _cell(line, plain, reference) for line in figures if line["method"] == method}
-        rows.append(f"| {method} | {' | '.join(cells.get(share, '–') for share in asked)} |")
+    rows = _table(figures, lambda line: _cell(line, plain, reference))
     run = summary["run"]
     return "\n".join(
         [
@@ -33,6 +44,29 @@ def fidelity(summary: dict[str, Any]) -> str:
             f"“{run['split']}”, {run['answers']:,} answers; remade by `{run['command']}`.",
         ]
     )
+
+
+def _figures(summary: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The figures over all suites: those of the methods, and the plain model's."""
+    figures = [line for line in summary["figures"] if line["suite"] == EVERY]
+    plain = next(line for line in figures if line["method"] == PLAIN)
+    return [line for line in figures if line["method"] != PLAIN], plain
+
+
+def _table(figures: Sequence[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> list[str]:
+    asked = sorted({line["retention"] for line in figures}, reverse=True)
+    rows = [f"| method | {' | '.join(f'{share:.0%} kept' for share in asked)} |", "|---|" + "---|" * len(asked)]
+    for method in dict.fromkeys(line["method"] for line in figures):
+        cells = {line["retention"]: cell(line) for line in figures if line["method"] == method}
+        rows.append(f"| {method} | {' | '.join(cells.get(share, '–') for share in asked)} |")
+    return rows
+
+
+def _short(line: dict[str, Any], plain: dict[str, Any]) -> str:
+    if line["error"] or line["kept"] is None:
+        return "–"
+    captions = f" / {100 * line['captions'] / plain['captions']:.0f}" if plain["captions"] else ""
+    return f"{100 * line['kept']:.1f}{captions}"
 
 
 def _cell(line: dict[str, Any], plain: dict[str, Any], reference: str) -> str:

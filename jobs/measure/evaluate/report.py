@@ -1,4 +1,4 @@
-"""What the evaluation leaves behind beside the raw answers: `table.md` and `summary.json`, both from one `Summary`."""
+"""Write `table.md` and `summary.json` of the evaluation from a `Summary`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LEGEND = (
 
 
 def markdown(summary: Summary, config: EvaluateConfig, run: dict[str, Any]) -> str:
-    """The tables: suites together, suite by suite, then every task. `run` is `summary.json`'s account of it."""
+    """The tables as Markdown: suites together, suite by suite, then every task. `run` describes the run."""
     suites = list(dict.fromkeys(figures.suite for figures in summary.figures))
     lines = [
         "# What survives compression",
@@ -45,7 +45,7 @@ def markdown(summary: Summary, config: EvaluateConfig, run: dict[str, Any]) -> s
 
 
 def as_json(summary: Summary, run: dict[str, Any]) -> dict[str, Any]:
-    """`run`, every line of the tables, the tasks, and which of them count; NaN as null."""
+    """`run`, every line of the tables, the tasks, and which tasks count; NaN becomes null."""
     tasks = [
         {**dataclasses.asdict(cell), "family": family, "right": right, "asked": asked}
         for cell, families in summary.tasks.items()

@@ -1,7 +1,7 @@
-"""The statistics of the evaluation, in NumPy: questions about one scene are not independent, so scenes are the units.
+"""Statistics of the evaluation, in NumPy. Scenes are resampled, because questions about one scene are not independent.
 
-A tally counts right answers and questions per scene. Several suites count alike: an accuracy over suites is the mean
-of theirs, however many questions each has.
+A tally counts right answers and questions per scene. All suites have the same weight: the accuracy over suites is the
+mean of theirs, whatever their numbers of questions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Tally(NamedTuple):
 
 
 def weights(rng: np.random.Generator, scenes: int, resamples: int) -> np.ndarray:
-    """How often each scene counts, float64 [1 + resamples, scenes]: once, then as drawn with replacement.
+    """How often each scene counts, float64 [1 + resamples, scenes]: row 0 once each, then drawn with replacement.
 
     The same draws for every method make ratios and differences of methods paired.
     """
@@ -31,16 +31,16 @@ def weights(rng: np.random.Generator, scenes: int, resamples: int) -> np.ndarray
 
 
 def accuracies(tallies: Sequence[Tally], weights: Sequence[np.ndarray]) -> np.ndarray:
-    """[1 + resamples]: the accuracy, then that of every resample; mean over the suites that ask. NaN if none does."""
+    """[1 + resamples]: the accuracy, then that of every resample; mean over suites with questions, NaN without any."""
     asking = [(tally, w) for tally, w in zip(tallies, weights, strict=True) if tally.asked.sum()]
     if not asking:
         return np.full(len(weights[0]), np.nan)
-    with np.errstate(invalid="ignore"):  # a resample may hold no scene that asks
+    with np.errstate(invalid="ignore"):  # a resample may have no question
         return np.mean([(w @ tally.right) / (w @ tally.asked) for tally, w in asking], axis=0)
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """The percentile bootstrap interval from what `accuracies` gave, or a ratio of two of those."""
+    """The percentile bootstrap interval of a result of `accuracies`, or of a ratio of two results."""
     drawn = values[1:][np.isfinite(values[1:])]
     if not len(drawn):
         return float("nan"), float("nan")
@@ -49,9 +49,9 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def paired_p(one: Sequence[Tally], other: Sequence[Tally], rng: np.random.Generator, resamples: int) -> float:
-    """Two-sided p of a paired permutation test: in every scene the two methods may change places.
+    """Two-sided p of a paired permutation test, which swaps the two methods per scene.
 
-    At least 1 / (resamples + 1); 1 where no scene differs.
+    At least 1 / (resamples + 1); 1 if no scene differs.
     """
     differences = np.concatenate(
         [(a.right - b.right) / max(a.asked.sum(), 1.0) / len(one) for a, b in zip(one, other, strict=True)]

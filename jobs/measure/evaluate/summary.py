@@ -1,9 +1,9 @@
-"""From raw answers to figures: which tasks count, accuracy kept, intervals, tests, agreement and cost.
+"""Compute figures from raw answers: which tasks count, accuracy kept, intervals, tests, agreement and cost.
 
-A task counts in a suite when the plain model answers it at least `counts_from` of the time: a task it half knows says
-little about compression. Choosing tasks by the plain answers to the same questions flatters the plain model a little,
-so what methods keep is, if anything, understated. Captions never count among these short answers: every word of one
-must be right, which makes them the sensitive task, and they are reported apart whatever their accuracy.
+A task counts in a suite if the plain model answers at least `counts_from` of its questions right: a task that it half
+knows says little about compression. Choosing tasks by the plain answers to the same questions favours the plain model a
+little, so that the kept accuracy is, if anything, understated. Captions never count as short answers. Every word of a
+caption must be right, which makes it the sensitive task; captions are reported separately, at any accuracy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EVERY = "all suites"
 
 @dataclass(frozen=True)
 class Answered:
-    """The answers of one cell as columns; every cell of a suite holds the same questions in the same order."""
+    """The answers of one cell as columns; all cells of a suite have the same questions in the same order."""
 
     scene: np.ndarray
     family: np.ndarray
@@ -44,15 +44,15 @@ class Answered:
 
 @dataclass(frozen=True)
 class Figures:
-    """One line of a table: a method at a retention in one suite, or in all of them; NaN where nothing is asked.
+    """One line of a table: a method at a retention in one suite or in several; NaN without questions.
 
-    accuracy, kept    of the short answers that count, and as a share of the plain model's
+    accuracy, kept    of the short answers that count, absolute and as a share of the plain model's
     captions          exact match of whole captions
-    agreement         share of the short answers that are the plain model's, right or wrong
+    agreement         share of the short answers that equal the plain model's, right or wrong
     kv, flops         of prefill, as a share of the plain model's for the same questions
     p_plain, p_reference  of paired permutation tests of accuracy, not corrected for their number; p_captions: of the
                           captions against the reference
-    error             why there are no figures
+    error             why there are no figures, else empty
     """
 
     suite: str
@@ -88,9 +88,9 @@ class Summary:
 
 
 def summarise(table: pa.Table, config: EvaluateConfig) -> Summary:
-    """Figures of all cells that `table` (`answers.SCHEMA` with `agrees`) holds; others are left out.
+    """Figures of all cells in `table` (`answers.SCHEMA` with `agrees`).
 
-    A suite whose plain answers are missing is left out whole.
+    A suite without the plain model's answers is left out.
     """
     answered, errors = _by_cell(table)
     cells = [cell for cell in cells_of(config) if _plain(cell.suite) in answered]
@@ -111,7 +111,7 @@ def summarise(table: pa.Table, config: EvaluateConfig) -> Summary:
 
 
 def pools_of(config: EvaluateConfig, suites: Iterable[str]) -> dict[str, list[str]]:
-    """Which of the suites that pool are also shown together: all of them, and all of a kind, where that is several."""
+    """Pools of suites that are also shown together: all pooled suites, and all of one kind, if there are several."""
     kinds = {suite: config.suites[suite].kind for suite in suites if config.suites[suite].pooled}
     pools = {EVERY: list(kinds)}
     for kind in dict.fromkeys(kinds.values()):
@@ -121,7 +121,7 @@ def pools_of(config: EvaluateConfig, suites: Iterable[str]) -> dict[str, list[st
 
 
 class _Comparison:
-    """Cells of the same suites against each other, under the same resamples."""
+    """Compares cells of the same suites under the same resamples."""
 
     def __init__(
         self, config: EvaluateConfig, answered: dict[Cell, Answered], counting: dict[str, tuple[str, ...]]
@@ -134,7 +134,7 @@ class _Comparison:
         }
 
     def pooled(self, name: str, suites: list[str], cell: Cell, errors: dict[Cell, str]) -> list[Figures]:
-        """The line over several suites; an error where one lacks it for good, nothing where it is not yet answered."""
+        """The line over several suites; an error if one suite has an error, no line if one is not answered yet."""
         parts = [Cell(suite, cell.method, cell.retention) for suite in suites]
         if all(part in self.answered for part in parts):
             return [self.figures(name, suites, cell.method, cell.retention)]
@@ -175,7 +175,7 @@ class _Comparison:
         )
 
     def _tallies(self, suites: list[str], cells: list[Answered], families: Sequence[str] | None = None) -> list[Tally]:
-        """Suite by suite; of the short answers that count there where no families are named."""
+        """Tallies suite by suite; without `families`, of the short answers that count there."""
         return [
             self._tally(suite, cell, families or self.counting[suite])
             for suite, cell in zip(suites, cells, strict=True)
@@ -204,7 +204,7 @@ class _Comparison:
 
 
 def with_plain(table: pa.Table) -> pa.Table:
-    """The answers with two more columns: `plain_answer` to the same question, and whether the answer `agrees`."""
+    """Add two columns: the `plain_answer` to the same question, and whether the answer `agrees` with it."""
     rows = table.select(["suite", "scene", "question", "method", "answer"]).to_pylist()
     known = {(row["suite"], row["scene"], row["question"]): row["answer"] for row in rows if row["method"] == PLAIN}
     plain = [known.get((row["suite"], row["scene"], row["question"])) for row in rows]
@@ -254,5 +254,5 @@ def _counting(tasks: dict[str, tuple[int, int]], counts_from: float) -> tuple[st
 
 
 def _share(values: list[np.ndarray], plain: list[np.ndarray]) -> float:
-    """Mean over suites of the sum's share of the plain model's."""
+    """The sum as a share of the plain model's, mean over suites."""
     return float(np.mean([v.sum() / p.sum() for v, p in zip(values, plain, strict=True)]))

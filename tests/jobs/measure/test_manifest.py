@@ -1,4 +1,4 @@
-"""The manifest benchmark measures what it says it does."""
+"""The manifest benchmark measures what its result says."""
 
 import json
 

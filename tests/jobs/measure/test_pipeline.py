@@ -1,4 +1,4 @@
-"""The pipeline benchmark: the model alone answers what the job asks, and the overhead is what the rows say."""
+"""The pipeline benchmark: the model alone answers the job's prompts, and the overhead follows from the rows."""
 
 from datetime import UTC, datetime, timedelta
 from operator import sub

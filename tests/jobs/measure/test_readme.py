@@ -1,11 +1,11 @@
-"""The README's sections say what the result files say."""
+"""The sections of the pages say what the result files say."""
 
 import json
 
 import pytest
 
 from jobs.measure.benchmark.readme import NOT_MEASURED
-from jobs.measure.readme import SECTIONS, filled
+from jobs.measure.readme import PAGES, SECTIONS, filled, main
 from pipeline.errors import ConfigError
 
 PAGE = "before\n" + "".join(f"<!-- {name} -->\nold\n<!-- /{name} -->\n" for name in SECTIONS) + "after"
@@ -18,7 +18,7 @@ SIZE = {
 def page(folder, **results):
     for name, result in results.items():
         (folder / f"{name}.json").write_text(json.dumps(result))
-    return filled(PAGE, folder)
+    return filled(PAGE, SECTIONS, folder)
 
 
 def test_section_without_a_result_says_so(tmp_path):
@@ -31,7 +31,23 @@ def test_section_without_a_result_says_so(tmp_path):
 
 def test_page_without_markers_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="expected one"):
-        filled("no markers", tmp_path)
+        filled("no markers", SECTIONS, tmp_path)
+
+
+def test_every_section_is_on_one_page():
+    assert sorted(name for sections in PAGES.values() for name in sections) == sorted(SECTIONS)
+
+
+def test_the_command_fills_every_page(tmp_path):
+    for name, sections in PAGES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("".join(f"<!-- {section} -->\n<!-- /{section} -->\n" for section in sections))
+    (tmp_path / "results").mkdir()
+    assert main(["--root", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
+    for name, sections in PAGES.items():
+        text = (tmp_path / name).read_text()
+        assert text == filled(text, sections, tmp_path / "results")
+        assert "No figure yet" in text
 
 
 def test_a_line_per_size_of_the_manifest(tmp_path):

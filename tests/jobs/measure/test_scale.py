@@ -1,4 +1,4 @@
-"""The model that answers at once gives rows as the real one does."""
+"""The stub model gives rows with the same form as the real one."""
 
 from jobs.measure.scale import StubCaptioner
 from pipeline.config import load_config

@@ -1,4 +1,4 @@
-"""Whom the soak hits, and what it calls lost, doubled and foreign."""
+"""The soak chooses its victims, and counts lost, doubled and foreign rows."""
 
 import json
 import subprocess
@@ -74,7 +74,7 @@ sys.exit(subprocess.call([sys.executable, "-c", *sys.argv[1:]]))
 
 
 def _driver(title=None):
-    """A process; with a title, one that has a child of that title a moment later, and ends as that one does."""
+    """A process. With a title, it soon has a child of that title and ends with the child's exit code."""
     code = [_SLEEP] if title is None else [_PARENT, _SLEEP, title]
     return subprocess.Popen([sys.executable, "-c", *code])
 

@@ -51,7 +51,7 @@ def test_survivors_are_as_many_as_the_report_says_and_each_stage_keeps_some_of_t
 def test_the_first_stage_keeps_the_same_patches_whatever_is_asked_after_them(model, name):
     """Vision comes before the question, and causal attention hides the question from it.
 
-    On noise: between the equal patches of a plain background rounding decides, and it depends on the prompt's length.
+    On noise: on a plain background the patches are equal, and rounding, which depends on the prompt's length, decides.
     """
     noise = np.random.default_rng(0).integers(0, 256, (192, 192, 3), np.uint8)
     one = look(model, tokenizer(), noise, "what color is the star?", CONFIGS[name])

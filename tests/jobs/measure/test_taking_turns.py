@@ -1,4 +1,4 @@
-"""Two processes in turns: never together, each to its end, their own seconds told."""
+"""Two processes run in turns: never together, each to its end, and each counts its own seconds."""
 
 import sys
 import time

@@ -1,3 +1,5 @@
-"""`python -m jobs.measure.benchmark --suite engine`: long videos, many answers at once, on the embedded model or, on a
-GPU, on random weights in a real model's shape. Unlike the other suites it needs the pipeline, and runs by itself.
+"""`python -m jobs.measure.benchmark --suite engine`: long videos, and many answers at once.
+
+Runs the embedded model on a CPU, random weights in a real model's shape on a GPU. Unlike the other suites it needs the
+pipeline and must run alone.
 """

@@ -1,4 +1,4 @@
-"""Part "hours": the KV cache of an hour of video in Qwen2.5-VL-7B, and how much video fits; arithmetic, from shapes."""
+"""Part "hours": the KV cache of an hour of video in Qwen2.5-VL-7B, and how much video fits, computed from shapes."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from lightkv.paper import QWEN2_5_7B
 STEPS, TOKENS = 1800, 16 * 16  # of an hour at 1 fps, 448 × 448 px: two frames per step, 28 × 28 px per token
 ELEMENT = 2  # bytes, bf16
 WEIGHTS_BYTES = 15.5e9
-PIECE_BYTES = 2e9  # for a piece of 4,096 tokens in the layers, 16 frames in the vision tower, and the device's context
-LAYERS_TWICE = 2  # that are there in the model's own type beside the cache: unpacked, grown, or handed over
+PIECE_BYTES = 2e9  # a piece of 4,096 tokens in the layers, 16 frames in the vision tower, and the device's context
+LAYERS_TWICE = 2  # layers with a second copy in the model's dtype: unpacked, growing, or being copied into a slot
 CARDS = (24, 80)  # GB
 
 
 @dataclass(frozen=True)
 class Hour:
-    """Bytes per hour of video: `kv` at the end, `most` at any time on the way there."""
+    """Bytes per hour of video: `kv_bytes` at the end of prefill, `most_bytes` at its peak."""
 
     kv_bytes: float
     most_bytes: float
 
     def fit(self, memory_bytes: float) -> float:
-        """Hours of video that fit beside the weights and a piece; 0 where these do not."""
+        """Hours of video that fit beside the weights and a piece; 0 if these do not fit."""
         return max(0.0, memory_bytes - WEIGHTS_BYTES - PIECE_BYTES) / self.most_bytes
 
 
 def hour(config: LightKVConfig | None, fold: bool = False, bits: int = 16) -> Hour:
-    """Vision alone. Without `config`, too, in pieces, which is more than a whole prompt can do."""
+    """Cost of the vision tokens, prefilled in pieces. Without `config` too: one whole prompt would fit less."""
     cost = prefill_cost(QWEN2_5_7B, STEPS * TOKENS, 0, config, ELEMENT, STEPS)
     layers = [layer.kv_bytes for layer in cost.per_layer]
     if fold:
         layers = [layers[-1]] * len(layers)
     kv = sum(layers) * Bits(bits).per_number(QWEN2_5_7B.head_dim) / 16
-    room = GROWTH if bits == 16 else 1.0  # what is not packed has room to grow, at most so much
+    room = GROWTH if bits == 16 else 1.0  # a cache that is not packed has spare capacity, at most this factor
     return Hour(kv, kv * room + LAYERS_TWICE * max(layers))
 
 
 def rows() -> dict[str, Hour]:
-    """By name, each of ours with what the one before it has."""
+    """Variants by name; each of ours adds to the one before it."""
     of_model = partial(LightKVConfig.for_model, qwen2_5_vl(QWEN2_5_7B))
     ours = of_model(0.25)
     return {

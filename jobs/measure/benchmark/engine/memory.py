@@ -1,7 +1,7 @@
-"""Part "memory": peak memory of prefill, cache and answer against the length of the video, which streams in.
+"""Part "memory": peak memory of prefill, cache and answer against the length of a streamed video.
 
-On a CPU every point has a process of its own, and the peak is what its resident memory grows by after the model was
-loaded and has answered once. On a GPU it is what torch has allocated on top of the weights.
+On a CPU every point runs in its own process; the peak is the growth of its resident memory after the model was loaded
+and has answered once. On a GPU it is the memory that torch allocated on top of the weights.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from jobs.measure.benchmark.timer import Timer
 from lightkv import Engine
 
 WARM = 60  # frames
-_KEPT_BYTES = 1 << 17  # of freed memory; glibc raises its own limit as it goes
+_KEPT_BYTES = 1 << 17  # of freed memory; fixed, because glibc raises its limit over time
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def cells(scale: EngineScale) -> list[Cell]:
-    """All variants at every length; without compression up to where it takes too long."""
+    """All variants at every length; without compression only up to `plain_minutes`."""
     found = []
     for minutes in scale.minutes:
         for name in (PLAIN, *VARIANTS):
@@ -44,7 +44,7 @@ def _measure(scale: EngineScale, name: str, minutes: int, timer: Timer) -> Value
 
 
 def alone(scale: EngineScale, name: str, minutes: int) -> Values:
-    """In a process of its own. Raises RuntimeError where that ends without a word."""
+    """Measure in a new process. Raises RuntimeError if it ends without a result."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe()
@@ -69,7 +69,7 @@ def _in_process(result: Connection, scale: EngineScale, name: str, minutes: int)
             subject = scale.subject()
             answer(scale, subject, name, Video(1, WARM, scale.side_px))
             gc.collect()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             before, began = _resident("VmRSS"), time.perf_counter()
             said = answer(scale, subject, name, Video(0, 60 * minutes, scale.side_px))
             spent_s = time.perf_counter() - began
@@ -79,7 +79,7 @@ def _in_process(result: Connection, scale: EngineScale, name: str, minutes: int)
 
 
 def _return_freed_memory() -> None:
-    """Freed memory goes back to the system at once, so that the resident size is what is in use."""
+    """Make glibc return freed memory at once, so that the resident size is the memory in use."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
@@ -87,7 +87,7 @@ def _return_freed_memory() -> None:
 
 
 def on_device(scale: EngineScale, name: str, minutes: int) -> Values:
-    """In this process, by torch's own count."""
+    """Measure in this process with torch's memory counter."""
     free()
     subject = scale.subject()
     answer(scale, subject, name, Video(1, WARM, scale.side_px))
@@ -100,7 +100,7 @@ def on_device(scale: EngineScale, name: str, minutes: int) -> Values:
 
 
 def answer(scale: EngineScale, subject: Subject, name: str, video: Video) -> Said:
-    """A caption of the video, whose frames are made when they are asked for."""
+    """A caption of the video, whose frames are generated on demand."""
     if name == PLAIN:
         return subject.plain(subject.batches(video))
     config, memory = scale.variants(subject.model)[name]
@@ -116,6 +116,6 @@ def _values(peak_bytes: int, said: Said, spent_s: float) -> Values:
 
 
 def _resident(field: str) -> int:
-    """Bytes of this process, by a line of /proc/self/status."""
+    """Bytes in a field of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -1,7 +1,7 @@
 """Part "prompts": several prompts on one video in the time of one.
 
-All are the same caption, so that each costs the same; the engine does not know that they are. The vision tower, which
-they share, is timed by itself: what is compared first is everything after it.
+All prompts ask for the same caption, so that each costs the same; the engine does not know that they are equal. The
+vision tower, which they share, is timed separately: the first figure excludes it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several pieces of work, in turns: what other load does to a machine, it does to all of them."""
+"""Time several functions in turns, so that other load on the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Seconds = dict[str, list[float]]
 
 
 def in_turns(works: Works, rounds: int, budget_s: float, device: torch.device) -> Seconds:
-    """Seconds of each, a value per round; rounds begin until `budget_s` are spent, at least `rounds`.
+    """Seconds of each function per round; runs rounds for `budget_s` seconds, at least `rounds`.
 
-    Every other round goes backwards. Each has run once before.
+    Every other round runs in reverse order. Each function runs once before, untimed.
     """
     for work in works.values():
         work()
@@ -33,10 +33,10 @@ def in_turns(works: Works, rounds: int, budget_s: float, device: torch.device) -
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def ratios(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
-    """Spread of the quotients, each within a round."""
+    """Spread of the ratios, each taken within a round."""
     return spread([a / b for a, b in zip(over, under, strict=True)])

@@ -1,4 +1,4 @@
-"""How large the engine's measurements are: minutes on two CPUs, or a 7B model's shape on a GPU."""
+"""Sizes of the engine's measurements: the embedded model on a CPU, a 7B model's shape on a GPU."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ BUDGETED = f"folded, budget of {BUDGET:,} tokens"
 class EngineScale:
     """Sizes of all parts.
 
-    subject         makes the model; in another process, too
-    minutes         of the videos of `memory`, ascending, at 1 fps; `plain_minutes` at most without compression
-    units, answers  of throughput: sets of videos alike, and how many answers share their steps
-    prompts         on one video
-    pieces          tokens of a piece, where many pieces are compared with one
-    budget_s        in which rounds are begun, of each part that has rounds, after `rounds` of them
+    subject         builds the model; also called in new processes
+    minutes         lengths of the videos of `memory`, ascending, at 1 fps; `plain_minutes` at most without compression
+    units, answers  of throughput: sets of equal videos, and how many answers share decode steps
+    prompts         numbers of prompts on one video
+    pieces          tokens of a piece, when many pieces are compared with one
+    budget_s        time per part for further rounds, after the first `rounds`
     """
 
     name: str
@@ -53,7 +53,7 @@ class EngineScale:
         return LightKVConfig.for_model(model.config, RETENTION, method=method)
 
     def variants(self, model: Any) -> dict[str, tuple[LightKVConfig | None, Memory]]:
-        """What the engine's memory is measured with, each with what the one before it has."""
+        """Variants of the engine's memory by name; each adds to the one before it."""
         ours, memory = self.ours(model), partial(Memory, chunk_tokens=self.chunk_tokens)
         return {
             STREAMED: (None, memory()),
@@ -69,7 +69,7 @@ VARIANTS = (STREAMED, "lightkv 25%", "+ folded", "+ 8 bits", "+ 4 bits", BUDGETE
 
 
 def on_cpu() -> EngineScale:
-    """The embedded model. Frames of 64 × 64 px, smaller than it was trained on, are 16 tokens per two."""
+    """The embedded model. Two frames of 64 × 64 px, smaller than in training, have 16 tokens."""
     return EngineScale(
         name="mini",
         device=torch.device("cpu"),
@@ -95,7 +95,7 @@ def on_cpu() -> EngineScale:
 
 
 def on_gpu(device: torch.device) -> EngineScale:
-    """Qwen2.5-VL-7B's shape in bf16, frames of 448 × 448 px: 256 tokens per two; for four minutes, by estimate."""
+    """Qwen2.5-VL-7B's shape in bf16, two frames of 448 × 448 px have 256 tokens; about four minutes, estimated."""
     decoder = Decoder("qwen2.5-vl-7b", QWEN2_5_7B, QWEN2_5_VL, LightKVConfig.published("qwen2.5-vl-7b"))
     return EngineScale(
         name="qwen2.5-vl-7b, random weights",

@@ -1,4 +1,4 @@
-"""Part "streamed": answers to prompts that came in many pieces against the same prompts in one."""
+"""Part "streamed": compare answers to prompts in many pieces with answers to the same prompts in one piece."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jobs.measure.benchmark.engine.subject import Subject, request
 from jobs.measure.benchmark.timer import Timer
 from lightkv import Engine, LightKVConfig, Memory
 
-WHOLE = 1 << 30  # tokens of a piece that holds everything
+WHOLE = 1 << 30  # tokens: one piece for any prompt
 
 
 def cells(scale: EngineScale) -> list[Cell]:
@@ -37,7 +37,7 @@ def _measure(scale: EngineScale, compressed: bool, timer: Timer) -> Values:
 
 
 def answers(scale: EngineScale, subject: Subject, config: LightKVConfig | None, chunk_tokens: int) -> list[str]:
-    """To every question about every video."""
+    """Answers to every question about every video."""
     asked = [
         request(subject, number, subject.vision(subject.batches(video)), subject.questions(video))
         for number, video in enumerate(scale.compared)

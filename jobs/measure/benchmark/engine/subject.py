@@ -1,4 +1,4 @@
-"""What is measured: a model, videos for it, and the whole-prompt loop that a user would write without an engine."""
+"""The model that is measured, videos for it, and the loop around `generate` that replaces the engine."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pipeline.mini.render import render
 from pipeline.mini.scene import Scene, sample_scene
 from pipeline.mini.world import questions_of, scene_seed
 
-SCENE_S = 30  # after so long a video cuts to another scene
+SCENE_S = 30  # length of a scene, after which a video cuts to another
 CAPTION = "describe the video."
 
 
 @dataclass(frozen=True)
 class Video:
-    """`frames` square frames; `number` decides what they show."""
+    """`frames` square frames; `number` is the seed of their content."""
 
     number: int
     frames: int
@@ -36,50 +36,50 @@ class Video:
 
     @property
     def batches(self) -> list[int]:
-        """Frames per batch: as many as a scene lasts."""
+        """Frames per batch: one scene each."""
         most = round(SCENE_S * self.fps)
         return [min(most, self.frames - begin) for begin in range(0, self.frames, most)]
 
 
 @dataclass(frozen=True)
 class Said:
-    """An answer, and the bytes of the cache that it was begun with."""
+    """An answer, and the bytes of its cache at the end of prefill."""
 
     text: str
     kv_bytes: int
 
 
 class Subject(Protocol):
-    """A model with what it is shown and asked. A batch is some frames of a video, as the model's tower takes them."""
+    """A model with its inputs and questions. A batch is some frames of a video, as the vision tower takes them."""
 
     model: Any
     new_tokens: int
 
     def batches(self, video: Video) -> Iterator[Any]:
-        """The video, batch by batch, each made when it is asked for."""
+        """The video in batches, each generated on demand."""
 
     def vision(self, batches: Iterable[Any]) -> Iterator[Vision]:
-        """The batches as tokens."""
+        """The batches as vision tokens."""
 
     @property
     def caption(self) -> Tensor:
         """Token ids of the question for a caption."""
 
     def questions(self, video: Video) -> list[Tensor]:
-        """Token ids of all there is to ask about it, a caption first."""
+        """Token ids of all questions about the video, the caption first."""
 
     def segments(self, vision: Iterable[Vision]) -> Iterator[Segment]:
-        """A prompt but its question."""
+        """The segments of a prompt, without its question."""
 
     def plain(self, batches: Iterable[Any]) -> Said:
-        """A caption by the whole prompt at once, without engine or compression."""
+        """A caption from one whole prompt, without engine or compression."""
 
     def said(self, answer: Generated) -> Said:
-        """What the engine gave, likewise."""
+        """The engine's answer in the same form."""
 
 
 def request(subject: Subject, key: int, vision: Iterable[Vision], questions: Sequence[Tensor] = ()) -> Request:
-    """A caption, or answers to `questions`."""
+    """A request for a caption, or for answers to `questions`."""
     asked = list(questions) or [subject.caption]
     return Request(key, subject.segments(vision), asked, max_new_tokens=subject.new_tokens)
 
@@ -132,7 +132,7 @@ def _scenes(video: Video) -> Iterator[tuple[Scene, list[QA]]]:
 
 
 class Drawn:
-    """A decoder of a real shape with random weights, fed with random vision tokens; every answer has all its tokens."""
+    """A decoder of a real shape with random weights and vision tokens; answers always have `new_tokens` tokens."""
 
     PIXELS, STEP = 28, 2  # of a token: pixels per side, frames
 
@@ -142,7 +142,7 @@ class Drawn:
         self._device, self._dtype = device, dtype
 
     def batches(self, video: Video) -> Iterator[Tensor]:
-        """[t, h, w, D]: in a scene frames repeat each other but for noise."""
+        """[t, h, w, D]: the frames of a scene are equal except for noise."""
         draw = torch.Generator(self._device).manual_seed(video.number)
         side = video.side_px // self.PIXELS
         shape = side, side, self._width

@@ -1,4 +1,4 @@
-"""The suite: its parts, and what of the time each may take."""
+"""The suite "engine": its parts, and the share of time of each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def scale_of(device: torch.device) -> EngineScale:
 
 
 def cells(scale: EngineScale) -> list[Cell]:
-    """Of all parts, in the order in which they are measured."""
+    """Cells of all parts, in the order of measurement."""
     parts: dict[str, Callable[[], list[Cell]]] = {
         "hours": hours.cells,
         "streamed": lambda: streamed.cells(scale),

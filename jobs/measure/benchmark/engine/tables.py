@@ -1,4 +1,4 @@
-"""The engine's result as Markdown: one paragraph or table per part; – is what was not measured."""
+"""Format the engine's result as Markdown: one paragraph or table per part; – means not measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Spread = dict[str, float]
 
 
 def report(result: Values) -> str:
-    """All parts of one device, and what they hold for."""
+    """All parts of one device, after a line with device, versions and command."""
     named = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     cores = f", {result['device']['cores']} cores" if "cores" in result["device"] else ""
     head = (
@@ -25,7 +25,7 @@ def report(result: Values) -> str:
 
 
 def hours(cells: Iterable[Values]) -> str:
-    """Arithmetic: the same whatever it ran on."""
+    """The table computed from shapes, the same for every device."""
     rows = [
         [
             cell["name"],
@@ -38,8 +38,8 @@ def hours(cells: Iterable[Values]) -> str:
     legend = (
         f"**An hour of video** at 1 fps, 448 × 448 px, in Qwen2.5-VL-7B (28 layers, 4 KV heads of 128, bf16), from "
         f"shapes alone: its KV cache, and the longest video that fits beside {WEIGHTS_BYTES / 1e9:.1f} GB of weights, "
-        f"{PIECE_BYTES / 1e9:.0f} GB for one piece on its way in, the cache's room to grow, and two layers that are "
-        "there twice while they are unpacked or handed over. Rows from “+ folded” on have what the row before them has."
+        f"{PIECE_BYTES / 1e9:.0f} GB for one piece in prefill, the cache's spare capacity, and two layers that exist "
+        "twice while they are unpacked or copied. Rows from “+ folded” on add to the row before them."
     )
     return _table(legend, ["", "KV cache", *(f"longest in {card} GB" for card in CARDS)], rows)
 

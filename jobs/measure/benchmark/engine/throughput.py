@@ -1,4 +1,4 @@
-"""Part "throughput": captions per hour of the engine against one `generate` after the other, frames in memory."""
+"""Part "throughput": captions per hour of the engine, compared with one `generate` after another, frames in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOOP, ENGINE, OURS = "generate, one by one", "engine, plain", "engine, lightkv 2
 
 
 def cells(scale: EngineScale) -> list[Cell]:
-    """Short clips, which are mostly answers, and long ones, which are mostly prefill."""
+    """Short clips, where decoding dominates, and long ones, where prefill dominates."""
     found = []
     for units in scale.units:
         at: Place = {
@@ -31,7 +31,7 @@ def cells(scale: EngineScale) -> list[Cell]:
 
 
 def _measure(scale: EngineScale, units: Sequence[Video], timer: Timer) -> Values:
-    """Vision tower included."""
+    """Time the engine and the loop, vision tower included."""
     subject = scale.subject()
     held = [list(subject.batches(video)) for video in units]
     tokens = sum(len(part) for part in subject.vision(held[0]))
@@ -65,7 +65,7 @@ def captions(
     held: Sequence[list[object]],
     config: LightKVConfig | None,
 ) -> list[str]:
-    """Of all units, in their order."""
+    """Captions of all units, in their order."""
     memory = Memory(chunk_tokens=scale.chunk_tokens, answers=scale.answers)
     asked = (request(subject, number, subject.vision(batches)) for number, batches in enumerate(held))
     found: dict[object, str] = {}

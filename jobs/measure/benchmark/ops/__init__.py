@@ -1,1 +1,1 @@
-"""Suite "ops": single operations, each in the forms that it is timed in."""
+"""Suite "ops": single operations, each timed in several forms."""

@@ -1,8 +1,8 @@
-"""Attention with a bias per key, set up as layers call it, beside the attention that hears no bias and ours without it.
+"""Set up attention with a bias per key as layers call it, and the alternatives that it is compared with.
 
-"sdpa" is torch's scaled_dot_product_attention without bias: the floor. "no kernel" is what lightkv/hooks/attention.py
-does where its kernel is not to be had: widened heads in prefill, a row added to the mask in decode. "flex" is torch's
-flex_attention with the bias, compiled: what torch makes of the same by itself.
+"sdpa" is torch's scaled_dot_product_attention without bias, the lower bound. "no kernel" is what
+lightkv/hooks/attention.py does without its kernel: widened heads in prefill, a row added to the mask in decode. "flex"
+is torch's flex_attention with the bias, compiled.
 """
 
 import os
@@ -28,19 +28,19 @@ from lightkv.vision.packing import Packing
 
 Flex = Callable[..., Tensor]
 
-LARGEST = 64.0  # tokens that one key stands for, at most
-SEQUENCES = 8  # that share the tokens of a packed prefill
+LARGEST = 64.0  # largest size of a key's token
+SEQUENCES = 8  # sequences in a packed prefill
 FLEX = "flex"
 
 
 def prefill(scale: Scale, tokens: int) -> OpWork:
-    """As many queries as keys."""
+    """Attention with as many queries as keys."""
     flops = causal_flops(tokens, scale.shape.heads, scale.shape.head_dim)
     return _attend(scale, tokens, tokens, flops)
 
 
 def decode(scale: Scale, tokens: int) -> OpWork:
-    """One query."""
+    """Attention with one query."""
     return _attend(scale, 1, tokens, 2 * pair_flops(tokens, scale.shape.heads * scale.shape.head_dim))
 
 
@@ -67,9 +67,9 @@ def _attend(scale: Scale, queries: int, keys: int, flops: int) -> OpWork:
 
 
 def packed(scale: Scale, tokens: int) -> OpWork:
-    """SEQUENCES prefills that share the tokens as 1 : 2 : 3 : …, all in one launch.
+    """SEQUENCES prefills of lengths 1 : 2 : 3 : … in one launch, `tokens` in all.
 
-    "padded" is `attend` on them as one batch; "sdpa" and "no kernel" take one after another.
+    "padded" is `attend` on them as one padded batch; "sdpa" and "no kernel" run one sequence after another.
     """
     shape, factor = scale.shape, scale.shape.head_dim**-0.5
     shares = list(accumulate(range(SEQUENCES + 1)))
@@ -100,24 +100,24 @@ def packed(scale: Scale, tokens: int) -> OpWork:
 
 
 def _bias(scale: Scale, keys: int) -> Tensor:
-    """fp32 [keys], the logarithms of 1 to LARGEST."""
+    """fp32 [keys], logarithms of random sizes from 1 to LARGEST."""
     return (1 + (LARGEST - 1) * torch.rand(keys, device=scale.device)).log()
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Callable[[], Tensor]:
-    """torch's attention without bias: [B, Hq, L, d]."""
+    """torch's attention without bias; gives [B, Hq, L, d]."""
     causal = q.shape[2] > 1
     return partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
 
 
 @cache
 def flex_compiled() -> Flex:
-    """For tokens of any number, so that the second size is the last one to be compiled."""
+    """flex_attention compiled for any number of tokens, so that only the first two sizes compile."""
     return torch.compile(flex_attention, dynamic=True)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, attention: Flex) -> Callable[[], Tensor]:
-    """flex_attention under a causal mask with bias [K]: [B, Hq, L, d]. The first call makes the mask, by blocks."""
+    """flex_attention with a causal mask and bias [K]; gives [B, Hq, L, d]. The first call builds the block mask."""
 
     def biased(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score + bias[key]
@@ -138,7 +138,7 @@ def _in_turn(forms: list[Callable[[], Tensor]]) -> Callable[[], list[Tensor]]:
 
 
 class _Attention(nn.Module):
-    """What transformers' attention functions read off an attention module."""
+    """The attributes that transformers' attention functions read from an attention module."""
 
     def __init__(self, group: int) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class _Attention(nn.Module):
 
 
 def without_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Callable[[], Tensor]:
-    """lightkv's sdpa attention with its kernels switched off: [B, L, Hq, d]."""
+    """lightkv's sdpa attention with its kernels switched off; gives [B, L, Hq, d]."""
     module = _Attention(q.shape[1] // k.shape[1])
     HOOKS[module] = AttentionHook(weights=lambda: KeyWeights(bias, None))
     forward = ALL_ATTENTION_FUNCTIONS[hooked("sdpa")]
@@ -161,7 +161,7 @@ def without_kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) 
 
 @contextmanager
 def torch_only() -> Iterator[None]:
-    """LIGHTKV_OPS=torch inside, whatever it was outside."""
+    """Set LIGHTKV_OPS=torch in the scope and restore it afterwards."""
     before = os.environ.get("LIGHTKV_OPS")
     os.environ["LIGHTKV_OPS"] = "torch"
     try:

@@ -1,7 +1,7 @@
-"""The least that each operation must move through memory, in bytes: every input read once, every output written once.
+"""Minimal memory traffic of each operation in bytes: every input is read once, every output written once.
 
 D hidden size, d head dimension, e bytes of an element of the model's dtype; scores, sizes and biases are fp32 (4) and
-indices int64 (8). An operation that needs a second pass (a softmax along the long side, say) cannot reach this.
+indices int64 (8). An operation with a second pass (such as a softmax along the long side) cannot reach this.
 """
 
 FP32, INT64 = 4, 8
@@ -14,14 +14,14 @@ def nearest_bytes(tokens: int, groups: int, width: int, element: int, places: bo
 
 
 def merge_bytes(sources: int, targets: int, width: int, element: int) -> int:
-    """Sources are read, the distinct targets read and written: (R + 2T)·D·e + (R + 2T)·4, and R pairs of indices."""
+    """Sources are read, distinct targets are read and written: (R + 2T)·D·e + (R + 2T)·4, and R pairs of indices."""
     return (sources + 2 * targets) * (width * element + FP32) + 2 * sources * INT64
 
 
 def compact_bytes(sources: int, kept: int, width: int, element: int, columns: int) -> int:
-    """Kept rows and sources are read, kept rows written: (R + 2K)·D·e + (R + 2K)·4; K·C integers are read and written.
+    """Kept rows and sources are read, kept rows written: (R + 2K)·D·e + (R + 2K)·4; K·C integers read and written.
 
-    R pairs of indices, and K more of who is kept.
+    Indices: R pairs and K kept rows.
     """
     rows = (sources + 2 * kept) * (width * element + FP32)
     return rows + (2 * kept * columns + 2 * sources + kept) * INT64
@@ -33,7 +33,7 @@ def angles_bytes(tokens: int, axes: int, tables: int, dims: int, element: int) -
 
 
 def votes_bytes(long: int, long_heads: int, short: int, short_heads: int, dims: int, element: int) -> int:
-    """(N·Hl + M·Hs)·d·e of both sides, 8 per index, 4 per result; the starts of one sequence."""
+    """(N·Hl + M·Hs)·d·e for both sides, 8 per index, 4 per result, and the starts of one sequence."""
     states = (long * long_heads + short * short_heads) * dims * element
     return states + (long + short) * INT64 + long * FP32 + 4 * INT64
 
@@ -44,15 +44,15 @@ def attend_bytes(queries: int, keys: int, heads: int, key_heads: int, dims: int,
 
 
 def attend_packed_bytes(tokens: int, sequences: int, heads: int, key_heads: int, dims: int, element: int) -> int:
-    """As attend_bytes with as many queries as keys, and where each sequence begins, 8 per start and side."""
+    """attend_bytes with as many queries as keys, and 8 per sequence start on both sides."""
     return attend_bytes(tokens, tokens, heads, key_heads, dims, element) + 2 * (sequences + 1) * INT64
 
 
 def pair_flops(pairs: int, width: int) -> int:
-    """Multiply and add of inner products."""
+    """FLOPs of inner products: one multiply and one add per element."""
     return 2 * pairs * width
 
 
 def causal_flops(tokens: int, heads: int, dims: int) -> int:
-    """Scores and values over the S (S + 1) / 2 pairs that a causal mask leaves."""
+    """FLOPs of scores and values over the S (S + 1) / 2 pairs under a causal mask."""
     return 2 * pair_flops(tokens * (tokens + 1) // 2, heads * dims)

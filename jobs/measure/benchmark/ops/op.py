@@ -1,4 +1,4 @@
-"""One operation at one size: the forms it is timed in, and what it must move and multiply at the least."""
+"""One operation at one size: the forms to time, and its minimal bytes and FLOPs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from jobs.measure.benchmark.scale import Scale
 from jobs.measure.benchmark.timer import Timer
 from lightkv.ops.dispatch import use_triton
 
-CACHE_BYTES = 1 << 28  # more than a GPU's last cache holds; written ahead of each repeat, which then reads from memory
+CACHE_BYTES = 1 << 28  # more than a GPU's last-level cache; written before each repeat, which then reads from memory
 KERNEL, TWIN = "kernel", "twin"
 
 Form = Callable[[], object]
@@ -20,13 +20,14 @@ Form = Callable[[], object]
 
 @dataclass(frozen=True)
 class OpWork:
-    """What is ready to be timed.
+    """An operation that is ready to be timed.
 
-    operation    the public function, which runs the kernel where there is one; None where torch does it all
-    twin         its definition in torch
-    moved_bytes  the least it must move (bytes.py); flops likewise, 0 where products are not its work
-    beside       other ways to the same end, by name
-    missing      such ways that are not tried here, and why
+    operation    the public function, which runs the kernel if there is one; None: torch only
+    twin         its torch twin
+    moved_bytes  minimal memory traffic (bytes.py)
+    flops        minimal FLOPs; 0 if the operation is not limited by them
+    beside       alternatives with the same result, by name
+    missing      alternatives that are not measured here, and why
     """
 
     operation: Form | None
@@ -38,21 +39,21 @@ class OpWork:
 
     @property
     def forms(self) -> dict[str, Form]:
-        """All that can be timed, by name."""
+        """All forms that can be timed, by name."""
         ours = {} if self.operation is None else {KERNEL: self.operation}
         return {**ours, TWIN: self.twin, **self.beside}
 
 
 @dataclass(frozen=True)
 class Op:
-    """`prepare(scale, tokens)` sets an operation up; above `twin_most` tokens its twin is not asked."""
+    """An operation of the suite: `prepare` sets it up; its twin is not timed above `twin_most` tokens."""
 
     name: str
     prepare: Callable[[Scale, int], OpWork]
     twin_most: int
 
     def measure(self, scale: Scale, tokens: int, timer: Timer) -> Values:
-        """Bytes, FLOPs, and each form's time or why there is none. A form that fails does not stop the others."""
+        """Bytes, FLOPs, and each form's time or why it has none. A form that fails does not stop the others."""
         work = self.prepare(scale, tokens)
         spoil = _cache_spoiler(scale.device)
         forms = {name: not_measured(why) for name, why in work.missing.items()}
@@ -70,5 +71,5 @@ class Op:
 
 
 def _cache_spoiler(device: torch.device) -> Form | None:
-    """Fills the GPU's cache with something else; a CPU's times are no claim and need none."""
+    """A function that overwrites the GPU's cache; None on a CPU, whose times say nothing about speed."""
     return torch.empty(CACHE_BYTES, dtype=torch.int8, device=device).zero_ if device.type == "cuda" else None

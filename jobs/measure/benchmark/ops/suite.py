@@ -1,4 +1,4 @@
-"""Suite "ops": the operations of lightkv/ops at one decoder's shape, and the device's own rates beside them."""
+"""Suite "ops": the operations of lightkv/ops at one decoder's shape, and the device's copy and matmul rates."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ ANGLES = "angles of the half that is left"
 
 
 def cells(scale: Scale) -> list[Cell]:
-    """The two rates, then every operation at every size."""
+    """Cells of the two rates, then of every operation at every size."""
     return [
         Cell("ops", COPY, {"bytes": scale.copy_bytes}, partial(_copy, scale)),
         Cell("ops", MATMUL, {"side": scale.matmul_side}, partial(_matmul, scale)),
@@ -54,14 +54,14 @@ def operations(scale: Scale) -> tuple[Op, ...]:
 
 
 def _copy(scale: Scale, timer: Timer) -> Values:
-    """Every byte is read and written once."""
+    """Time a copy, which reads and writes every byte once."""
     source = torch.zeros(scale.copy_bytes, dtype=torch.int8, device=scale.device)
     target = torch.empty_like(source)
     return {"bytes": 2 * scale.copy_bytes, **timing(timer, lambda: target.copy_(source))}
 
 
 def _matmul(scale: Scale, timer: Timer) -> Values:
-    """A square product in the model's dtype."""
+    """Time a square matrix product in the model's dtype."""
     side = scale.matmul_side
     a, b = (torch.randn(side, side, device=scale.device, dtype=scale.dtype) for _ in range(2))
     return {"flops": pair_flops(side * side, side), **timing(timer, lambda: a @ b)}

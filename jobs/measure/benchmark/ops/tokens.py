@@ -1,4 +1,4 @@
-"""The operations of a stage set up as its methods call them: nearest, merge, compact, softmax_votes; RoPE after it."""
+"""Set up a stage's operations as methods call them: nearest, merge, compact, softmax_votes, and RoPE after them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,12 +28,12 @@ from lightkv.ops.ragged import Groups, Selection, Sequences
 from lightkv.ops.votes import softmax_votes, softmax_votes_torch
 
 DISTANCE = 0.02  # the default of LightKVConfig
-COLUMNS = 8  # that go along with a token: item, t, y, x, three positions, its place in the prompt
+COLUMNS = 8  # integers per token: item, t, y, x, three positions, its place in the prompt
 MERGE_GATHER, GATHERED = "merge, gather", "gathered"
 
 
 def nearest_in_blocks(scale: Scale, tokens: int) -> OpWork:
-    """As spacetime calls it in its first round: blocks of BLOCK_TOKENS in space and time, every second token in A."""
+    """nearest in spacetime's first round: blocks of BLOCK_TOKENS in space and time, every second token in A."""
     layout = layout_of(tokens, text=False).to(scale.device)
     everything = torch.ones(tokens, dtype=torch.bool, device=scale.device)
     order, starts, middles = Field.of(layout).sets(everything, everything, 0)
@@ -41,7 +41,7 @@ def nearest_in_blocks(scale: Scale, tokens: int) -> OpWork:
 
 
 def nearest_in_windows(scale: Scale, tokens: int, stage: int) -> OpWork:
-    """As the published method calls it in that stage: windows on every frame, tokens 0, 2, 4 … of each in A."""
+    """nearest in a stage of the published method: windows on every frame, tokens 0, 2, 4 … of each in A."""
     windows = Windows.cut(layout_of(tokens, text=False).to(scale.device), scale.op_schedule.stages[stage].windows)
     return _nearest(scale, None, Groups(*windows.sets()), 0.0)
 
@@ -61,7 +61,7 @@ def _nearest(scale: Scale, place: Tensor | None, groups: Groups, distance: float
 
 
 def merging(scale: Scale, tokens: int, one_in: int) -> OpWork:
-    """One in so many tokens merges into one of those that stay, drawn at random; several may share a target."""
+    """merge: one in `one_in` tokens merges into a random token that stays; several may share a target."""
     hidden, weight, source, target, _ = _pairs(scale, tokens, one_in)
     arguments = (hidden, weight, source, target)
     moved = merge_bytes(len(source), len(target.unique()), scale.shape.hidden, scale.element)
@@ -69,7 +69,7 @@ def merging(scale: Scale, tokens: int, one_in: int) -> OpWork:
 
 
 def compacting(scale: Scale, tokens: int, one_in: int) -> OpWork:
-    """The same and the gathering of who is left; MERGE_GATHER does one after the other, on a copy."""
+    """compact: the same merges, and gathering the rest; MERGE_GATHER merges on a copy, then gathers."""
     hidden, weight, source, target, kept = _pairs(scale, tokens, one_in)
     columns = torch.randint(tokens, (COLUMNS, tokens), device=scale.device)
     arguments = (hidden, weight, source, target, kept, columns)
@@ -82,7 +82,7 @@ def compacting(scale: Scale, tokens: int, one_in: int) -> OpWork:
 
 
 def _pairs(scale: Scale, tokens: int, one_in: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """hidden, weight, source, target, kept."""
+    """Random hidden, weight, source, target and kept."""
     shuffled = torch.randperm(tokens, device=scale.device)
     source, stays = shuffled[: tokens // one_in].sort().values, shuffled[tokens // one_in :].sort().values
     target = stays[torch.randint(len(stays), source.shape, device=scale.device)]
@@ -99,7 +99,7 @@ def _merge_and_gather(
 
 
 def angles(scale: Scale, tokens: int) -> OpWork:
-    """cos and sin of the half of the tokens that is left: anew from their positions; GATHERED takes rows of all."""
+    """cos and sin of the remaining half of the tokens, from positions; GATHERED selects rows of a full table."""
     decoder = next(decoder for decoder in scale.decoders if decoder.shape == scale.shape)
     narrow = replace(scale.shape, layers=1, hidden=scale.shape.head_dim, heads=1, kv_heads=1, vocabulary=128)
     rotary = replace(decoder, shape=narrow).build(scale.device, scale.dtype).get_decoder().rotary_emb
@@ -118,10 +118,10 @@ def _rows(tables: tuple[Tensor, Tensor], kept: Tensor) -> Callable[[], list[Tens
 
 
 def votes(scale: Scale, tokens: int, reduce: Reduce) -> OpWork:
-    """A prompt of so many vision tokens and TEXT words.
+    """softmax_votes on a prompt of `tokens` vision tokens and TEXT text tokens.
 
-    "sum" is the published guidance: the text's keys vote on all queries. "max" is the question: vision keys, and the
-    text's queries.
+    "sum" is the published guidance: the text's keys vote on all queries. "max" is the question's attention: vision keys
+    and the text's queries.
     """
     shape, length = scale.shape, tokens + TEXT
     q = torch.randn(1, length, shape.heads, shape.head_dim, device=scale.device, dtype=scale.dtype).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The benchmark: what it measures, what its files say when something goes wrong, and the page's tables."""
+"""The benchmark: its measurements, its result file after failures, and its tables."""
 
 import dataclasses
 import json
@@ -77,7 +77,7 @@ def run_all(cells, path, clock=lambda: 0.0, limit_s=60.0):
     return json.loads(path.read_text())["cells"]
 
 
-# --- the whole job ---
+# --- the job ---
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +259,7 @@ def test_models_that_are_not_named_are_left_out_of_prefill_and_decode_alone():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--models", "bert"], r"expected some of \['tiny llama', .*got \['bert'\]"),
-     (["--models", "tiny llama", "--suite", "engine"], "has a model of its own")],
+     (["--models", "tiny llama", "--suite", "engine"], "has its own model")],
 )  # fmt: skip
 def test_models_that_are_not_there_are_refused(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
@@ -427,7 +427,7 @@ def test_positions_of_three_axes_are_the_models_own():
     assert prompt.next_positions(2)[:, 1, 0].tolist() == [16 + 8 + 48 + 2] * 3
 
 
-# --- the least that must move ---
+# --- minimal bytes ---
 
 
 def test_bytes_are_those_of_the_tensors():
@@ -471,7 +471,7 @@ def test_shares_and_speedups_come_from_cells_of_the_same_place():
 
 @pytest.fixture(scope="module")
 def gpu_result(result):
-    """The tiny run as if it came from a GPU: kernels as fast as the copy, twins four times as slow."""
+    """The tiny run as if from a GPU: kernels take as long as the copy, twins four times as long."""
     copy = of(result, "ops", COPY)
     rate = copy["bytes"] / copy["seconds"]["median_s"]
     made = json.loads(json.dumps({**result, "device": {"type": "cuda", "name": "A GPU"}}))
@@ -500,7 +500,7 @@ def test_a_gpus_result_is_a_table_per_suite(gpu_result):
     assert "| merge half | " in text
     assert "100% · ×4" in next(line for line in text.splitlines() if line.startswith("| merge half"))
     assert "| tiny llama | 2 | 64 | 300 ms · 3 GiB | 100 ms · ×3 (×4) · 3 GiB |" in text
-    assert "at worst" in text
+    assert "at most" in text
     lines = text.split("**Survivors**")[1].split("\n\n")[1].splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| merge and compact a tenth", "| merge and compact half", "| angles of the half that is left"

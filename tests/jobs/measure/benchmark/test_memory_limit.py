@@ -1,4 +1,4 @@
-"""A long video under a hard limit of memory: too much for the whole prompt at once, enough for the engine."""
+"""A long video under a hard memory limit: too much for one whole prompt, enough for the engine."""
 
 import os
 import subprocess

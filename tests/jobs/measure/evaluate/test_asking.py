@@ -1,4 +1,4 @@
-"""Many prompts in one batch: each gets the answer it would get alone, and pays its share."""
+"""Many prompts in one batch: each gets the same answer as alone, and its share of the cost."""
 
 import numpy as np
 import pytest
@@ -122,7 +122,7 @@ def test_no_question_no_answer(together):
 
 
 def test_how_prompts_are_batched_does_not_make_another_run():
-    """A job goes on with other batch sizes; another limit of the answers is another configuration."""
+    """A job continues with other batch sizes; another answer limit is another configuration."""
     job = ["source.uri=/videos", "sink.uri=/out"]
     hashes = [
         load_config(None, [*job, *more]).hash()

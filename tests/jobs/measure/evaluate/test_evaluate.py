@@ -1,4 +1,4 @@
-"""The evaluation from end to end with the embedded model, and its figures against answers made by hand."""
+"""The evaluation from end to end with the embedded model, and its figures for hand-made answers."""
 
 import json
 import math

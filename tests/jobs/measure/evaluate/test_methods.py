@@ -1,4 +1,4 @@
-"""Methods: what reaches the model, which frames remain, and what cannot be reached is said."""
+"""Methods: their configurations, the frames they keep, and errors for unreachable retentions."""
 
 import json
 import math

@@ -1,6 +1,6 @@
-"""The README's fidelity table says what the summary says."""
+"""The tables of quality say what the summary says."""
 
-from jobs.measure.evaluate.readme import fidelity
+from jobs.measure.evaluate.readme import SHORT_LIST, fidelity, quality
 
 LINE = {
         "suite": "all suites", "error": "", "questions": 200, "p_reference": None, "p_captions": None,
@@ -36,3 +36,13 @@ def test_a_line_per_method_and_a_column_per_retention():
     assert "| method | 50% kept | 10% kept |" in lines
     assert "| ours | 99.5 (98.5–100.5) / 95 | 95.0 (94.0–96.0) / 50 |" in lines
     assert "| other | 90.0 (89.0–91.0)* / 50* | – |" in lines
+
+
+def test_first_page_shows_its_short_list_without_intervals():
+    figures = [
+        {**figure, "method": SHORT_LIST[0]} if figure["method"] == "ours" else figure for figure in SUMMARY["figures"]
+    ]
+    lines = quality({"run": RUN, "figures": figures}).splitlines()
+    assert "| method | 50% kept | 10% kept |" in lines
+    assert f"| {SHORT_LIST[0]} | 99.5 / 95 | 95.0 / 50 |" in lines
+    assert not any("other" in line for line in lines)

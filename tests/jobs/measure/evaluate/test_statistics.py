@@ -1,4 +1,4 @@
-"""The statistics against cases that are known by hand or by simulation."""
+"""The statistics against cases known by hand or by simulation."""
 
 import numpy as np
 import pytest
@@ -64,7 +64,7 @@ def test_p_is_one_for_equal_answers_and_least_for_clearly_different_ones():
 
 
 def test_p_of_a_few_scenes_is_that_of_their_signs():
-    """Three scenes that all differ the same way: two of the eight ways to place signs are as far apart."""
+    """Three scenes that all differ the same way: two of the eight sign patterns are as far apart."""
     one, other = _tally([1, 1, 1, 1], [1] * 4), _tally([0, 0, 0, 1], [1] * 4)
     assert paired_p([one], [other], _rng(), 4000) == pytest.approx(0.25, abs=0.03)
     single = _tally([0, 1, 1, 1], [1] * 4)
@@ -80,7 +80,7 @@ def test_p_is_rarely_small_where_nothing_differs():
 
 
 def test_suites_add_up_in_one_test():
-    """Neither suite alone is clear, both together are; opposite differences cancel out."""
+    """Neither suite alone is significant, both together are; opposite differences cancel out."""
     better, worse = _tally([1] * 5, [1] * 5), _tally([0] * 5, [1] * 5)
     alone = paired_p([better], [worse], _rng(), 4000)
     assert alone == pytest.approx(2 / 32, abs=0.02)
