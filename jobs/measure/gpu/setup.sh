@@ -35,7 +35,7 @@ for part in ray rest; do
 done
 cd "$PROJECT" || exit 2
 export PYTHONUNBUFFERED=1 PYTHONPATH="$PROJECT:$WORK/site"
-# Ray must neither kill workers on a machine whose memory it cannot judge nor hide the GPU from the driver.
+# Ray then neither kills workers by its own count of memory nor hides the GPU from processes that reserve none.
 export RAY_memory_monitor_refresh_ms=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
 
 MODEL=$WORK/model
