@@ -1,7 +1,7 @@
 """Compares the kernels with their torch twins on a GPU, at real sizes and through the engine.
 
     python -m jobs.measure.gpu.check
-    TRITON_INTERPRET=1 python -m jobs.measure.gpu.check --device cpu     # small sizes, to try the script
+    TRITON_INTERPRET=1 python -m jobs.measure.gpu.check --device cpu --parts operations quantised     # in small
 
 Prints one line per comparison: `ok` or `BAD`, its name, and how far the two are apart. Exit code 1: something is BAD.
 
