@@ -34,6 +34,7 @@ from lightkv import Bits, Engine, LightKVConfig, Memory, Request, Segment, Text
 from lightkv.ops.codes import quantise
 from lightkv.ops.merge import merge
 from lightkv.ops.quantised import attend_quantised, attend_quantised_torch
+from lightkv.ops.ragged import Keys, Sequences
 from pipeline.config import Model
 from pipeline.mini.render import render
 from pipeline.mini.world import DemoStyle, demo_scene, questions_of
@@ -139,19 +140,19 @@ def check_quantised(checks: Checks) -> None:
     dims, heads, kv_heads = (128, 28, 4) if checks.on_gpu else (16, 4, 2)
     lengths = [4096, 32, 0, 1056] if checks.on_gpu else [64, 32, 0]
     dtypes = (torch.bfloat16, torch.float16, torch.float32) if checks.on_gpu else (torch.float32,)
-    tokens, batch, tail = sum(lengths), len(lengths), 70
-    starts = torch.tensor([0, *np.cumsum(lengths).tolist()], device=checks.device)
+    tokens, batch, tail_tokens = sum(lengths), len(lengths), 70
+    sequences = Sequences.of(lengths, checks.device)
     for bits, dtype in ((bits, dtype) for bits in (8, 4) for dtype in dtypes):
         name = f"quantised, {bits} bits, {dtype}"
         with checks.named(name):
             draw = partial(torch.randn, device=checks.device, dtype=dtype)
             packed = quantise(draw(kv_heads, tokens, dims), draw(kv_heads, tokens, dims), bits, 32)
-            tail_k, tail_v = draw(batch, kv_heads, tail, dims), draw(batch, kv_heads, tail, dims)
             bias = torch.rand(tokens, device=checks.device) * 4
-            tail_bias = torch.zeros(batch, tail, device=checks.device)
+            tail_bias = torch.zeros(batch, tail_tokens, device=checks.device)
             tail_bias[:, 60:] = ABSENT
-            q = draw(batch, heads, dims)
-            arguments = (q, packed, starts, bias, tail_k, tail_v, tail_bias, dims**-0.5, max(lengths))
+            shape = batch, kv_heads, tail_tokens, dims
+            tail = Keys(draw(*shape), draw(*shape), tail_bias)
+            arguments = (draw(batch, heads, dims), packed, sequences, bias, tail, dims**-0.5)
             checks.note(name, *_numbers(attend_quantised(*arguments), attend_quantised_torch(*arguments)))
 
 
