@@ -19,6 +19,7 @@ PAGES = (
     "infra/README.md",
     "jobs/results/README.md",
     "configs/README.md",
+    "jobs/measure/gpu/README.md",
     "pipeline/mini/weights/README.md",
 )
 MOST_LINES = 150  # of the first page
@@ -83,7 +84,7 @@ def test_commands_exist(page):
             continue
         file = module_file(name)
         assert file is not None, name
-        unknown = set(re.findall(r"(?<!\S)--[a-z][\w-]*", rest)) - options(file)
+        unknown = set(re.findall(r"(?<!\S)--[a-z][\w-]*", rest)) - options(file) - {"--help"}
         assert not unknown, f"{name}: {unknown}"
 
 
