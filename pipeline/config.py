@@ -353,7 +353,7 @@ class Run(_Section):
         600.0,
         gt=0,
         description="end the job (exit code 2) after this long without progress: no frame, no token, no row and "
-        "no model that loads",
+        "no model that loads; raise it where a node takes longer to start",
     )
     grace_s: float = Field(25.0, ge=0, description="time after SIGTERM to finish the units in the model")
     lock_timeout_s: float = Field(
