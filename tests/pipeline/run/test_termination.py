@@ -66,7 +66,7 @@ def _run(code, signals):
 def test_end_on_request_is_exit_code_0_and_a_line(code, signals):
     status, out, err = _run(code, signals)
     assert (status, out) == (0, "")
-    assert err == "the job was asked to end; the same command goes on where this one stopped\n"
+    assert err == "the job was asked to end; the same command continues where this one stopped\n"
 
 
 def test_block_that_drains_in_time_ends_in_its_own_way():
