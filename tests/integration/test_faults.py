@@ -123,7 +123,7 @@ def test_model_that_is_silent_for_too_long_is_ended_and_its_unit_an_error_row(cl
     assert [rows[f"{name}.mp4"]["text"] for name in ("a", "silent", "b")] == [expected[0], None, expected[2]]
     silent = rows["silent.mp4"]
     assert (silent["error_stage"], silent["error_type"], silent["attempts"]) == ("generate", "ModelCrashed", 2)
-    assert "silent for model.timeout_s = 8 s" in silent["error_message"]
+    assert "no progress for model.timeout_s = 8 s" in silent["error_message"]
 
 
 def test_killed_model_process_costs_nothing_but_its_time(clips, expected, tmp_path):
