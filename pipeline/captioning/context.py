@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.captioning.encode import FrameEncoder
 from pipeline.config import Frames
 from pipeline.errors import UnitError
-from pipeline.planning.estimate import expected_frames
+from pipeline.planning.estimate import expected_frames, window_s
 
 _SURE = (
     0.9  # share of the expected frames: a header's length and rate are inexact, and no unit that fits may be refused
@@ -39,9 +39,7 @@ class ContextLimit:
         elif unit["duration_s"] is None or unit["width"] is None:
             return None
         else:
-            end_s = min(unit["end_s"] or math.inf, unit["duration_s"])
-            window_s = max(0.0, end_s - (unit["start_s"] or 0.0))
-            count = math.floor(_SURE * expected_frames(window_s, unit["fps"] or 25.0, frames))
+            count = math.floor(_SURE * expected_frames(window_s(unit), unit["fps"] or 25.0, frames))
             size = sizing.of(unit["height"], unit["width"])
             grids = [self._encoder.grid(max(1, count), size.crop_h, size.crop_w)]
         needed = self._encoder.positions(grids) + self._new

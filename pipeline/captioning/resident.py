@@ -13,7 +13,6 @@ class Resident:
     """A model that stays loaded for the life of its process."""
 
     def __init__(self, settings: Model) -> None:
-        self.settings = settings
         self.card: ModelCard = describe(settings)
         self.encoder: FrameEncoder = encoder_for(self.card.config, self.card.preprocessor)
         self.tokenizer = load_tokenizer(self.card)

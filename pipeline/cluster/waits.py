@@ -60,16 +60,15 @@ class Waits:
             self._moved_at, self._seen = now, seen
         waiting = {name: one["waits_for"] for name, one in actors.items() if one["waits_for"] not in (None, "units")}
         self._since = {name: self._since.get(name, now) for name in waiting}
+        longest = min(waiting, key=self._since.__getitem__, default=None)
         if sum(state["units"].values()) >= self.open_units:
             reason = "rows"
         elif not actors:
             reason = "actor" if fits else "node"
         else:
-            reason = min(waiting, key=self._since.__getitem__) if waiting else "units"
-            reason = waiting.get(reason, reason)
+            reason = "units" if longest is None else waiting[longest]
         if now > self._moved_at:
             return Wait(reason, now - self._moved_at)
-        if waiting:
-            name = min(waiting, key=self._since.__getitem__)
-            return Wait(waiting[name], now - self._since[name], all=False)
+        if longest is not None:
+            return Wait(waiting[longest], now - self._since[longest], all=False)
         return None

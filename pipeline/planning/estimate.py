@@ -112,6 +112,12 @@ def estimate_plan(
     return summary
 
 
+def window_s(unit: dict[str, Any]) -> float:
+    """Seconds of video that a unit of known length covers, 0 at least."""
+    end_s: float = min(unit["end_s"] or math.inf, unit["duration_s"])
+    return max(0.0, end_s - (unit["start_s"] or 0.0))
+
+
 def expected_frames(window_s: float, fps: float, frames: Frames) -> int:
     """How many frames `choose_frames` chooses from `window_s` seconds of video at a constant `fps`."""
     available = max(1, math.floor(window_s * fps + 1e-6))
@@ -128,8 +134,7 @@ def _unit_totals(
     if unit["kind"] == "video":
         if unit["duration_s"] is None or unit["width"] is None:
             return Totals(units=1, unprobed=1)
-        end = min(unit["end_s"] or math.inf, unit["duration_s"])
-        window = max(0.0, end - (unit["start_s"] or 0.0))
+        window = window_s(unit)
         one.hours = window / 3600
         one.frames = expected_frames(window, unit["fps"] or 25.0, frames) if window else 0
     elif unit["width"] is None:
